@@ -1,0 +1,83 @@
+"""The contract between the two halves: what a datamodule yields and a model takes.
+
+Axis letters, the same in every signature of the project:
+
+    b  samples of a batch               d  width of the stage at hand
+    l  tokens of a padded row           e  width of the space that CLIP's image and text share
+    v  visuals (videos and images)      m  width of the LLM
+    n  frames of all visuals, in turn   k  tokens of a padded guide prompt
+    c  colour channels                  p  patches of one frame, row by row
+    t  time steps of a visual           h, w  rows and columns of pixels, patches or tokens
+    f  rotary frequencies (half the width of an attention head)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int, Num
+from torch import Tensor
+
+#: Label of a token that is not learnt, as `torch.nn.functional.cross_entropy` ignores it.
+IGNORE_INDEX = -100
+
+#: Stands in `input_ids` for one whole visual, as LLaVA's IMAGE_TOKEN_INDEX does. The model puts
+#: as many tokens in its place as the pooler leaves, so data never depends on the pooler.
+VISUAL_SLOT = -200
+
+
+class BadSampleError(Exception):
+    """A sample that cannot be used.
+
+    `reason` is a short, countable word for it (`"video_unreadable"`), `detail` the rest.
+    """
+
+    def __init__(self, reason: str, detail: str = "", *, shard: str = "", key: str = ""):
+        self.reason, self.detail, self.shard, self.key = reason, detail, shard, key
+        where = f"{shard} [{key}]: " if shard or key else ""
+        super().__init__(f"{where}{reason}{': ' + detail if detail else ''}")
+
+
+class Grid(NamedTuple):
+    """Time steps, rows and columns of one visual, in patches or in tokens. An image has t = 1."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def size(self) -> int:
+        return self.t * self.h * self.w
+
+
+@dataclass
+class VideoBatch:
+    """Samples padded on the right. Visuals of any length, several or none in a sample."""
+
+    input_ids: Int[Tensor, "b l"]  # VISUAL_SLOT once for every visual of the row
+    attention_mask: Bool[Tensor, "b l"]  # False on padding
+    labels: Int[Tensor, "b l"]  # IGNORE_INDEX outside the answers
+    frames: Num[Tensor, "n c h w"]  # uint8 RGB; floats are taken as normalised already
+    frame_counts: list[int]  # frames of each visual, in the order of their slots, row by row
+    prompt_ids: Int[Tensor, "b k"]  # the question as the encoder's text tower reads it
+    prompt_mask: Bool[Tensor, "b k"]
+    keys: list[str]  # where each sample comes from, for logs
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def __post_init__(self) -> None:
+        slots = int((self.input_ids == VISUAL_SLOT).sum())
+        if slots != len(self.frame_counts):
+            raise ValueError(f"{slots} visual slots in the text, but {len(self.frame_counts)} visuals")
+        if sum(self.frame_counts) != self.frames.shape[0]:
+            raise ValueError(
+                f"the visuals count {sum(self.frame_counts)} frames, {self.frames.shape[0]} are given"
+            )
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "b l"]:
+    """Stacks rows of different lengths, padded on the right with `value`."""
+    width = max((len(row) for row in rows), default=0)
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)

@@ -1,0 +1,60 @@
+"""embeddings, positions -> hidden states -> logits. The contract of the fourth stage."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import Cache
+
+
+class LanguageModel(nn.Module, ABC):
+    """A decoder that reads embeddings, so that visuals can stand among the words.
+
+    `width` is m, of its embeddings and hidden states.
+    """
+
+    width: int
+
+    @abstractmethod
+    def replace_rotary(self, build: Callable[[nn.Module], nn.Module]) -> None:
+        """Puts `build(rotary module of the decoder)` in its place."""
+
+    @abstractmethod
+    def embed(self, ids: Int[Tensor, "*b l"]) -> Float[Tensor, "*b l m"]:
+        """Embeddings of text tokens."""
+
+    @abstractmethod
+    def forward(
+        self,
+        embeds: Float[Tensor, "b l m"],
+        mask: Bool[Tensor, "b k"] | None,
+        positions: Float[Tensor, "4 b l"],
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "b l m"]:
+        """Hidden states after the last norm. `mask` covers the cached tokens too (k ≥ l).
+
+        `positions` as `RotaryScheme.batch_positions` gives them. A `cache` is read and extended.
+        """
+
+    @abstractmethod
+    def head(self, hidden: Float[Tensor, "*b m"]) -> Float[Tensor, "*b vocab"]:
+        """Logits."""
+
+    @abstractmethod
+    def generate(
+        self,
+        embeds: Float[Tensor, "b l m"],
+        mask: Bool[Tensor, "b l"],
+        positions: Float[Tensor, "4 b l"],
+        **options,
+    ) -> Int[Tensor, "b2 l2"]:
+        """New token ids. `options` are those of transformers' `GenerationMixin.generate`."""
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The repeated layers: the units to shard and to checkpoint."""
+
+    @abstractmethod
+    def to_spec(self) -> dict:
+        """Class path and arguments that rebuild this stage without reading its source again."""

@@ -1,0 +1,137 @@
+"""Any decoder of transformers with a rotary module of its own: the Llama and Qwen families."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GgufConfig, PreTrainedModel
+
+from lightning_modules.llm.base import LanguageModel
+
+
+class CausalLM(LanguageModel):
+    """transformers' own model; only its rotary module is ever replaced.
+
+    Args:
+        source: hub id, local folder or `.gguf` file whose weights to load; None: random weights.
+        config: without `source`, the fields of the transformers config, `model_type` among them.
+        attention: implementation that transformers knows: sdpa, eager, flash_attention_2, …
+        dtype: of the weights loaded from `source`, by name; None: as they are stored.
+
+    Raises:
+        ValueError: neither or both of `source` and `config`, or a decoder without rotary module.
+    """
+
+    def __init__(
+        self,
+        source: str | None = None,
+        config: dict[str, Any] | None = None,
+        attention: str = "sdpa",
+        dtype: str | None = None,
+    ):
+        super().__init__()
+        if (source is None) == (config is None):
+            raise ValueError("model.llm needs either `source` (weights to load) or `config`")
+        self.attention = attention
+        self.lm = _load(source, attention, dtype) if source else _make(config or {}, attention)
+        decoder = self.lm.get_decoder()
+        if not hasattr(decoder, "rotary_emb"):
+            raise ValueError(
+                f"model.llm: {type(decoder).__name__} has no `rotary_emb` to replace; "
+                "take a decoder of the Llama or Qwen family"
+            )
+        self.width = self.lm.config.hidden_size
+        decoder.register_forward_pre_hook(_take_axis_positions, with_kwargs=True)
+        decoder.register_forward_hook(_drop_axis_positions, always_call=True)
+
+    def replace_rotary(self, build: Callable[[nn.Module], nn.Module]) -> None:
+        decoder = self.lm.get_decoder()
+        decoder.rotary_emb = build(decoder.rotary_emb)
+
+    def embed(self, ids: Int[Tensor, "*b l"]) -> Float[Tensor, "*b l m"]:
+        return self.lm.get_input_embeddings()(ids)
+
+    def forward(
+        self,
+        embeds: Float[Tensor, "b l m"],
+        mask: Bool[Tensor, "b k"] | None,
+        positions: Float[Tensor, "4 b l"],
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "b l m"]:
+        return self.lm.get_decoder()(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def head(self, hidden: Float[Tensor, "*b m"]) -> Float[Tensor, "*b vocab"]:
+        return self.lm.get_output_embeddings()(hidden)
+
+    def generate(
+        self,
+        embeds: Float[Tensor, "b l m"],
+        mask: Bool[Tensor, "b l"],
+        positions: Float[Tensor, "4 b l"],
+        **options,
+    ) -> Int[Tensor, "b2 l2"]:
+        return self.lm.generate(
+            inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, **options
+        )
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.lm.get_decoder().layers)
+
+    def to_spec(self) -> dict:
+        return {
+            "_target_": "lightning_modules.llm.causal_lm.CausalLM",
+            "config": self.lm.config.to_diff_dict() | {"model_type": self.lm.config.model_type},
+            "attention": self.attention,
+        }
+
+    @property
+    def all_tied_weights_keys(self) -> dict[str, str]:
+        """As transformers asks a part of a model, so that tied weights are saved once."""
+        return {f"lm.{a}": f"lm.{b}" for a, b in self.lm.all_tied_weights_keys.items()}
+
+
+def _load(source: str, attention: str, dtype: str | None) -> PreTrainedModel:
+    options: dict[str, Any] = {"attn_implementation": attention, "dtype": dtype or "auto"}
+    if source.endswith(".gguf"):
+        path = Path(source).expanduser()
+        # Dequantised weights are plain floats, which can be trained and saved.
+        options |= {
+            "gguf_file": path.name,
+            "quantization_config": GgufConfig(dequantize=True),
+            "dtype": dtype or "float32",
+        }
+        source = str(path.parent)
+    return AutoModelForCausalLM.from_pretrained(source, **options)
+
+
+def _make(config: dict[str, Any], attention: str) -> PreTrainedModel:
+    fields = dict(config)
+    if "model_type" not in fields:
+        raise ValueError("model.llm.config needs `model_type`, such as qwen2 or llama")
+    made = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return AutoModelForCausalLM.from_config(made, attn_implementation=attention)
+
+
+def _take_axis_positions(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Hands rows 1 to 3 of the positions to the rotary module, and row 0 to everything else.
+
+    transformers reads masks and packed documents out of the positions; it must see text positions
+    there. Bare positions on three axes fail in training, or are silently taken for documents.
+    """
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.ndim == 3:
+        decoder.rotary_emb.axis_positions = positions[1:].float()
+        kwargs = kwargs | {"position_ids": positions[0].long()}
+    return args, kwargs
+
+
+def _drop_axis_positions(decoder: nn.Module, args: tuple, output: Any) -> None:
+    decoder.rotary_emb.axis_positions = None

@@ -1,0 +1,206 @@
+"""The whole pipeline, top to bottom."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Grid, VideoBatch
+from lightning_modules.encoder.base import Encoder
+from lightning_modules.llm.base import LanguageModel
+from lightning_modules.loss import next_token_loss
+from lightning_modules.pooler.base import Pooler
+from lightning_modules.projector import Projector
+from lightning_modules.rotary.base import Layout, RotaryEmbedding, RotaryScheme
+from lightning_modules.stage import build
+
+
+class VideoLanguageModelConfig(PreTrainedConfig):
+    """One spec (`_target_` and arguments) for each stage; saved with the weights.
+
+    So a checkpoint runs with the rotary scheme and the pooler that it was trained with; another
+    one has to be asked for by name: `from_pretrained(folder, rotary={"_target_": …})`.
+    """
+
+    model_type = "ropelab"
+
+    def __init__(
+        self,
+        encoder: dict | None = None,
+        pooler: dict | None = None,
+        rotary: dict | None = None,
+        llm: dict | None = None,
+        **kwargs: Any,
+    ):
+        self.encoder, self.pooler, self.rotary, self.llm = encoder, pooler, rotary, llm
+        super().__init__(**kwargs)
+
+
+@dataclass
+class LanguageInputs:
+    """What the LLM reads: text and visual tokens in one row, with their positions."""
+
+    embeds: Float[Tensor, "b l m"]
+    mask: Bool[Tensor, "b l"]
+    labels: Int[Tensor, "b l"]
+    positions: Float[Tensor, "4 b l"]
+    layouts: list[Layout]
+
+
+@dataclass
+class Output:
+    loss: Float[Tensor, ""]
+    labelled: Int[Tensor, ""]  # tokens that the loss is a mean of
+    hidden: Float[Tensor, "b l m"]
+    inputs: LanguageInputs
+
+
+class VideoLanguageModel(PreTrainedModel):
+    """frames and words in, loss or words out.
+
+    1. encoder:   frames (n c h w)                    -> patches (n p d), by frame
+    2. pooler:    patches x prompt                    -> relevance (t h w), by visual
+    3. projector, pooler: patches x relevance         -> tokens (t h w m), fewer, by visual
+    4. splice:    tokens into the words' embeddings   -> embeds (b l m), layouts
+    5. rotary:    layouts                             -> positions (4 b l)
+    6. llm:       embeds, positions (-> cos, sin)     -> hidden (b l m)
+    7. loss:      hidden, labels                      -> loss
+    """
+
+    config_class = VideoLanguageModelConfig
+    config: VideoLanguageModelConfig
+    base_model_prefix = "ropelab"
+    main_input_name = "batch"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(self, config: VideoLanguageModelConfig):
+        super().__init__(config)
+        self.encoder: Encoder = build(config.encoder or {})
+        self.pooler: Pooler = build(config.pooler or {})
+        self.rotary: RotaryScheme = build(config.rotary or {})
+        self.llm: LanguageModel = build(config.llm or {})
+        self.pooler.grid(Grid(1, *self.encoder.grid))  # a kernel that does not fit stops here
+        self.llm.replace_rotary(lambda original: RotaryEmbedding(self.rotary, original))
+        self.projector = Projector(self.encoder.width, self.llm.width)
+        # What was read from a hub or folder now is data of this model: save its config, not its name.
+        config.encoder, config.llm = self.encoder.to_spec(), self.llm.to_spec()
+        self.post_init()
+
+    def forward(self, batch: VideoBatch) -> Output:
+        patches = self.encoder(batch.frames, batch.frame_counts)  # n p d
+        inputs = self.compose(batch, patches)
+        hidden = self.llm(inputs.embeds, inputs.mask, inputs.positions)  # b l m
+        loss, labelled = next_token_loss(hidden, inputs.labels, self.llm.head)
+        return Output(loss, labelled, hidden, inputs)
+
+    @torch.no_grad()
+    def generate(self, batch: VideoBatch, **options: Any) -> Int[Tensor, "b l"]:
+        """New token ids after each row; labels are not read.
+
+        `options` go to transformers' `GenerationMixin.generate`: `max_new_tokens`, `num_beams`, …
+        """
+        patches = self.encoder(batch.frames, batch.frame_counts)
+        inputs = self.compose(batch, patches, padding_side="left")
+        return self.llm.generate(inputs.embeds, inputs.mask, inputs.positions, **options)
+
+    def compose(
+        self, batch: VideoBatch, patches: Float[Tensor, "n p d"], padding_side: str = "right"
+    ) -> LanguageInputs:
+        """Steps 2 to 5: everything between the encoder and the LLM."""
+        visuals = self._visuals(batch, patches)
+        relevance = self._relevance(batch, visuals)
+        tokens, grids = self.pool(visuals, relevance)
+        pieces, layouts = self._splice(batch, tokens, grids)
+        positions = self.rotary.batch_positions(layouts, padding_side).to(patches.device)
+        embeds, mask, labels = _pad(pieces, padding_side)
+        return LanguageInputs(embeds, mask, labels, positions, layouts)
+
+    def pool(
+        self,
+        visuals: Sequence[Float[Tensor, "_ _ _ d"]],
+        relevance: Sequence[Float[Tensor, "_ _ _"] | None],
+    ) -> tuple[list[Float[Tensor, "_ m"]], list[Grid]]:
+        """Tokens of each visual and the grid they come from.
+
+        The projector's second layer runs on what the pooler leaves: a window's weights sum to 1,
+        so a linear map gives the same on either side of it.
+        """
+        pooled = [
+            self.pooler(patches, weight, self.projector.expand)
+            for patches, weight in zip(visuals, relevance, strict=True)
+        ]  # each t h w m
+        if not pooled:
+            return [], []
+        grids = [Grid(*p.shape[:3]) for p in pooled]
+        flat = torch.cat([p.flatten(0, 2) for p in pooled])  # all tokens of the batch, m
+        return list(self.projector.contract(flat).split([g.size for g in grids])), grids
+
+    def _visuals(
+        self, batch: VideoBatch, patches: Float[Tensor, "n p d"]
+    ) -> list[Float[Tensor, "_ _ _ d"]]:
+        rows, columns = self.encoder.grid
+        grid = patches.unflatten(1, (rows, columns))  # n p d -> n h w d
+        return list(grid.split(batch.frame_counts)) if batch.frame_counts else []
+
+    def _relevance(
+        self, batch: VideoBatch, visuals: Sequence[Float[Tensor, "_ _ _ d"]]
+    ) -> list[Float[Tensor, "_ _ _"] | None]:
+        if not self.pooler.uses_prompt or not visuals:
+            return [None] * len(visuals)
+        prompts = self.encoder.encode_prompt(batch.prompt_ids, batch.prompt_mask)  # b e
+        rows = (batch.input_ids == VISUAL_SLOT).nonzero()[:, 0].tolist()
+        return [
+            self.pooler.relevance(self.encoder.align(patches.flatten(1, 2)), prompts[row]).view(
+                patches.shape[:3]
+            )
+            for patches, row in zip(visuals, rows, strict=True)
+        ]
+
+    def _splice(
+        self, batch: VideoBatch, tokens: Sequence[Float[Tensor, "_ m"]], grids: Sequence[Grid]
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[Layout]]:
+        """Puts each visual's tokens in the place of its slot; padding is dropped.
+
+        Returns one (embeddings, labels) pair a row, and the rows' layouts.
+        """
+        embeds = self.llm.embed(batch.input_ids.clamp(min=0))  # b l m; slots read as any token
+        lengths = batch.attention_mask.sum(dim=1).tolist()
+        slots = (batch.input_ids == VISUAL_SLOT).nonzero().tolist()
+        pieces, layouts, visual = [], [], iter(zip(tokens, grids, strict=True))
+        for row, length in enumerate(lengths):
+            parts, marks, layout, start = [], [], [], 0
+            for stop in [column for r, column in slots if r == row] + [length]:
+                parts.append(embeds[row, start:stop])
+                marks.append(batch.labels[row, start:stop])
+                if stop > start:
+                    layout.append(stop - start)
+                if stop < length:
+                    part, grid = next(visual)
+                    parts.append(part.to(embeds.dtype))
+                    marks.append(batch.labels.new_full((grid.size,), IGNORE_INDEX))
+                    layout.append(grid)
+                start = stop + 1
+            pieces.append((torch.cat(parts), torch.cat(marks)))
+            layouts.append(layout)
+        return pieces, layouts
+
+    def _init_weights(self, module: Any) -> None:
+        """Each stage sets its own weights when it is made; transformers' default would undo that."""
+
+
+def _pad(
+    pieces: Sequence[tuple[Tensor, Tensor]], side: str
+) -> tuple[Float[Tensor, "b l m"], Bool[Tensor, "b l"], Int[Tensor, "b l"]]:
+    embeds, labels = zip(*pieces, strict=True)
+    mask = [torch.ones_like(row, dtype=torch.bool) for row in labels]
+
+    def stack(rows: Sequence[Tensor], value: float) -> Tensor:
+        return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
+
+    return stack(embeds, 0.0), stack(mask, False), stack(labels, IGNORE_INDEX)

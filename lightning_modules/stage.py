@@ -1,0 +1,50 @@
+"""Builds a stage from its spec: a class path under `_target_` and the arguments beside it.
+
+A spec is what a yaml of `configs/<stage>/` says and what a saved model's `config.json` holds, so
+opening somebody's checkpoint must not run somebody's code: only classes that this package itself
+defines are built, and anything else is refused before it is imported.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+PACKAGE = "lightning_modules"
+
+
+def resolve(path: str) -> type:
+    """The class at a dotted path under `lightning_modules`.
+
+    Raises:
+        ValueError: the path leads elsewhere, or to something that is not a class of this package.
+    """
+    module_path, _, name = path.rpartition(".")
+    if not module_path.startswith(f"{PACKAGE}."):
+        raise ValueError(f"stage class {path!r} refused: only classes under {PACKAGE} are built")
+    try:
+        found = getattr(importlib.import_module(module_path), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"there is no stage class {path!r}") from error
+    if not isinstance(found, type) or not found.__module__.startswith(f"{PACKAGE}."):
+        raise ValueError(f"stage class {path!r} refused: not a class defined under {PACKAGE}")
+    return found
+
+
+def build(spec: Mapping[str, Any]) -> Any:
+    """Calls the class under `_target_` with the other keys, nested specs built first.
+
+    Raises:
+        ValueError: no `_target_`, a class that is refused, or arguments it does not take.
+    """
+    if "_target_" not in spec:
+        raise ValueError(f"a stage spec needs a `_target_`, this one has only {sorted(spec)}")
+    cls = resolve(spec["_target_"])
+    arguments = {
+        key: build(value) if isinstance(value, Mapping) and "_target_" in value else value
+        for key, value in spec.items()
+        if key != "_target_"
+    }
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{spec['_target_']}: {error}") from error
