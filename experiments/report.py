@@ -1,0 +1,116 @@
+"""ropelab-report: one page that says which setting finds the needle, and how far to believe it."""
+
+import argparse
+import sys
+from base64 import b64encode
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from experiments import report_tables as tables
+from experiments.report_data import Run, load_runs
+from experiments.report_plots import COLOURS, draw_all
+
+PACKAGES = ("ropelab", "torch", "lightning", "transformers")
+SHOWN_GENERATIONS = 8
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("ropelab-report", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
+    parser.add_argument("--output", type=Path, help="where to write (default: the first of RUNS)")
+    options = parser.parse_args(arguments)
+    try:
+        runs = load_runs(options.runs)
+    except (ValueError, OSError) as error:
+        sys.exit(f"ropelab-report: {error}")
+    for path in write_report(runs, options.output or options.runs[0]):
+        print(path.resolve())
+
+
+def write_report(runs: list[Run], output: Path) -> list[Path]:
+    """Writes report.html, which holds everything, and report.md with its pictures beside it."""
+    axes = tables.ablated_axes(runs)
+    groups = tables.group_runs(runs, axes)
+    pictures = draw_all(groups)
+
+    folder = output / "report_files"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, svg in pictures.items():
+        (folder / f"{name}.svg").write_text(svg)
+
+    facts = describe(runs, groups, axes) | {"pictures": pictures}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: bool(name) and "html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"data_uri": data_uri, "cell": table_cell}
+    written = []
+    for suffix in ("html", "md"):
+        path = output / f"report.{suffix}"
+        path.write_text(environment.get_template(f"report.{suffix}.j2").render(facts))
+        written.append(path)
+    return written
+
+
+def describe(runs: list[Run], groups: list[tables.Group], axes: list[str]) -> dict:
+    """Everything the templates name, apart from the pictures."""
+    rows = tables.rank(groups)
+    return {
+        "title": title(runs, groups, axes),
+        "headline": tables.headline(rows),
+        "cautions": tables.cautions(runs),
+        "runs": runs,
+        "groups": groups,
+        "rows": rows,
+        "columns": tables.columns_of(groups),
+        "conditions": tables.CONDITIONS,
+        "reaches": tables.REACHES,
+        "canaries": tables.CANARIES,
+        "colours": COLOURS,
+        "generations": generations(groups),
+        "commands": commands(runs),
+        "versions": {"python": python_version()} | {name: version(name) for name in PACKAGES},
+    }
+
+
+def title(runs: list[Run], groups: list[tables.Group], axes: list[str]) -> str:
+    settings = [axis for axis in axes if axis != "seed"]
+    seeds = len({run.value("seed") for run in runs})
+    what = " x ".join(settings) if settings else groups[0].label
+    counts = [f"{len(groups)} settings"] if settings else []
+    counts += [f"{seeds} seeds"] if seeds > 1 else []
+    return f"{'Ablation of ' if settings else ''}{what}" + (f": {', '.join(counts)}" * bool(counts))
+
+
+def generations(groups: list[tables.Group]) -> list[dict]:
+    """The same samples for every group, each answered by the group's first run that has any."""
+    answers = {g.label: next((r.generations for r in g.runs if r.generations), []) for g in groups}
+    samples = {row["key"]: row for rows in answers.values() for row in rows}
+    generated = {label: {r["key"]: r["generated"] for r in rows} for label, rows in answers.items()}
+    return [
+        row | {"by_group": {label: by_key.get(key) for label, by_key in generated.items()}}
+        for key, row in list(samples.items())[:SHOWN_GENERATIONS]
+    ]
+
+
+def commands(runs: list[Run]) -> dict[str, list[Run]]:
+    """Each command line with the runs that it started: a multirun starts several."""
+    started: dict[str, list[Run]] = {}
+    for run in runs:
+        started.setdefault(run.command or "command.txt is missing", []).append(run)
+    return started
+
+
+def data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + b64encode(svg.encode()).decode()
+
+
+def table_cell(text: object) -> str:
+    """Text that cannot break out of a cell of a Markdown table."""
+    return " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").split())
