@@ -1,0 +1,49 @@
+"""frames -> patches; prompt -> embedding. The contract of the first stage."""
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor, nn
+
+
+class Encoder(nn.Module, ABC):
+    """Turns frames into patch features, and puts patches and prompts into one space.
+
+    Attributes a subclass sets:
+        width: d, of the patch features.
+        grid: rows and columns of patches in a frame.
+        image_size: side of a frame in pixels, square.
+        per_frame: a frame's patches depend on that frame alone, so they may be kept and reused.
+    """
+
+    width: int
+    grid: tuple[int, int]
+    image_size: int
+    per_frame: bool
+
+    @abstractmethod
+    def forward(
+        self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
+    ) -> Float[Tensor, "n p d"]:
+        """Patch features, class token left out. uint8 frames are normalised here.
+
+        `frame_counts` says how many of the n frames belong to each visual.
+        """
+
+    @abstractmethod
+    def align(self, patches: Float[Tensor, "*n p d"]) -> Float[Tensor, "*n p e"]:
+        """Patch features in the space shared with prompts; not normalised."""
+
+    @abstractmethod
+    def encode_prompt(
+        self, prompt_ids: Int[Tensor, "b k"], prompt_mask: Bool[Tensor, "b k"]
+    ) -> Float[Tensor, "b e"]:
+        """One embedding a prompt in the space shared with patches; not normalised."""
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The repeated layers: the units to shard and to checkpoint."""
+
+    @abstractmethod
+    def to_spec(self) -> dict:
+        """Class path and arguments that rebuild this stage without reading its source again."""

@@ -1,0 +1,213 @@
+"""CLIP as the encoder: transformers' vision and text towers, stopped where the features are."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, PretrainedConfig
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from .base import Encoder
+from .bt_adapter import BTAdapter
+from .prompt import extend_context
+
+
+class ClipEncoder(Encoder):
+    """Patches of hidden state `feature_layer`, in one space with prompts.
+
+    Give one of `source` and `config`.
+
+    Args:
+        source: hub id or folder of a whole CLIP model, vision and text.
+        config: sizes for a new one with random weights: `{"vision": {...}, "text": {...},
+            "projection_dim": n}`, the names in it those of transformers' CLIP configs.
+        feature_layer: as transformers counts hidden states: 0 before the first layer, -1 after
+            the last one. Layers behind it are neither kept nor run.
+        context_length: text positions. The tower's table is stretched to them where it is
+            shorter; None leaves it as it is.
+        kept_positions: how many of the first text positions stay unstretched.
+        bt_adapter: `{"depth": ..., "max_frames": ...}`: BT-Adapter beside the last `depth`
+            layers of the whole tower, for visuals of up to `max_frames`.
+
+    Raises:
+        ValueError: the arguments do not fit together; the message says which and what would.
+    """
+
+    def __init__(
+        self,
+        source: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        feature_layer: int = -2,
+        context_length: int | None = 248,
+        kept_positions: int = 20,
+        bt_adapter: Mapping[str, int] | None = None,
+    ):
+        super().__init__()
+        clip = _load(source, config)
+        self.feature_layer, self.kept_positions = feature_layer, kept_positions
+        self.stretched = context_length is not None
+        self.bt_adapter = dict(bt_adapter) if bt_adapter else None
+
+        self.vision, self.text = clip.vision_model, clip.text_model
+        self.visual_projection, self.text_projection = clip.visual_projection, clip.text_projection
+        if context_length is not None:
+            extend_context(self.text, context_length, kept_positions)
+        layers = self.vision.encoder.layers
+        kept = _layers_before(feature_layer, len(layers))
+        self.branch_start = kept
+        self.adapter = None
+        if self.bt_adapter:
+            self.branch_start = _branch_start(self.bt_adapter["depth"], kept, len(layers))
+            beside = list(layers[self.branch_start : kept])
+            max_frames = self.bt_adapter["max_frames"]
+            self.adapter = BTAdapter(self.vision.config, beside, max_frames)
+        self.vision.encoder.layers = layers[:kept]
+
+        sizes: Any = self.vision.config
+        self.width, self.image_size = sizes.hidden_size, sizes.image_size
+        side = sizes.image_size // sizes.patch_size
+        self.grid = (side, side)
+        self.per_frame = self.adapter is None
+        self.context_length = self.text.config.max_position_embeddings
+
+    def forward(
+        self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
+    ) -> Float[Tensor, "n p d"]:
+        return self.hidden_state(frames, frame_counts)[:, 1:]
+
+    def hidden_state(
+        self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
+    ) -> Float[Tensor, "n s d"]:
+        """`forward` with the class token: s is 1 + p.
+
+        Raises:
+            ValueError: frames of another size than the tower reads.
+        """
+        tower = self.vision
+        hidden = tower.pre_layrnorm(_embed(tower, normalise(frames)))
+        for layer in tower.encoder.layers[: self.branch_start]:
+            hidden = layer(hidden, None)
+        if self.adapter is None:
+            return hidden
+        beside = list(tower.encoder.layers[self.branch_start :])
+        positions = tower.embeddings.position_embedding.weight
+        return self.adapter(hidden, frame_counts, beside, positions)
+
+    def align(self, patches: Float[Tensor, "*n p d"]) -> Float[Tensor, "*n p e"]:
+        return self.visual_projection(self.vision.post_layernorm(patches))
+
+    def encode_prompt(
+        self, prompt_ids: Int[Tensor, "b k"], prompt_mask: Bool[Tensor, "b k"]
+    ) -> Float[Tensor, "b e"]:
+        """The state of each prompt's first end-of-text token, projected.
+
+        Raises:
+            ValueError: the prompts are longer than the text tower's positions.
+        """
+        length = prompt_ids.shape[1]
+        if length > self.context_length:
+            raise ValueError(
+                f"a prompt of {length} tokens, but the text tower has {self.context_length} "
+                "positions: cut prompts there or raise model.encoder.context_length"
+            )
+        # Positions are given because the tower's own are a buffer that no checkpoint holds.
+        positions = torch.arange(length, device=prompt_ids.device)[None]
+        text = self.text(prompt_ids, attention_mask=prompt_mask, position_ids=positions)
+        return self.text_projection(text.pooler_output)
+
+    def blocks(self) -> list[nn.Module]:
+        beside = [*self.adapter.temporal, *self.adapter.spatial] if self.adapter else []
+        return [*self.vision.encoder.layers, *beside, *self.text.encoder.layers]
+
+    def to_spec(self) -> dict:
+        config = {
+            "vision": _sizes(self.vision.config),
+            "text": _sizes(self.text.config),
+            "projection_dim": self.visual_projection.out_features,
+        }
+        return {
+            "_target_": f"{type(self).__module__}.{type(self).__qualname__}",
+            "config": config,
+            "feature_layer": self.feature_layer,
+            "context_length": self.context_length if self.stretched else None,
+            "kept_positions": self.kept_positions,
+            "bt_adapter": self.bt_adapter,
+        }
+
+
+def normalise(frames: Num[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    """uint8 RGB to CLIP's input; floats are taken as that already."""
+    if frames.is_floating_point():
+        return frames
+    mean = torch.tensor(OPENAI_CLIP_MEAN, device=frames.device)[:, None, None]
+    std = torch.tensor(OPENAI_CLIP_STD, device=frames.device)[:, None, None]
+    return (frames / 255 - mean) / std
+
+
+def _load(source: str | None, config: Mapping[str, Any] | None) -> CLIPModel:
+    if (source is None) == (config is None):
+        raise ValueError(
+            "an encoder needs one of model.encoder.source and model.encoder.config, not both"
+        )
+    if config is not None:
+        text, vision = dict(config["text"]), dict(config["vision"])
+        dim = config["projection_dim"]
+        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim))
+    loaded: Any = CLIPModel.from_pretrained(
+        source, dtype=torch.get_default_dtype(), output_loading_info=True
+    )
+    clip, report = loaded
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{source} lacks {len(report['missing_keys'])} of CLIP's weights, such as "
+            f"{min(report['missing_keys'])}: set model.encoder.source to a whole CLIP model"
+        )
+    return clip
+
+
+def _embed(tower: CLIPVisionModel, frames: Float[Tensor, "n c h w"]) -> Float[Tensor, "n s d"]:
+    """Class token, then patches, with their positions.
+
+    Not transformers' own forward: that reads the position ids from a buffer which no checkpoint
+    holds, so a tower that was built on the meta device would read whatever is in memory.
+    """
+    embeddings, side = tower.embeddings, tower.config.image_size
+    if frames.shape[-2:] != (side, side):
+        raise ValueError(
+            f"frames of {frames.shape[-2]} x {frames.shape[-1]} pixels, but the encoder reads "
+            f"{side} x {side}: set data.image_size to {side}"
+        )
+    weight = embeddings.patch_embedding.weight
+    patches = embeddings.patch_embedding(frames.to(weight.dtype)).flatten(2).mT  # n p d
+    token = embeddings.class_embedding.expand(frames.shape[0], 1, -1)
+    return torch.cat([token, patches], dim=1) + embeddings.position_embedding.weight
+
+
+def _layers_before(feature_layer: int, depth: int) -> int:
+    """How many layers run before hidden state `feature_layer` of a tower of `depth` layers."""
+    count = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
+    if not 0 <= count <= depth:
+        raise ValueError(
+            f"model.encoder.feature_layer {feature_layer} is not in a tower of {depth} layers: "
+            f"take {-depth - 1} to {depth}"
+        )
+    return count
+
+
+def _branch_start(adapter_depth: int, kept: int, depth: int) -> int:
+    """Index of the first layer that has BT-Adapter beside it."""
+    start = depth - adapter_depth
+    if not 0 <= start < kept:
+        raise ValueError(
+            f"model.encoder.bt_adapter.depth {adapter_depth} does not fit: the features come after layer "
+            f"{kept} of {depth}, so take {depth - kept + 1} to {depth}"
+        )
+    return start
+
+
+def _sizes(config: PretrainedConfig) -> dict[str, Any]:
+    """What rebuilds a tower: its architecture, without what transformers notes beside it."""
+    notes = ("transformers_version", "model_type", "architectures", "dtype", "projection_dim")
+    return {k: v for k, v in config.to_diff_dict().items() if k not in notes}

@@ -1,0 +1,40 @@
+"""patches x relevance -> tokens. The contract of the second stage."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from datamodules.batch import Grid
+
+
+class Pooler(nn.Module, ABC):
+    """A weighted mean over windows of one visual's patches; each window's weights sum to 1.
+
+    Because they sum to 1, a linear layer gives the same before and after the pooler.
+    `uses_prompt` says whether `forward` needs the relevance of every patch to a prompt.
+    """
+
+    uses_prompt: bool = False
+
+    @abstractmethod
+    def grid(self, before: Grid) -> Grid:
+        """The grid that is left of `before`.
+
+        Raises:
+            ValueError: the windows do not fit into `before`; the message says what would.
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        patches: Float[Tensor, "t h w d"],
+        relevance: Float[Tensor, "t h w"] | None = None,
+        expand: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "t2 h2 w2 m"]:
+        """Pools `expand(patches)`, a map of every patch by itself (`None`: the patches).
+
+        `relevance` is the cosine of each patch and the prompt. Where no gradient is asked for,
+        `expand` runs on a few frames at a time, so that its result never exists as a whole.
+        """

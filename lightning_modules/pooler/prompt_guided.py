@@ -1,0 +1,81 @@
+"""Prompt-guided 3-D pooling: each window's mean leans to the patches that the question is about.
+
+PPLLaVA, arXiv 2411.02327, section 3.2; its code, ppllava/models/llava_projector.py and utils.py.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from datamodules.batch import Grid
+
+from .base import Pooler
+from .windows import Windows
+
+
+class PromptGuidedPooler(Pooler):
+    """Weights: the softmax over each window of CLIP's logit, exp(logit_scale) * cosine.
+
+    That is the paper's softmax over all patches of the visual, made to sum to 1 in each window.
+    The published code takes a second softmax instead: `double_softmax` has each window's weights
+    be the softmax of (the softmax over all patches) / temperature. Over thousands of patches
+    the first one leaves values near zero, so those weights are nearly equal, as
+    `last_effective_tokens` shows.
+
+    Args:
+        kernel, stride, output_size, image_kernel, crop: as in `Windows`.
+        temperature: divides what the last softmax takes; None is 1, or 0.01 with double_softmax,
+            as published.
+        logit_scale: ln of CLIP's temperature, kept with the weights and not trained; by default
+            where OpenAI's models end, ln 100.
+
+    Attributes:
+        last_effective_tokens: of the latest forward, the patches that count in a window: exp of
+            the entropy of its weights, averaged over windows. From 1 to the window's size.
+    """
+
+    uses_prompt = True
+
+    def __init__(
+        self,
+        kernel: Sequence[int] | None = None,
+        stride: Sequence[int] | None = None,
+        output_size: Sequence[int] | None = None,
+        image_kernel: Sequence[int] | None = None,
+        crop: bool = False,
+        temperature: float | None = None,
+        double_softmax: bool = False,
+        logit_scale: float = math.log(100),
+    ):
+        super().__init__()
+        self.windows = Windows(kernel, stride, output_size, image_kernel, crop)
+        self.double_softmax = double_softmax
+        self.temperature = (0.01 if double_softmax else 1.0) if temperature is None else temperature
+        if self.temperature <= 0:
+            raise ValueError(f"model.pooler.temperature {temperature} must be above 0")
+        # One element rather than a scalar, which FSDP2 does not shard.
+        self.logit_scale = nn.Parameter(torch.tensor([logit_scale]), requires_grad=False)
+        self.last_effective_tokens: Float[Tensor, ""] | None = None
+
+    def grid(self, before: Grid) -> Grid:
+        return self.windows.fit(before).count
+
+    def forward(
+        self,
+        patches: Float[Tensor, "t h w d"],
+        relevance: Float[Tensor, "t h w"] | None = None,
+        expand: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "t2 h2 w2 m"]:
+        if relevance is None:
+            raise ValueError("prompt-guided pooling needs the relevance of every patch")
+        scores = relevance.float() * self.logit_scale.float().exp()
+        if self.double_softmax:
+            scores = scores.flatten().softmax(0).view_as(scores)
+        fitted = self.windows.fit(Grid(*patches.shape[:3]))
+        weights = (fitted.gather(scores) / self.temperature).softmax(-1)
+        entropy = torch.special.entr(weights.detach()).sum(-1)
+        self.last_effective_tokens = entropy.exp().mean()
+        return fitted.average(patches, weights, expand)
