@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lightning_modules.metrics.bootstrap import MeanInterval
+
 #: Stands for a value that a run does not have.
 ABSENT = "-"
 
@@ -25,14 +27,6 @@ class Cell(NamedTuple):
     correct: bool
 
 
-class Score(NamedTuple):
-    """A mean over right and wrong answers with the ends of its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
 @dataclass(frozen=True)
 class Needle:
     """What the needle test of one run measured."""
@@ -42,8 +36,8 @@ class Needle:
     step: int
     train_frames: tuple[int, int]  # fewest and most frames of a training sample
     cells: dict[str, list[Cell]]  # by condition: plain, periodic, single
-    blind: Score
-    ceiling: Score
+    blind: MeanInterval
+    ceiling: MeanInterval
     majority: float  # what always giving the commonest answer would score
     logit_change: float
     changed_at: tuple[int, float]  # frames and depth of the frame that was changed
@@ -208,8 +202,8 @@ def _parse_needle(raw: dict[str, Any]) -> Needle:
             ]
             for condition, result in raw["conditions"].items()
         },
-        blind=Score(canaries["blind"]["mean"], *canaries["blind"]["interval"]),
-        ceiling=Score(canaries["ceiling"]["mean"], *canaries["ceiling"]["interval"]),
+        blind=MeanInterval(canaries["blind"]["mean"], *canaries["blind"]["interval"]),
+        ceiling=MeanInterval(canaries["ceiling"]["mean"], *canaries["ceiling"]["interval"]),
         majority=canaries["blind"]["majority"],
         logit_change=sensitivity["max_logit_change"],
         changed_at=(sensitivity["frames"], sensitivity["depth"]),

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -18,7 +19,8 @@ from experiments.report_tables import CONDITIONS, Group, score
 #: Okabe and Ito (2008): eight colours that every kind of colour vision tells apart; without the
 #: yellow, which is too pale for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "os^DvPX"
+MARKERS = "os^DvPX*"  # one more than colours, so that the pairs repeat late
+LINES = ("-", "--", ":")  # one for every turn through the colours
 HEATMAP = matplotlib.colormaps["cividis"]
 
 STYLE: Any = {
@@ -82,8 +84,8 @@ def heatmaps(groups: list[Group], condition: str) -> str:
         for ax in axes.flat[len(shown) :]:
             ax.set_visible(False)
         for ax, group in zip(axes.flat, shown, strict=False):
-            _heatmap(ax, _grid(_cells(group, condition), frames, depths), frames, depths)
-            ax.set_title(group.label)
+            _heatmap(ax, cell_means(_cells(group, condition), frames, depths), frames, depths)
+            ax.set_title(fill(group.label, 26))
             _mark_training_length(ax, group, frames)
         for ax in axes[:, 0]:
             ax.set_ylabel("depth of the needle")
@@ -98,7 +100,7 @@ def _cells(group: Group, condition: str) -> list[Cell]:
     return [c for run in group.tested if run.needle for c in run.needle.cells.get(condition, [])]
 
 
-def _grid(cells: list[Cell], frames: list[int], depths: list[float]) -> np.ndarray:
+def cell_means(cells: list[Cell], frames: list[int], depths: list[float]) -> np.ndarray:
     """Mean over needles and seeds, depths down, frames across; NaN where nothing was asked."""
     total = np.zeros((len(depths), len(frames)))
     found = np.zeros_like(total)
@@ -153,7 +155,7 @@ def accuracy_by_length(groups: list[Group], conditions: list[str]) -> str:
             ax.axhline(blind, color="#3d4450", ls="--", lw=1.2, label="blind (no needle)")
             ax.set(title=CONDITIONS[condition], ylim=(-0.02, 1.04))
         axes[0].set_ylabel("share found")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        _legend(figure, list(axes))
         return _svg(figure)
 
 
@@ -163,10 +165,14 @@ def _accuracy_line(ax: Axes, group: Group, cells: list[Cell]) -> None:
     if not intervals:
         return
     mean, low, high = np.array(intervals).T
-    colour = COLOURS[group.index % len(COLOURS)]
-    ax.fill_between(lengths, low, high, color=colour, alpha=0.14, lw=0)
+    ax.fill_between(lengths, low, high, color=_line(group)["color"], alpha=0.14, lw=0)
     marker = MARKERS[group.index % len(MARKERS)]
-    ax.plot(lengths, mean, color=colour, marker=marker, ms=5, lw=1.8, label=group.label)
+    ax.plot(lengths, mean, **_line(group), marker=marker, ms=5, lw=1.8, label=group.label)
+
+
+def _line(group: Group) -> dict[str, Any]:
+    turn, colour = divmod(group.index, len(COLOURS))
+    return {"color": COLOURS[colour], "ls": LINES[turn % len(LINES)]}
 
 
 def _length_axis(ax: Axes, lengths: list[int], trained: tuple[int, int]) -> None:
@@ -186,17 +192,22 @@ def loss_curves(groups: list[Group], names: list[str]) -> str:
                 for i, run in enumerate(r for r in group.runs if name in r.curves):
                     steps, values = _smooth(run.curves[name])
                     label = group.label if i == 0 else None
-                    colour = COLOURS[group.index % len(COLOURS)]
-                    ax.plot(steps, values, color=colour, lw=1.3, alpha=0.85, label=label)
+                    ax.plot(steps, values, **_line(group), lw=1.3, alpha=0.85, label=label)
             ax.set(title=name, xlabel="optimiser step")
-        axes[0].set_ylabel("cross-entropy (nats a token)")
-        handles = {
-            label: handle
-            for ax in axes
-            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
+        axes[0].set_ylabel("nats a token")
+        _legend(figure, list(axes))
         return _svg(figure)
+
+
+def _legend(figure: Figure, axes: list[Axes]) -> None:
+    """One legend below all axes, with as many columns as its longest label leaves room for."""
+    handles = {
+        label: handle
+        for ax in axes
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    columns = max(1, int(figure.get_figwidth() * 9) // (max(map(len, handles)) + 8))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 
 def _smooth(points: list[tuple[int, float]], most: int = 120) -> np.ndarray:

@@ -89,7 +89,7 @@ def group_runs(runs: list[Run], axes: list[str]) -> list[Group]:
     members: dict[str, list[Run]] = {}
     for run in runs:
         if len(settings) > 1:
-            label = ", ".join(f"{axis}={run.value(axis)}" for axis in settings)
+            label = ", ".join(f"{axis.rpartition('.')[2]}={run.value(axis)}" for axis in settings)
         else:
             label = run.value(settings[0] if settings else "rotary")
         members.setdefault(run.folder.name if label == ABSENT else label, []).append(run)
@@ -160,9 +160,10 @@ def headline(rows: list[Row]) -> str:
     if len(rows) > 1:
         second = rows[1]
         apart = low > second.overall.interval.high
+        verdict = "do not overlap" if apart else "overlap, this test cannot tell them apart"
         text += (
             f" Next is {second.group.label} with {second.overall.interval.mean:.0%}: "
-            f"the two intervals {'do not overlap' if apart else 'overlap, so take them as equal'}."
+            f"the two intervals {verdict}."
         )
     return text
 

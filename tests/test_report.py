@@ -12,6 +12,7 @@ import pytest
 from experiments import report_tables as tables
 from experiments.report import main, write_report
 from experiments.report_data import Cell, load_run, load_runs
+from experiments.report_plots import cell_means
 from lightning_modules.metrics.bootstrap import bootstrap_interval
 
 TRAINED = (8, 24)
@@ -242,7 +243,7 @@ class TestRanking:
     def test_overlapping_intervals_are_called_equal(self, sweep):
         rows = tables.rank(tables.group_runs(load_runs([sweep]), ["rotary", "seed"]))
         assert "do not overlap" in tables.headline([rows[0], rows[-1]])
-        assert "take them as equal" in tables.headline([rows[0], rows[0]])
+        assert "cannot tell them apart" in tables.headline([rows[0], rows[0]])
 
     def test_different_grids_are_pointed_out(self, sweep):
         runs = load_runs([sweep])
@@ -251,6 +252,19 @@ class TestRanking:
         assert needle
         needle.cells["plain"].append(Cell(999, 0.5, 0, True))
         assert any("different grids" in note for note in tables.cautions(runs))
+
+    def test_the_interval_draws_needles(self):
+        cells = [Cell(8, depth, needle, needle > 2) for depth in DEPTHS for needle in range(6)]
+        score = tables.score([cells, cells])
+        assert score
+        assert score.interval == pytest.approx(bootstrap_interval([0, 0, 0, 1, 1, 1]))
+
+
+class TestHeatmap:
+    def test_each_cell_is_the_mean_of_its_answers_or_empty(self):
+        cells = [Cell(8, 0.0, 0, True), Cell(8, 0.0, 1, False), Cell(16, 1.0, 0, True)]
+        grid = cell_means(cells, [8, 16], [0.0, 1.0])
+        np.testing.assert_array_equal(grid, [[0.5, np.nan], [np.nan, 1.0]])
 
 
 class TestCanaries:
