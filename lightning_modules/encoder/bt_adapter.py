@@ -90,9 +90,10 @@ class BTAdapter(nn.Module):
         Raises:
             ValueError: a visual is longer than the temporal positions.
         """
-        if max(frame_counts) > self.time_positions.num_embeddings:
+        longest = max(frame_counts)
+        if longest > self.time_positions.num_embeddings:
             raise ValueError(
-                f"a visual of {max(frame_counts)} frames, but BT-Adapter has "
+                f"a visual of {longest} frames, but BT-Adapter has "
                 f"{self.time_positions.num_embeddings} temporal positions: sample fewer frames or "
                 "raise model.encoder.bt_adapter.max_frames"
             )

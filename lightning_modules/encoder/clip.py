@@ -87,6 +87,8 @@ class ClipEncoder(Encoder):
         """
         tower = self.vision
         hidden = tower.pre_layrnorm(_embed(tower, normalise(frames)))
+        if not frame_counts:  # transformers' attention does not take an empty batch
+            return hidden
         for layer in tower.encoder.layers[: self.branch_start]:
             hidden = layer(hidden, None)
         if self.adapter is None:
@@ -148,9 +150,7 @@ def normalise(frames: Num[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
 
 def _load(source: str | None, config: Mapping[str, Any] | None) -> CLIPModel:
     if (source is None) == (config is None):
-        raise ValueError(
-            "an encoder needs one of model.encoder.source and model.encoder.config, not both"
-        )
+        raise ValueError("set one of model.encoder.source and model.encoder.config, and only one")
     if config is not None:
         text, vision = dict(config["text"]), dict(config["vision"])
         dim = config["projection_dim"]
@@ -201,8 +201,8 @@ def _branch_start(adapter_depth: int, kept: int, depth: int) -> int:
     start = depth - adapter_depth
     if not 0 <= start < kept:
         raise ValueError(
-            f"model.encoder.bt_adapter.depth {adapter_depth} does not fit: the features come after layer "
-            f"{kept} of {depth}, so take {depth - kept + 1} to {depth}"
+            f"model.encoder.bt_adapter.depth {adapter_depth} does not fit: the features come after "
+            f"layer {kept} of {depth}, so take {depth - kept + 1} to {depth}"
         )
     return start
 

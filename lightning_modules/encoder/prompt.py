@@ -25,7 +25,7 @@ def stretch_positions(
     if left_over or factor < 1:
         raise ValueError(
             f"{table.shape[0]} text positions, {kept} of them kept, do not stretch to {length}: "
-            f"set model.encoder.context_length to {kept} + k * {others}, such as {kept + 4 * others}"
+            f"set model.encoder.context_length to {kept} + k * {others}, say {kept + 4 * others}"
         )
     start = table[kept:, None]  # others 1 d
     follower = torch.cat([table[kept + 1 :], 2 * table[-1:] - table[-2:-1]])[:, None]

@@ -8,15 +8,28 @@ from torch import Tensor, nn
 
 from datamodules.batch import Grid
 
+from .relevance import relevance
+
 
 class Pooler(nn.Module, ABC):
     """A weighted mean over windows of one visual's patches; each window's weights sum to 1.
 
     Because they sum to 1, a linear layer gives the same before and after the pooler.
-    `uses_prompt` says whether `forward` needs the relevance of every patch to a prompt.
+
+    Attributes:
+        uses_prompt: `forward` needs the relevance of every patch to a prompt.
+        last_effective_tokens: of the latest forward, for logs: how many patches count in a
+            window; None where all count the same.
     """
 
     uses_prompt: bool = False
+    last_effective_tokens: Float[Tensor, ""] | None = None
+
+    def relevance(
+        self, patches: Float[Tensor, "*n p e"], prompt: Float[Tensor, " e"]
+    ) -> Float[Tensor, "*n p"]:
+        """Cosine of each aligned patch and one prompt's embedding."""
+        return relevance(patches, prompt)
 
     @abstractmethod
     def grid(self, before: Grid) -> Grid:

@@ -58,7 +58,6 @@ class PromptGuidedPooler(Pooler):
             raise ValueError(f"model.pooler.temperature {temperature} must be above 0")
         # One element rather than a scalar, which FSDP2 does not shard.
         self.logit_scale = nn.Parameter(torch.tensor([logit_scale]), requires_grad=False)
-        self.last_effective_tokens: Float[Tensor, ""] | None = None
 
     def grid(self, before: Grid) -> Grid:
         return self.windows.fit(before).count

@@ -40,8 +40,8 @@ class Windows:
     ):
         if (kernel is None and output_size is None) or None not in (kernel, stride, output_size):
             raise ValueError(
-                "set model.pooler.kernel or model.pooler.output_size, and at most one more of kernel, stride "
-                f"and output_size; they are {kernel}, {stride} and {output_size}"
+                "set one or two of model.pooler.kernel, stride and output_size, not stride alone; "
+                f"they are {kernel}, {stride} and {output_size}"
             )
         self.kernel, self.stride, self.output_size, self.image_kernel = (
             None if triple is None else Grid(*triple)
@@ -92,8 +92,8 @@ class Windows:
         stride = f" with stride {list(self.stride)}" if self.stride else ""
         grid = " x ".join(map(str, before))
         return (
-            f"model.pooler.{name} {list(wanted)}{stride} does not fit a grid of {grid} patches (time x "
-            f"rows x columns): {would} with no stride given would"
+            f"model.pooler.{name} {list(wanted)}{stride} does not fit a grid of {grid} patches "
+            f"(time x rows x columns): {would} without a stride would"
         )
 
 
