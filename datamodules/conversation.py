@@ -1,0 +1,258 @@
+"""Turns -> ids, labels and visual slots; and the question alone, which guides the pooler.
+
+[{"from": "human", "value": "<video>\\nWhat is it?"}, {"from": "gpt", "value": "A bike."}]
+
+      chat template of the tokenizer
+input_ids  <|user|> SLOT \\n W h a t ... <|assistant|> A  bike . <|end|>
+labels        -      -   -  - - - -  -        -       A  bike . <|end|>
+prompt_ids <|start|> What is it? <|end|>
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError
+from datamodules.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from datamodules.tokenizer import load_tokenizer
+
+VISUALS = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+_SLOT_WORD = re.compile(r"<(image|video)>")
+_GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+CLIP_CONTEXT = 77
+_SLOT_MARK = "\ue000"  # stands for a visual while templates are applied; private use in Unicode
+
+
+class Turn(NamedTuple):
+    role: str  # user, assistant or system
+    text: str  # with the words <image> and <video> where visuals stand
+
+
+@dataclass
+class EncodedConversation:
+    input_ids: list[int]  # VISUAL_SLOT once a visual
+    labels: list[int]
+    prompt_ids: list[int]
+
+
+def read_turns(entry: Any) -> list[Turn]:
+    """The turns of a LLaVA entry.
+
+    Raises:
+        BadSampleError: missing_field, empty_conversation, unknown_role.
+    """
+    conversations = entry.get("conversations") if isinstance(entry, dict) else None
+    if conversations is None:
+        raise BadSampleError("missing_field", "conversations")
+    if not isinstance(conversations, list) or not conversations:
+        raise BadSampleError("empty_conversation", "no turn")
+    turns = []
+    for number, turn in enumerate(conversations):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise BadSampleError("missing_field", f"value of turn {number}")
+        role = _ROLES.get(str(turn.get("from")))
+        if role is None:
+            raise BadSampleError("unknown_role", f"{turn.get('from')!r} in turn {number}")
+        turns.append(Turn(role, turn["value"].replace(_SLOT_MARK, "")))
+    if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
+        raise BadSampleError("empty_conversation", "no answer")
+    return turns
+
+
+def parse_sample(raw: dict[str, Any]) -> tuple[list[Turn], list[str]]:
+    """The turns of a raw sample, and its visuals' suffixes in the order of their slots.
+
+    Raises:
+        BadSampleError: missing_field, bad_json, slot_mismatch, not_a_video, and of `read_turns`.
+    """
+    if "json" not in raw:
+        raise BadSampleError("missing_field", "no .json in the sample")
+    try:
+        entry = json.loads(raw["json"])
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError("bad_json", str(error)) from None
+    turns = read_turns(entry)
+    suffixes = [suffix for suffix in raw if suffix.rpartition(".")[2] in VISUALS]
+    return turns, match_slots(turns, sorted(suffixes, key=_by_number))
+
+
+def is_video(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in VIDEO_SUFFIXES
+
+
+def _by_number(suffix: str) -> tuple[int, str]:
+    """`2.jpg` before `10.jpg`"""
+    number = suffix.partition(".")[0]
+    return (int(number) if number.isdecimal() else 0, suffix)
+
+
+def match_slots(turns: Sequence[Turn], names: Sequence[str]) -> list[str]:
+    """Puts the visuals in the order of the slots that ask for them.
+
+    `<video>` takes the next video, `<image>` the next image; where there is no image at all,
+    `<image>` stands for a video, as in LLaVA-Video's own data.
+
+    Raises:
+        BadSampleError: slot_mismatch, not_a_video.
+    """
+    videos = [name for name in names if is_video(name)]
+    images = [name for name in names if not is_video(name)]
+    slots = [word for turn in turns if turn.role != "assistant" for word in _slots(turn.text)]
+    if len(slots) != len(names):
+        raise BadSampleError("slot_mismatch", f"{len(slots)} slots, {len(names)} visuals")
+    queues = {"video": iter(videos), "image": iter(images or videos)}
+    matched = [next(queues[word], None) for word in slots]
+    if None in matched:
+        if slots.count("video") > len(videos):
+            raise BadSampleError("not_a_video", f"{len(videos)} videos for {slots.count('video')}")
+        raise BadSampleError("slot_mismatch", f"{slots} in the text, {list(names)} given")
+    return [name for name in matched if name is not None]
+
+
+def _slots(text: str) -> list[str]:
+    return _SLOT_WORD.findall(text)
+
+
+class ConversationEncoder:
+    """Encodes turns for an LLM and for the text tower of an encoder.
+
+    Args:
+        tokenizer: of the LLM; hub id, folder, `.gguf` file or `None` for the built-in one.
+        prompt_tokenizer: of the encoder's text tower, in the same words.
+        max_length: tokens of a sample, a visual counted as one. A longer answer at the end is
+            cut; where more than that would be cut the sample is refused.
+        max_prompt_length: tokens that the text tower reads, the question's end is cut; `None`
+            is CLIP's own 77.
+        prompt_with_answers: guide by the whole conversation, as PPLLaVA's training code does, and
+            not by the questions alone, as at test time.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | None = None,
+        prompt_tokenizer: str | None = None,
+        max_length: int = 2048,
+        max_prompt_length: int | None = None,
+        prompt_with_answers: bool = False,
+    ):
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.prompt_tokenizer = load_tokenizer(prompt_tokenizer)
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length or CLIP_CONTEXT
+        self.prompt_with_answers = prompt_with_answers
+
+    def __call__(self, turns: Sequence[Turn]) -> EncodedConversation:
+        """Ids with labels on the answers and the token that ends each.
+
+        Raises:
+            BadSampleError: too_long, chat_template (the template refuses these turns).
+        """
+        text, answers = self._render(turns)
+        input_ids, labels = self._tokenize(text, answers)
+        if len(input_ids) > self.max_length:
+            kept = labels[: self.max_length]
+            learnt = [label for label in kept if label != IGNORE_INDEX]
+            if VISUAL_SLOT in input_ids[self.max_length :] or not learnt:
+                raise BadSampleError("too_long", f"{len(input_ids)} tokens of {self.max_length}")
+            input_ids, labels = input_ids[: self.max_length], kept
+        return EncodedConversation(input_ids, labels, self.prompt(turns))
+
+    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """What guides the pooler, with the text tower's own special tokens."""
+        asked = [t for t in turns if t.role == "user" or self.prompt_with_answers]
+        text = " ".join(" ".join(_SLOT_WORD.sub(" ", turn.text) for turn in asked).split())
+        encoded = self.prompt_tokenizer(text, truncation=True, max_length=self.max_prompt_length)
+        return list(encoded["input_ids"])
+
+    def _render(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of the whole conversation, and where in it the answers stand."""
+        messages = [
+            {"role": turn.role, "content": turn.text}
+            if turn.role == "assistant"
+            else {"role": turn.role, "content": _SLOT_WORD.sub(_SLOT_MARK, turn.text)}
+            for turn in turns
+        ]
+        marked = _GENERATION_MARK.search(self._template) is not None
+        try:
+            text, spans = self._apply(messages, marks=marked)
+            return text, spans if marked else self._find_answers(text, messages)
+        except TemplateError as error:
+            raise BadSampleError("chat_template", str(error)) from None
+
+    @property
+    def _template(self) -> str:
+        return self.tokenizer.get_chat_template()
+
+    def _apply(
+        self, messages: list[dict], *, marks: bool = False, ask: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        tokens = dict[str, Any](self.tokenizer.special_tokens_map)
+        rendered, spans = render_jinja_template(
+            [messages],
+            chat_template=self._template,
+            return_assistant_tokens_mask=marks,
+            add_generation_prompt=ask,
+            **tokens,
+        )
+        return rendered[0], [(int(start), int(end)) for start, end in spans[0]] if marks else []
+
+    def _find_answers(self, text: str, messages: list[dict]) -> list[tuple[int, int]]:
+        """Answers of a template without generation marks, by rendering what stands before each."""
+        specials = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        end_of_turn = re.compile(r"\s*(?:" + "|".join(map(re.escape, specials)) + ")")
+        spans = []
+        for number, message in enumerate(messages):
+            answer = message["content"].strip()
+            if message["role"] != "assistant" or not answer:
+                continue
+            before = self._apply(messages[:number], ask=True)[0] if number else ""
+            start = text.find(answer, len(before)) if text.startswith(before) else -1
+            if start < 0:
+                raise ValueError(
+                    "the chat template does not write a conversation turn by turn; give one that "
+                    "marks its answers with {% generation %}"
+                )
+            end = start + len(answer)
+            ends = end_of_turn.match(text, end) if specials else None
+            spans.append((start, ends.end() if ends else end))
+        return spans
+
+    def _tokenize(
+        self, text: str, answers: Iterable[tuple[int, int]]
+    ) -> tuple[list[int], list[int]]:
+        """Text with slot marks -> ids and labels; a token is learnt that touches an answer."""
+        learnt = bytearray(len(text) + 1)
+        for start, end in answers:
+            learnt[start:end] = b"\1" * (end - start)
+        input_ids: list[int] = []
+        labels: list[int] = []
+        at = 0
+        for number, piece in enumerate(text.split(_SLOT_MARK)):
+            if number:
+                input_ids.append(VISUAL_SLOT)
+                labels.append(IGNORE_INDEX)
+                at += len(_SLOT_MARK)
+            if piece:
+                ids, marks = self._tokenize_piece(piece, learnt[at : at + len(piece)])
+                input_ids += ids
+                labels += [i if mark else IGNORE_INDEX for i, mark in zip(ids, marks, strict=True)]
+            at += len(piece)
+        return input_ids, labels
+
+    def _tokenize_piece(self, text: str, learnt: bytearray) -> tuple[list[int], list[bool]]:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = list(encoded["input_ids"])
+        marks = [any(learnt[start:end]) for start, end in encoded["offset_mapping"]]
+        return ids, marks

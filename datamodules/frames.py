@@ -1,0 +1,274 @@
+"""Video or image bytes -> sampled, resized frames. Normalising them is the encoder's part.
+
+One thread a decoder: the DataLoader's workers are the parallelism, and threads inside them cost
+more than they give. Frames are chosen from the packets' times before anything is decoded; the
+decoder then jumps where a keyframe lies between where it stands and the frame wanted.
+"""
+
+import io
+import math
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import av
+import numpy as np
+import torch
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.video.frame import VideoFrame
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from datamodules.batch import BadSampleError
+
+VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "gif"})
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+
+#: Pixels of the largest frame that is decoded: 8K video.
+MAX_PIXELS = 7680 * 4320
+
+# Formats that hold their own data. Others (playlists, concatenations, image sequences) name files
+# and addresses that the demuxer would open.
+_CONTAINER_OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,gif",
+    "protocol_whitelist": "",
+}
+_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+class UniformSampler:
+    """`num_frames` evenly from the first frame to the last; a shorter video repeats frames."""
+
+    def __init__(self, num_frames: int):
+        if num_frames < 1:
+            raise ValueError(f"num_frames is {num_frames}; set it to 1 or more")
+        self.num_frames = num_frames
+
+    def __call__(self, times: Sequence[float]) -> list[int]:
+        return np.linspace(0, len(times) - 1, self.num_frames).round().astype(int).tolist()
+
+
+class FpsSampler:
+    """`fps` frames for each second of video, within `min_frames` and `max_frames`."""
+
+    def __init__(self, fps: float, max_frames: int, min_frames: int = 1):
+        if fps <= 0 or not 1 <= min_frames <= max_frames:
+            raise ValueError(
+                f"fps {fps}, min_frames {min_frames}, max_frames {max_frames}: "
+                "set fps above 0 and 1 <= min_frames <= max_frames"
+            )
+        self.fps, self.max_frames, self.min_frames = fps, max_frames, min_frames
+
+    def __call__(self, times: Sequence[float]) -> list[int]:
+        duration = times[-1] - times[0]
+        wanted = math.floor(duration * self.fps) + 1
+        most = min(self.max_frames, len(times))
+        if not self.min_frames <= wanted <= most:
+            return UniformSampler(max(min(wanted, most), self.min_frames))(times)
+        ticks = times[0] + np.arange(wanted) / self.fps
+        after = np.searchsorted(times, ticks).clip(1, max(len(times) - 1, 1))
+        nearer = ticks - np.take(times, after - 1) <= np.take(times, after, mode="clip") - ticks
+        return (after - nearer).tolist()
+
+
+class FrameReader:
+    """Reads a visual as square RGB frames.
+
+    Args:
+        image_size: side of a frame; the whole picture is squeezed into it.
+        sampler: times of all frames, in seconds -> numbers of those wanted, not decreasing.
+        max_pixels: a larger picture is refused before it is decoded.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        sampler: Callable[[Sequence[float]], list[int]],
+        max_pixels: int = MAX_PIXELS,
+    ):
+        self.image_size, self.sampler, self.max_pixels = image_size, sampler, max_pixels
+
+    def video(self, data: bytes) -> UInt8[Tensor, "t c h w"]:
+        """Sampled frames.
+
+        Raises:
+            BadSampleError: video_unreadable, video_empty, video_truncated, video_too_large,
+                not_a_video.
+        """
+        packets = _scan_packets(data, self.max_pixels)
+        wanted = self.sampler(packets.times)
+        try:
+            frames = self._frames(data, packets, wanted)
+        except _JumpedTooFarError:
+            frames = self._frames(data, replace(packets, keys=[]), wanted)
+        stacked = torch.from_numpy(np.stack([frames[n] for n in wanted]))
+        return stacked.permute(0, 3, 1, 2).contiguous()  # t h w c -> t c h w
+
+    def image(self, data: bytes) -> UInt8[Tensor, "t c h w"]:
+        """One frame.
+
+        Raises:
+            BadSampleError: image_unreadable, image_too_large.
+        """
+        picture = _open_image(data, self.max_pixels)
+        size = (self.image_size, self.image_size)
+        pixels = np.array(picture.resize(size, Image.Resampling.BICUBIC))
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()  # h w c -> 1 c h w
+
+    def _frames(
+        self, data: bytes, packets: "_Packets", wanted: Sequence[int]
+    ) -> dict[int, np.ndarray]:
+        decoded = _decode(data, packets, wanted, self.max_pixels)
+        return {number: self._resize(frame) for number, frame in decoded}
+
+    def _resize(self, frame: VideoFrame) -> np.ndarray:
+        small = frame.reformat(
+            width=self.image_size, height=self.image_size, format="rgb24", interpolation="AREA"
+        )
+        return upright(small.to_ndarray(), frame)
+
+
+def upright(pixels: UInt8[np.ndarray, "h w c"], frame: VideoFrame) -> UInt8[np.ndarray, "h2 w2 c"]:
+    """Pixels of a frame as its player would show them: phones record turned by 90 degrees."""
+    return np.ascontiguousarray(np.rot90(pixels, k=round(frame.rotation / 90)))
+
+
+@dataclass(frozen=True)
+class _Packets:
+    """Frames as the container lists them, in order of display."""
+
+    times: list[float]  # seconds
+    stamps: list[int] | None  # in units of the stream; None: there are none, so count instead
+    keys: list[int]  # stamps at which decoding can start
+
+
+class _JumpedTooFarError(Exception):
+    """The container was sought, and came out behind the frame wanted."""
+
+
+def _scan_packets(data: bytes, max_pixels: int) -> _Packets:
+    """Reads the list of frames without decoding one."""
+    with open_video(data, max_pixels) as container:
+        stream = container.streams.video[0]
+        found = [p for p in container.demux(stream) if p.size and not p.is_discard]
+        if not found:
+            raise BadSampleError("video_empty", "no frame in it")
+        stamps = sorted(packet.pts for packet in found if packet.pts is not None)
+        unit, rate = float(stream.time_base or 1), float(stream.average_rate or 25)
+        if len(set(stamps)) < len(found):
+            packets = _Packets([n / rate for n in range(len(found))], None, [])
+        else:
+            keys = sorted(p.pts for p in found if p.is_keyframe and p.pts is not None)
+            packets = _Packets([stamp * unit for stamp in stamps], stamps, keys)
+        _check_whole(container, packets.times, cut=found[-1].is_corrupt)
+        return packets
+
+
+def _check_whole(container: InputContainer, times: list[float], cut: bool) -> None:
+    """Of a file that was cut, not all is there that its head declares."""
+    declared = container.streams.video[0].frames
+    if cut or len(times) < 0.9 * declared:
+        raise BadSampleError("video_truncated", f"{len(times)} of {declared} frames")
+    seconds = (container.duration or 0) / av.time_base
+    alone = len(container.streams) == 1  # a soundtrack may be longer than its video
+    if alone and times[-1] - times[0] < 0.9 * seconds - 1:
+        raise BadSampleError("video_truncated", f"{times[-1]:.1f} of {seconds:.1f} s")
+
+
+def _decode(
+    data: bytes, packets: _Packets, wanted: Sequence[int], max_pixels: int
+) -> Iterator[tuple[int, VideoFrame]]:
+    """(number, frame) for every different number wanted, which do not decrease."""
+    with open_video(data, max_pixels) as container:
+        stream = container.streams.video[0]
+        frames = enumerate(container.decode(stream))
+        at, frame = -math.inf, None
+        for target in sorted(set(wanted)):
+            stamp = packets.stamps[target] if packets.stamps else target
+            nearest = bisect_right(packets.keys, stamp) - 1
+            jumped = nearest > 0 and packets.keys[nearest] > at
+            if jumped:
+                container.seek(packets.keys[nearest], stream=stream)
+                frames = enumerate(container.decode(stream))
+            while jumped or at < stamp:
+                number, frame = next(frames, (-1, None))
+                if frame is None:
+                    raise BadSampleError("video_truncated", f"it ends before frame {target}")
+                at = frame.pts if packets.stamps and frame.pts is not None else number
+                if jumped and at > stamp:  # some formats seek only roughly
+                    raise _JumpedTooFarError
+                jumped = False
+            assert frame is not None
+            yield target, frame
+
+
+@contextmanager
+def open_video(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[InputContainer]:
+    """A container with at least one video stream; what fails inside becomes a `BadSampleError`."""
+    if not data:
+        raise BadSampleError("video_empty", "0 bytes")
+    try:
+        with av.open(io.BytesIO(data), mode="r", options=_CONTAINER_OPTIONS) as container:
+            if not container.streams.video:
+                raise BadSampleError("not_a_video", "no picture in it")
+            codec = container.streams.video[0].codec_context
+            if codec.width * codec.height > max_pixels:
+                size = f"{codec.width} x {codec.height}"
+                raise BadSampleError("video_too_large", f"{size}, the limit is {max_pixels} pixels")
+            codec.thread_count = 1
+            codec.options = {"max_pixels": str(max_pixels)}  # as the size may change on the way
+            yield container
+    except (FFmpegError, ValueError) as error:
+        if _is_image(data):
+            raise BadSampleError("not_a_video", "it is an image") from None
+        text = getattr(error, "strerror", None) or str(error)
+        raise BadSampleError("video_unreadable", text) from None
+
+
+def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
+    """Decodes a whole video.
+
+    Raises:
+        BadSampleError: as `FrameReader.video`.
+    """
+    packets = _scan_packets(data, max_pixels)
+    with open_video(data, max_pixels) as container:
+        count = sum(1 for _ in container.decode(container.streams.video[0]))
+    if not count:
+        raise BadSampleError("video_empty", "no frame in it")
+    if count < 0.9 * len(packets.times):
+        raise BadSampleError("video_truncated", f"{count} of {len(packets.times)} frames")
+    return count
+
+
+def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+    """Decodes an image; raises as `FrameReader.image`."""
+    _open_image(data, max_pixels)
+
+
+def _open_image(data: bytes, max_pixels: int) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Named formats only: Pillow has others that start programs.
+            picture = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+            width, height = picture.size
+            if width * height > max_pixels:
+                raise BadSampleError("image_too_large", f"{width} x {height}")
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSampleError("image_too_large", str(error)) from None
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's words for broken files
+        raise BadSampleError("image_unreadable", str(error).split("<")[0].strip()) from None
+
+
+def _is_image(data: bytes) -> bool:
+    try:
+        Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+    except (OSError, ValueError, SyntaxError):
+        return False
+    return True

@@ -1,0 +1,202 @@
+"""Manifest -> batches, in an order that belongs to the run and not to its workers.
+
+    manifest     shards and how many samples each holds
+       |  shuffle chunks (runs of samples inside a shard), cut into V equal virtual streams
+       v
+    streams      each shuffled within windows of a fixed number of samples
+       |  micro-batch m of the epoch comes from stream m mod V
+       v
+    micro-batch  rank r takes m = r, r + world, ...; its DataLoader workers share these in turn
+       |  bytes by range, untar, decode; a bad sample gives its place to the next good one
+       v
+    batch
+
+The order is a pure function of (manifest, seed, epoch, V, micro-batch size, window, chunk): the
+same for every number of ranks and workers. Where a run stands is told from outside, as
+(epoch, micro-batches done by all ranks together); nothing here remembers it.
+"""
+
+import logging
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.batch import BadSampleError, VideoBatch
+from datamodules.index import Manifest, Shard
+from datamodules.order import FileOrder
+from datamodules.source import Source, open_source
+from datamodules.tar import untar_sample
+
+logger = logging.getLogger(__name__)
+
+_BAD_IN_A_ROW = 100
+
+
+class Faults:
+    """Bad samples of one process: counted and skipped, or raised at once."""
+
+    def __init__(self, on_bad_sample: Literal["skip", "raise"]):
+        if on_bad_sample not in ("skip", "raise"):
+            raise ValueError(f"on_bad_sample is {on_bad_sample!r}; set it to 'skip' or 'raise'")
+        self._raise = on_bad_sample == "raise"
+        self.counts: Counter[str] = Counter()
+
+    def add(self, fault: BadSampleError) -> None:
+        if self._raise:
+            raise fault
+        self.counts[fault.reason] += 1
+        if self.counts.total() <= 10:
+            logger.warning("skipped: %s", fault)
+
+    def summary(self) -> str:
+        """`3 bad samples skipped: video_unreadable 2, missing_field 1`, or nothing."""
+        if not self.counts:
+            return ""
+        reasons = ", ".join(f"{reason} {n}" for reason, n in self.counts.most_common())
+        return f"{self.counts.total()} bad samples skipped: {reasons}"
+
+
+class ShardReader:
+    """Samples of shards by number. Keeps the shards open that were read last, per process."""
+
+    def __init__(self, manifest: Manifest, timeout_s: float, keep_open: int = 64):
+        self._shards, self._timeout_s, self._keep = manifest.shards, timeout_s, keep_open
+        self._open: OrderedDict[tuple[int, int], tuple[Source, Any]] = OrderedDict()
+
+    def read(self, shard: int, sample: int, lane: int = 0) -> bytes:
+        """Raw tar bytes. Readers of a pipe take a lane each, not to send each other back."""
+        key = (shard, lane if self._shards[shard].in_order else 0)
+        if key not in self._open:
+            source = open_source(self._shards[shard].url, self._timeout_s)
+            self._open[key] = source, self._shards[shard].read_offsets()
+            if len(self._open) > self._keep:
+                self._open.popitem(last=False)[1][0].close()
+        self._open.move_to_end(key)
+        source, offsets = self._open[key]
+        return source.read(int(offsets[sample]), int(offsets[sample + 1]))
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1][0].close()
+
+
+class EpochStream(Dataset):
+    """Micro-batch m of one epoch, by number. Lives in a DataLoader worker."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        order: FileOrder,
+        decode: Callable[[dict[str, Any]], Any],
+        collate: Callable[[list[Any]], VideoBatch],
+        timeout_s: float,
+    ):
+        self._manifest, self._order = manifest, order
+        self._decode, self._collate = decode, collate
+        self._reader = ShardReader(manifest, timeout_s)
+        self._held: OrderedDict[tuple[int, tuple[int, int]], dict] = OrderedDict()
+
+    def __getitem__(self, m: int) -> tuple[VideoBatch | None, list[BadSampleError]]:
+        """The batch, and the bad samples whose places others took. No batch: none was good."""
+        stream, rows = self._order.rows(m % len(self._order))
+        samples, faults = [], []
+        for row in rows:
+            sample, fault = self._first_good(stream, row)
+            faults += [fault] if fault else []
+            if sample is None:
+                return None, faults
+            samples.append(sample)
+        return self._collate(samples), faults
+
+    def _first_good(self, stream: int, row: int) -> tuple[Any, BadSampleError | None]:
+        """The sample at a row, or the next good one of its stream: places never shift."""
+        fault = None
+        for step in range(min(_BAD_IN_A_ROW, self._order.stream_length)):
+            place = self._order.locate(stream, (row + step) % self._order.stream_length)
+            shard = self._manifest.shards[place[0]]
+            key = f"#{place[1]}"
+            try:
+                data = self._bytes(stream, (row + step) % self._order.stream_length, place, shard)
+                raw = untar_sample(data, shard.url)
+                key = raw["__key__"]
+                return self._decode(raw), fault
+            except BadSampleError as error:
+                fault = fault or BadSampleError(
+                    error.reason, error.detail, shard=shard.url, key=key
+                )
+        return None, fault
+
+    def _bytes(self, stream: int, row: int, place: tuple[int, int], shard: Shard) -> bytes:
+        if not shard.in_order:
+            return self._reader.read(*place)
+        window = self._order.window_of(stream, row)
+        held = self._held.get((stream, window[0]))
+        if held is None:
+            held = self._held[stream, window[0]] = {at: self._try_read(stream, at) for at in window}
+            if sum(lane == stream for lane, _ in self._held) > 2:
+                del self._held[next(key for key in self._held if key[0] == stream)]
+        data = held[place]
+        if isinstance(data, BadSampleError):
+            raise data
+        return data
+
+    def _try_read(self, stream: int, place: tuple[int, int]) -> bytes | BadSampleError | None:
+        if not self._manifest.shards[place[0]].in_order:
+            return None  # of a window that also holds shards with a seek: read when wanted
+        try:
+            return self._reader.read(*place, lane=stream)
+        except BadSampleError as error:
+            return error
+
+
+class StreamLoader:
+    """The batches of one rank: an epoch each time it is iterated, `len()` of them.
+
+    Not a DataLoader itself, so that Lightning puts no sampler of its own into it. `position` is
+    asked at the first batch and not before: a trainer that restores a checkpoint knows it late.
+    """
+
+    def __init__(
+        self,
+        stream_at: Callable[[int], EpochStream],
+        order: FileOrder,
+        faults: Faults,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        num_workers: int = 0,
+        position: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ):
+        order.check_world(world)
+        self._stream_at, self._faults, self._position = stream_at, faults, position
+        self._rank, self._world, self._workers = rank, world, num_workers
+        self._batches = math.ceil(len(order) / world)
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[VideoBatch]:
+        epoch, done = self._position()
+        mine = range(done + self._rank, self._batches * self._world, self._world)
+        loader = DataLoader(
+            self._stream_at(epoch),
+            sampler=mine,
+            batch_size=None,
+            num_workers=self._workers,
+            collate_fn=_as_it_is,
+        )
+        for batch, faults in loader:
+            for fault in faults:
+                self._faults.add(fault)
+            if batch is None:
+                raise BadSampleError(
+                    "no_good_sample", f"{_BAD_IN_A_ROW} in a row are bad, the first: {faults[-1]}"
+                )
+            yield batch
+
+
+def _as_it_is(item: Any) -> Any:
+    return item

@@ -1,0 +1,92 @@
+"""Small real shards: H.264 clips, JPEGs and conversations about them, the same for each seed."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+
+from datamodules.index import index_path
+from datamodules.pack import write_shard
+
+_COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 80, 220),
+    "yellow": (230, 210, 50),
+}
+
+
+def draw_frames(seed: int, num_frames: int, size: int = 64) -> tuple[list[Image.Image], str, int]:
+    """A square with a digit on it that moves over a gradient; (frames, its color, its digit)."""
+    rng = np.random.RandomState(seed)
+    color, digit = list(_COLORS)[rng.randint(len(_COLORS))], int(rng.randint(10))
+    start, step = rng.uniform(0, size, 2), rng.uniform(-size / 8, size / 8, 2)
+    ramp = np.linspace(0, 120, size, dtype=np.uint8)
+    ground = np.stack([np.add.outer(ramp, np.roll(ramp, rng.randint(size)))] * 3, axis=-1)
+    frames = []
+    for n in range(num_frames):
+        frame = Image.fromarray(ground)
+        x, y = (start + n * step) % (size * 2 / 3)
+        pen = ImageDraw.Draw(frame)
+        pen.rectangle([x, y, x + size / 3, y + size / 3], fill=_COLORS[color])
+        pen.text((x + size / 8, y + size / 16), str(digit), fill=(255, 255, 255))
+        frames.append(frame)
+    return frames, color, digit
+
+
+def encode_video(frames: Sequence[Image.Image], fps: int = 8, gop: int = 8) -> bytes:
+    """H.264 in MP4, its index at the front; one thread, so that the bytes repeat."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuv420p"
+        stream.options = {"g": str(gop), "bf": "0", "threads": "1", "preset": "veryfast"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def encode_image(frame: Image.Image) -> bytes:
+    file = io.BytesIO()
+    frame.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def make_sample(seed: int, num_frames: int = 12, size: int = 64) -> dict[str, Any]:
+    """Members of one sample by suffix; in turn a video, two images, and text alone."""
+    frames, color, digit = draw_frames(seed, num_frames, size)
+    kind = seed % 4
+    if kind in (0, 2):
+        members = {"mp4": encode_video(frames)}
+        turns = ["<video>\nWhat color is the square?", color, "Which digit is on it?", str(digit)]
+    elif kind == 1:
+        members = {"0.jpg": encode_image(frames[0]), "1.jpg": encode_image(frames[-1])}
+        turns = ["<image>\n<image>\nWhich digit is in both images?", str(digit)]
+    else:
+        members = {}
+        turns = [f"Which number comes after {digit}?", str(digit + 1)]
+    roles = ["human", "gpt"] * (len(turns) // 2)
+    conversations = [{"from": r, "value": t} for r, t in zip(roles, turns, strict=True)]
+    entry = {"id": f"synthetic-{seed}", "conversations": conversations}
+    return {**members, "json": json.dumps(entry).encode()}
+
+
+def write_shards(
+    folder: str | Path, counts: Sequence[int], *, seed: int = 0, num_frames: int = 12
+) -> list[Path]:
+    """One shard for each count, with its index; (paths of the shards)."""
+    paths = []
+    for number, count in enumerate(counts):
+        path = Path(folder) / f"shard-{number:06d}.tar"
+        first = seed + sum(counts[:number])
+        samples = [(f"{n:09d}", make_sample(n, num_frames)) for n in range(first, first + count)]
+        write_shard(path, samples)
+        assert index_path(path).is_file()
+        paths.append(path)
+    return paths

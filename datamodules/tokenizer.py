@@ -1,0 +1,116 @@
+"""Tokenizers from the hub, a folder or a GGUF file, and a tiny one that needs no file at all."""
+
+import os
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+#: For tokenizers that come without a template: the one of Vicuna. The generation marks say which
+#: characters are the assistant's.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    " {% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ASSISTANT:' }}"
+    "{% else %}{{ message['content'] + ' ' }}{% endif %}"
+    "{% endfor %}"
+)
+
+_TINY_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+_TINY_SPECIALS = ["<|start|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
+_TINY_VOCABULARY = 512
+
+# What the merges of the tiny tokenizer are learnt from; every other text falls back to bytes.
+_TINY_CORPUS = """
+what which who where when why how many much is are was were do does did can could will would
+the a an this that these those it its there here in on at of to from with without before after
+first last next left right top bottom middle between above below near behind inside outside
+video videos image images picture pictures frame frames scene scenes clip clips moment shown
+appears appear appeared see seen show shows describe answer question please choose option options
+digit digits number numbers letter letters word words color colour red green blue yellow white black
+orange purple brown grey square circle triangle line shape shapes object objects needle secret
+person people man woman child dog cat bird car bike bus boat house tree street room table hand
+moving moves standing sitting walking running playing holding looking eating going fast slow
+yes no not only one two three four five six seven eight nine ten zero small large big old new
+what is the number in the image? which digit is shown after the video? answer with one word.
+what is shown in the video? describe the video. how many frames are there? where is the object?
+what color is the square? which letter appears in the corner? is there a person in the scene?
+find the frame with the secret word and say the number next to it. the answer is the number
+""".strip().split("\n")
+
+
+def load_tokenizer(source: str | None) -> PreTrainedTokenizerFast:
+    """A fast tokenizer with a chat template and a padding token.
+
+    Args:
+        source: hub id, local folder, path of a `.gguf` file, or `None` for the built-in one.
+
+    Raises:
+        ValueError: nothing can be read there.
+    """
+    # Set before workers are forked: otherwise each of them warns that it was.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if source is None:
+        return tiny_tokenizer()
+    try:
+        if source.endswith(".gguf"):
+            file = Path(source).expanduser()
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError) as error:
+        line = str(error).strip().split("\n")[0]
+        raise ValueError(f"no tokenizer can be loaded from {source!r}: {line}") from None
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {source!r} has no fast version, which labels need")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = DEFAULT_TEMPLATE
+    return tokenizer
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 512 tokens, the same each time; every digit is a token of its own.
+
+    `<|start|>` and `<|end|>` come around a text, as CLIP's text tower wants it, unless
+    `add_special_tokens=False`; `<|end|>` also ends a turn.
+    """
+    bpe = Tokenizer(models.BPE())
+    # A digit stands alone, and so does a space before it: " 7" and "7" end in the same token.
+    digits = pre_tokenizers.Split(Regex(r"\d"), behavior="isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_TINY_VOCABULARY,
+        min_frequency=1,
+        special_tokens=_TINY_SPECIALS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_TINY_CORPUS, trainer)
+    start, end = (bpe.token_to_id(token) for token in ("<|start|>", "<|end|>"))
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A <|end|>", special_tokens=[("<|start|>", start), ("<|end|>", end)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<|pad|>",
+        bos_token="<|start|>",
+        eos_token="<|end|>",
+        additional_special_tokens=_TINY_SPECIALS[3:],
+        chat_template=_TINY_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,149 @@
+"""ropelab-shards: packs videos and annotations into shards, and verifies shards.
+
+ropelab-shards pack --videos videos/ --annotations train.json --output shards/ --reencode 336
+ropelab-shards verify shards/ --json
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from datamodules.index import expand_urls
+from datamodules.pack import Outcome, pack_shard, plan_shards, read_annotations, verify_shard
+
+_screen = Console(stderr=True)  # so that --json leaves standard output to the JSON
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        outcome = options.run(options)
+    except (ValueError, OSError) as error:  # what the user can put right, in one line
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if getattr(options, "json", False):
+        print(json.dumps(as_json(outcome)))
+    else:
+        show(outcome)
+    return 1 if outcome.bad else 0
+
+
+def pack(options: argparse.Namespace) -> Outcome:
+    if not options.videos.is_dir():
+        raise ValueError(f"no folder {str(options.videos)!r}; set --videos to that of the files")
+    # 1. What is to be packed
+    entries = read_annotations(options.annotations)
+    if not entries:
+        raise ValueError(f"no entry in {str(options.annotations)!r}")
+    # 2. Where to: never beside shards of another run, which would be read with ours
+    older = sorted(options.output.glob("shard-*.tar*"))
+    if older and not options.overwrite:
+        raise ValueError(f"{options.output} holds shards; choose another folder or --overwrite")
+    for path in older:
+        path.unlink()
+    # 3. One task a shard
+    tasks = plan_shards(entries, options.output, options.shard_size)
+    job = partial(pack_shard, videos=options.videos, short_side=options.reencode)
+    return in_parallel(job, tasks, options.workers, "packing")
+
+
+def verify(options: argparse.Namespace) -> Outcome:
+    return in_parallel(verify_shard, expand_urls(options.paths), options.workers, "verifying")
+
+
+def in_parallel(
+    job: Callable[[Any], Outcome], tasks: Sequence[Any], workers: int, word: str
+) -> Outcome:
+    """Runs all tasks behind a progress bar; what comes out has the order of what went in."""
+    columns = (word, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    if workers == 1 or len(tasks) == 1:
+        with Progress(*columns, console=_screen) as bar:
+            return _sum(job(task) for task in bar.track(tasks))
+    with ProcessPoolExecutor(min(workers, len(tasks))) as pool:
+        futures = [pool.submit(job, task) for task in tasks]  # forks before the bar's thread runs
+        with Progress(*columns, console=_screen) as bar:
+            for _ in bar.track(as_completed(futures), total=len(futures)):
+                pass
+        return _sum(future.result() for future in futures)
+
+
+def _sum(outcomes: Iterable[Outcome]) -> Outcome:
+    total = Outcome()
+    for outcome in outcomes:
+        total.add(outcome)
+    return total
+
+
+def as_json(outcome: Outcome) -> dict:
+    return {
+        "good": outcome.good,
+        "bad": dict(sorted(Counter(item.reason for item in outcome.bad).items())),
+        "items": [
+            {"shard": item.shard, "key": item.key, "reason": item.reason} for item in outcome.bad
+        ],
+    }
+
+
+def show(outcome: Outcome, most: int = 50) -> None:
+    """Totals by reason, and the first bad items."""
+    console = Console()
+    table = Table("samples", "number", title="shards")
+    table.add_row("good", str(outcome.good))
+    for reason, number in as_json(outcome)["bad"].items():
+        table.add_row(reason, str(number))
+    console.print(table)
+    for item in outcome.bad[:most]:
+        line = f"{item.shard} [{item.key}]: {item.reason}: {item.detail}"
+        console.print(escape(line), soft_wrap=True)
+    if len(outcome.bad) > most:
+        console.print(f"and {len(outcome.bad) - most} more; --json lists all")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ropelab-shards",
+        description="Packs videos and annotations into shards; verifies shards.",
+    )
+    commands = parser.add_subparsers(required=True)
+    workers = min(8, os.cpu_count() or 1)
+
+    writer = commands.add_parser("pack", help="videos and LLaVA annotations -> shards")
+    writer.add_argument("--videos", type=Path, required=True, help="folder the file names start at")
+    writer.add_argument("--annotations", type=Path, required=True, help=".json list or .jsonl")
+    writer.add_argument("--output", type=Path, required=True, help="folder for the shards")
+    writer.add_argument("--shard-size", type=_positive, default=256, help="entries a shard")
+    writer.add_argument("--workers", type=_positive, default=workers, help="processes")
+    writer.add_argument(
+        "--reencode", type=_positive, metavar="SHORT_SIDE", help="H.264, a keyframe every 8 frames"
+    )
+    writer.add_argument("--overwrite", action="store_true", help="replace shards that are there")
+    writer.set_defaults(run=pack)
+
+    reader = commands.add_parser("verify", help="read every sample of some shards fully")
+    reader.add_argument("paths", nargs="+", metavar="PATHS", help="files, folders, globs, urls")
+    reader.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    reader.add_argument("--workers", type=_positive, default=workers, help="processes")
+    reader.set_defaults(run=verify)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
