@@ -47,6 +47,11 @@ def make(seed=0, **arguments):
     return encoder
 
 
+def embed(encoder, prompt_ids):
+    """Prompts without padding."""
+    return encoder.encode_prompt(prompt_ids, torch.ones_like(prompt_ids, dtype=torch.bool))
+
+
 @pytest.fixture
 def frames():
     return torch.randn(6, 3, 24, 24, generator=torch.Generator().manual_seed(0))
@@ -81,7 +86,7 @@ def test_prompts_and_patches_share_the_space_of_clip(clip_folder):
     with torch.no_grad():
         expected = full(input_ids=ids, pixel_values=image)
         ours = encoder.align(encoder.hidden_state(image, [1])[:, :1])[:, 0]
-        prompt = encoder.encode_prompt(ids, torch.ones_like(ids, dtype=torch.bool))
+        prompt = embed(encoder, ids)
     torch.testing.assert_close(nn.functional.normalize(ours), expected.image_embeds)
     torch.testing.assert_close(nn.functional.normalize(prompt), expected.text_embeds)
 
@@ -124,12 +129,8 @@ def test_bytes_are_normalised_and_floats_are_not():
     assert normalise(floats) is floats
     # CLIP's own numbers: black is -mean / std, white (1 - mean) / std.
     ends = normalise(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1))
-    torch.testing.assert_close(
-        ends[0].flatten(), torch.tensor([-1.7923, -1.7521, -1.4802]), atol=1e-4, rtol=0
-    )
-    torch.testing.assert_close(
-        ends[1].flatten(), torch.tensor([1.9303, 2.0749, 2.1459]), atol=1e-4, rtol=0
-    )
+    expected = torch.tensor([[-1.7923, -1.7521, -1.4802], [1.9303, 2.0749, 2.1459]])
+    torch.testing.assert_close(ends.flatten(1), expected, atol=1e-4, rtol=0)
     encoder = make()
     torch.testing.assert_close(encoder(pixels, [2]), encoder(floats, [2]))
 
@@ -141,10 +142,7 @@ def test_padding_does_not_change_a_prompt():
     mask = torch.tensor([[True] * 4 + [False] * 3, [True] * 7])
     together = encoder.encode_prompt(padded, mask)
     for row, ids in zip(together, (short, long), strict=True):
-        alone = encoder.encode_prompt(
-            torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)
-        )
-        torch.testing.assert_close(row, alone[0])
+        torch.testing.assert_close(row, embed(encoder, torch.tensor([ids]))[0])
 
 
 def test_a_row_without_a_prompt_gives_numbers():
@@ -157,18 +155,14 @@ def test_stretched_context(clip_folder):
     plain = ClipEncoder(str(clip_folder), context_length=None).eval()
     stretched = ClipEncoder(str(clip_folder), context_length=248, kept_positions=20).eval()
     assert (plain.context_length, stretched.context_length) == (77, 248)
-    for name in ("token_embedding",):
-        ours, theirs = (getattr(e.text.embeddings, name).weight for e in (stretched, plain))
-        assert torch.equal(ours, theirs)
+    ours, theirs = (encoder.text.embeddings.token_embedding for encoder in (stretched, plain))
+    assert torch.equal(ours.weight, theirs.weight)
     short = torch.tensor([[0, *range(2, 20), END]])  # 20 tokens: all on kept positions
-    mask = torch.ones_like(short, dtype=torch.bool)
-    torch.testing.assert_close(
-        stretched.encode_prompt(short, mask), plain.encode_prompt(short, mask)
-    )
+    torch.testing.assert_close(embed(stretched, short), embed(plain, short))
     long = torch.randint(2, 64, (1, 200)).index_fill(1, torch.tensor([199]), END)
-    assert stretched.encode_prompt(long, torch.ones_like(long, dtype=torch.bool)).isfinite().all()
+    assert embed(stretched, long).isfinite().all()
     with pytest.raises(ValueError, match=r"prompt of 200 .* 77 positions"):
-        plain.encode_prompt(long, torch.ones_like(long, dtype=torch.bool))
+        embed(plain, long)
 
 
 def test_stretching_keeps_the_start_and_steps_evenly():
@@ -183,7 +177,7 @@ def test_kept_positions_can_be_frozen_alone():
     positions = encoder.text.embeddings.position_embedding
     positions.kept.requires_grad_(False)
     ids = torch.randint(2, 64, (1, 60)).index_fill(1, torch.tensor([59]), END)
-    encoder.encode_prompt(ids, torch.ones_like(ids, dtype=torch.bool)).sum().backward()
+    embed(encoder, ids).sum().backward()
     assert positions.kept.grad is None
     assert positions.stretched.grad[:40].abs().sum() > 0
 
@@ -209,8 +203,7 @@ def results(encoder, frames):
     ids = torch.tensor([[0, 5, 9, 3, END]])
     with torch.no_grad():
         patches = encoder(frames, [4, 2])
-        prompt = encoder.encode_prompt(ids, torch.ones_like(ids, dtype=torch.bool))
-        return patches, encoder.align(patches), prompt
+        return patches, encoder.align(patches), embed(encoder, ids)
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)
@@ -286,7 +279,7 @@ def test_arguments_that_do_not_fit(arguments, words):
 def test_frames_that_do_not_fit(frames):
     with pytest.raises(ValueError, match=r"20 x 24 pixels.*24 x 24"):
         make()(frames[:, :, :20], [6])
-    with pytest.raises(ValueError, match="visual of 6 frames.*4 temporal positions"):
+    with pytest.raises(ValueError, match=r"visual of 6 frames.*4 temporal positions"):
         make(bt_adapter={"depth": 2, "max_frames": 4})(frames, [6])
 
 
