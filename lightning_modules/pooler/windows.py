@@ -135,7 +135,7 @@ class FittedWindows(NamedTuple):
         """One small matrix product per row of windows and frame.
 
         The rows of patches that such a row of windows reads are a view of `patches` where windows
-        do not overlap, so the wide features are never copied, neither here nor in the backward.
+        neither overlap nor leave patches out, so the wide features are not copied.
         """
         (kt, kh, kw), (st, sh, sw) = self.kernel, self.stride
         t2, h2, w2, _ = weights.shape
