@@ -143,7 +143,8 @@ class ShuffledOrder(FileOrder):
         window = self._options.window
         seed = [self._options.seed, self._epoch, stream, block]
         shuffled = np.random.RandomState(seed).permutation(width)
-        return self._at(stream * self.stream_length + block * window + shuffled[row % window])
+        first = stream * self.stream_length + block * window
+        return self._at(first + int(shuffled[row % window]))
 
     def window_of(self, stream: int, row: int) -> list[tuple[int, int]]:
         block, width = self._block(row)

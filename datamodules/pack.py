@@ -4,7 +4,6 @@ One shard is one task of one process. Its samples and bytes depend on the annota
 on the number of processes; it appears whole, with its index, or not at all.
 """
 
-import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +12,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 import av
@@ -187,9 +187,12 @@ def reencode(data: bytes, short_side: int, gop: int = 8) -> bytes:
         BadSampleError: as `count_frames`.
     """
     count_frames(data)
-    file = io.BytesIO()
-    options = {"movflags": "faststart"}
-    with open_video(data) as source, av.open(file, "w", format="mp4", options=options) as target:
+    options = {"movflags": "faststart"}  # needs a file that can be opened twice
+    with (
+        NamedTemporaryFile(suffix=".mp4") as file,
+        open_video(data) as source,
+        av.open(file.name, "w", format="mp4", options=options) as target,
+    ):
         video = source.streams.video[0]
         stream = target.add_stream("libx264", rate=video.average_rate or 25)
         stream.options = {"g": str(gop), "bf": "0", "threads": "1", "crf": "20"}
@@ -207,7 +210,8 @@ def reencode(data: bytes, short_side: int, gop: int = 8) -> bytes:
             small = frame.reformat(stream.width, stream.height, "yuv420p", interpolation="AREA")
             target.mux(stream.encode(small))
         target.mux(stream.encode())
-    return file.getvalue()
+        target.close()
+        return Path(file.name).read_bytes()
 
 
 def _even_size(frame: VideoFrame, short_side: int) -> tuple[int, int]:

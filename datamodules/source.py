@@ -11,7 +11,7 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import BinaryIO, cast
+from typing import Protocol, runtime_checkable
 
 import requests
 
@@ -20,6 +20,11 @@ from datamodules.batch import BadSampleError
 _PIECE = 1 << 16
 _SLOWEST = 64 * 1024  # bytes a second; a server that dribbles below it counts as stalled
 _TRIES = 3
+
+
+@runtime_checkable
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
 
 
 class Source(ABC):
@@ -32,7 +37,7 @@ class Source(ABC):
         """Exactly the bytes from `start` to `end`."""
 
     @abstractmethod
-    def whole(self) -> BinaryIO:
+    def whole(self) -> Readable:
         """The shard from its first byte, to be read once."""
 
     @abstractmethod
@@ -84,7 +89,7 @@ class LocalFile(Source):
             raise BadSampleError("shard_unreadable", error.strerror or "") from None
         return _exactly(data, start, end)
 
-    def whole(self) -> BinaryIO:
+    def whole(self) -> Readable:
         return self._file
 
     def close(self) -> None:
@@ -113,8 +118,8 @@ class HttpFile(Source):
                 time.sleep(0.2 * 2**attempt)
         raise AssertionError("not reached")
 
-    def whole(self) -> BinaryIO:
-        return cast(BinaryIO, ForwardFile(self._pieces(0, None)))
+    def whole(self) -> Readable:
+        return ForwardFile(self._pieces(0, None))
 
     def _pieces(self, start: int, end: int | None) -> Iterator[bytes]:
         headers = {"Accept-Encoding": "identity"}  # offsets are those of the stored bytes
@@ -177,8 +182,8 @@ class PipeFile(Source):
         self._file.skip_to(start)
         return _exactly(self._file.read(end - start), start, end)
 
-    def whole(self) -> BinaryIO:
-        return cast(BinaryIO, ForwardFile(self._pieces()))
+    def whole(self) -> Readable:
+        return ForwardFile(self._pieces())
 
     def _pieces(self) -> Iterator[bytes]:
         process = self._process = subprocess.Popen(

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.batch import BadSampleError, VideoBatch
+from datamodules.batch import BadSampleError
 from datamodules.index import Manifest, Shard
 from datamodules.order import FileOrder
 from datamodules.source import Source, open_source
@@ -91,7 +91,7 @@ class EpochStream(Dataset):
         manifest: Manifest,
         order: FileOrder,
         decode: Callable[[dict[str, Any]], Any],
-        collate: Callable[[list[Any]], VideoBatch],
+        collate: Callable[[list[Any]], Any],
         timeout_s: float,
     ):
         self._manifest, self._order = manifest, order
@@ -99,8 +99,8 @@ class EpochStream(Dataset):
         self._reader = ShardReader(manifest, timeout_s)
         self._held: OrderedDict[tuple[int, tuple[int, int]], dict] = OrderedDict()
 
-    def __getitem__(self, m: int) -> tuple[VideoBatch | None, list[BadSampleError]]:
-        """The batch, and the bad samples whose places others took. No batch: none was good."""
+    def __getitem__(self, m: int) -> tuple[Any, list[BadSampleError]]:
+        """The batch, and the bad samples whose places others took. `None`: none is good."""
         stream, rows = self._order.rows(m % len(self._order))
         samples, faults = [], []
         for row in rows:
@@ -110,6 +110,9 @@ class EpochStream(Dataset):
                 return None, faults
             samples.append(sample)
         return self._collate(samples), faults
+
+    def close(self) -> None:
+        self._reader.close()
 
     def _first_good(self, stream: int, row: int) -> tuple[Any, BadSampleError | None]:
         """The sample at a row, or the next good one of its stream: places never shift."""
@@ -178,24 +181,26 @@ class StreamLoader:
     def __len__(self) -> int:
         return self._batches
 
-    def __iter__(self) -> Iterator[VideoBatch]:
+    def __iter__(self) -> Iterator[Any]:
         epoch, done = self._position()
         mine = range(done + self._rank, self._batches * self._world, self._world)
+        stream = self._stream_at(epoch)
         loader = DataLoader(
-            self._stream_at(epoch),
+            stream,
             sampler=mine,
             batch_size=None,
             num_workers=self._workers,
             collate_fn=_as_it_is,
         )
-        for batch, faults in loader:
-            for fault in faults:
-                self._faults.add(fault)
-            if batch is None:
-                raise BadSampleError(
-                    "no_good_sample", f"{_BAD_IN_A_ROW} in a row are bad, the first: {faults[-1]}"
-                )
-            yield batch
+        try:
+            for batch, faults in loader:
+                for fault in faults:
+                    self._faults.add(fault)
+                if batch is None:
+                    raise BadSampleError("no_good_sample", f"many in a row are bad: {faults[-1]}")
+                yield batch
+        finally:
+            stream.close()
 
 
 def _as_it_is(item: Any) -> Any:

@@ -9,7 +9,7 @@ import io
 import re
 import tarfile
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
@@ -45,10 +45,10 @@ class StrictTarInfo(tarfile.TarInfo):
             raise BadSampleError(reason, f"{error} at byte {tarfile_.offset}") from None
 
 
-def sample_offsets(
-    file: BinaryIO, *, seekable: bool = True
-) -> tuple[list[int], BadSampleError | None]:
+def sample_offsets(file: Any, *, seekable: bool = True) -> tuple[list[int], BadSampleError | None]:
     """Where each sample starts, and where the last one ends: n + 1 offsets for n samples.
+
+    `file` needs no more than `read`, unless `seekable`.
 
     The samples that are whole stay usable: what is wrong with the rest is returned, not raised.
     Entries are those of `energon prepare` (Megatron-Energon, `WebdatasetPreparator`).

@@ -28,9 +28,9 @@ _TINY_TEMPLATE = (
 )
 
 _TINY_SPECIALS = ["<|start|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
-_TINY_VOCABULARY = 512
+_TINY_VOCABULARY = 2048
 
-# What the merges of the tiny tokenizer are learnt from; every other text falls back to bytes.
+# Words that are one token, at the start of a text and after a space; others fall into pieces.
 _TINY_CORPUS = """
 what which who where when why how many much is are was were do does did can could will would
 the a an this that these those it its there here in on at of to from with without before after
@@ -42,11 +42,8 @@ orange purple brown grey square circle triangle line shape shapes object objects
 person people man woman child dog cat bird car bike bus boat house tree street room table hand
 moving moves standing sitting walking running playing holding looking eating going fast slow
 yes no not only one two three four five six seven eight nine ten zero small large big old new
-what is the number in the image? which digit is shown after the video? answer with one word.
-what is shown in the video? describe the video. how many frames are there? where is the object?
-what color is the square? which letter appears in the corner? is there a person in the scene?
-find the frame with the secret word and say the number next to it. the answer is the number
-""".strip().split("\n")
+card cards
+""".split()
 
 
 def load_tokenizer(source: str | None) -> PreTrainedTokenizerFast:
@@ -81,14 +78,13 @@ def load_tokenizer(source: str | None) -> PreTrainedTokenizerFast:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 512 tokens, the same each time; every digit is a token of its own.
+    """Byte-level BPE of at most 2,048 tokens, the same each time; every digit is a token of its own.
 
     `<|start|>` and `<|end|>` come around a text, as CLIP's text tower wants it, unless
     `add_special_tokens=False`; `<|end|>` also ends a turn.
     """
     bpe = Tokenizer(models.BPE())
-    # A digit stands alone, and so does a space before it: " 7" and "7" end in the same token.
-    digits = pre_tokenizers.Split(Regex(r"\d"), behavior="isolated")
+    digits = pre_tokenizers.Split(Regex(r" ?\d"), behavior="isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -100,7 +96,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(_TINY_CORPUS, trainer)
+    words = [*_TINY_CORPUS, *(word.capitalize() for word in _TINY_CORPUS), *"0123456789"]
+    bpe.train_from_iterator([spaced for word in words for spaced in (word, f" {word}")], trainer)
     start, end = (bpe.token_to_id(token) for token in ("<|start|>", "<|end|>"))
     bpe.post_processor = processors.TemplateProcessing(
         single="<|start|> $A <|end|>", special_tokens=[("<|start|>", start), ("<|end|>", end)]
