@@ -12,7 +12,7 @@ Axis letters, the same in every signature of the project:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ class BadSampleError(Exception):
 
     def __init__(self, reason: str, detail: str = "", *, shard: str = "", key: str = ""):
         self.reason, self.detail, self.shard, self.key = reason, detail, shard, key
-        where = f"{shard} [{key}]: " if shard or key else ""
+        where = f"{shard} [{key}]: " if key else f"{shard}: " if shard else ""
         super().__init__(f"{where}{reason}{': ' + detail if detail else ''}")
 
 
@@ -70,11 +70,50 @@ class VideoBatch:
     def __post_init__(self) -> None:
         slots = int((self.input_ids == VISUAL_SLOT).sum())
         if slots != len(self.frame_counts):
-            raise ValueError(f"{slots} visual slots in the text, but {len(self.frame_counts)} visuals")
+            raise ValueError(
+                f"{slots} visual slots in the text, but {len(self.frame_counts)} visuals"
+            )
         if sum(self.frame_counts) != self.frames.shape[0]:
             raise ValueError(
-                f"the visuals count {sum(self.frame_counts)} frames, {self.frames.shape[0]} are given"
+                f"the visuals count {sum(self.frame_counts)} frames, "
+                f"{self.frames.shape[0]} are given"
             )
+
+    def first(self, count: int) -> "VideoBatch":
+        """The first rows, with their visuals."""
+        visuals = int((self.input_ids[:count] == VISUAL_SLOT).sum())
+        counts = self.frame_counts[:visuals]
+        return VideoBatch(
+            self.input_ids[:count],
+            self.attention_mask[:count],
+            self.labels[:count],
+            self.frames[: sum(counts)],
+            counts,
+            self.prompt_ids[:count],
+            self.prompt_mask[:count],
+            self.keys[:count],
+        )
+
+    def questions(self) -> "VideoBatch":
+        """What stands before the first label of each row: there an answer is generated.
+
+        Visuals behind it are left out.
+        """
+        mask = self.attention_mask & ((self.labels != IGNORE_INDEX).cumsum(1) == 0)
+        kept = mask[self.input_ids == VISUAL_SLOT].tolist()
+        visuals = zip(self.frames.split(self.frame_counts), kept, strict=True)
+        return replace(
+            self,
+            input_ids=torch.where(mask, self.input_ids, 0),
+            attention_mask=mask,
+            labels=torch.full_like(self.labels, IGNORE_INDEX),
+            frames=torch.cat([self.frames[:0], *(frames for frames, keep in visuals if keep)]),
+            frame_counts=[n for n, keep in zip(self.frame_counts, kept, strict=True) if keep],
+        )
+
+    def answers(self) -> list[list[int]]:
+        """The labelled tokens of each row."""
+        return [row[row != IGNORE_INDEX].tolist() for row in self.labels]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "b l"]:

@@ -101,7 +101,7 @@ def load_run(folder: Path) -> Run:
     lines = _yaml(folder / ".hydra" / "overrides.yaml") or []
     overrides = [str(line).partition("=") for line in lines]
     command = folder / "command.txt"
-    needle = _needle(folder / "needle.json")
+    needle = read_needle(folder / "needle.json")
     measured = {"rotary": needle.rotary, "seed": str(needle.seed)} if needle else {}
     return Run(
         folder=folder,
@@ -173,7 +173,7 @@ def _generations(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _needle(path: Path) -> Needle | None:
+def read_needle(path: Path) -> Needle | None:
     if not path.is_file():
         return None
     advice = "run ropelab-evaluate on this run again"

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -13,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from experiments.report_data import ABSENT, Cell
+from experiments.report_data import ABSENT, Cell, Needle
 from experiments.report_tables import CONDITIONS, Group, score
 
 #: Okabe and Ito (2008): eight colours that every kind of colour vision tells apart; without the
@@ -94,6 +95,25 @@ def heatmaps(groups: list[Group], condition: str) -> str:
         bar = ScalarMappable(Normalize(0, 1), HEATMAP)
         figure.colorbar(bar, ax=axes, label="share found", shrink=0.9, aspect=14, pad=0.015)
         return _svg(figure)
+
+
+def save_heatmap(needle: Needle, path: Path) -> Path:
+    """One run's maps as a PNG, a condition each, on the scale of all other maps."""
+    conditions = list(needle.cells)
+    everything = [cell for cells in needle.cells.values() for cell in cells]
+    frames = sorted({cell.frames for cell in everything})
+    depths = sorted({cell.depth for cell in everything})
+    with _figure(1, len(conditions), 3.0, 0.9 + 0.3 * len(depths)) as figure:
+        axes = figure.subplots(1, len(conditions), squeeze=False, sharey=True)[0]
+        for ax, condition in zip(axes, conditions, strict=True):
+            _heatmap(ax, cell_means(needle.cells[condition], frames, depths), frames, depths)
+            ax.set_title(condition)
+            ax.set_xlabel("frames of the haystack")
+        axes[0].set_ylabel("depth of the needle")
+        bar = ScalarMappable(Normalize(0, 1), HEATMAP)
+        figure.colorbar(bar, ax=axes, label="share found", shrink=0.9, aspect=14, pad=0.015)
+        figure.savefig(path, dpi=150)
+    return path
 
 
 def _cells(group: Group, condition: str) -> list[Cell]:

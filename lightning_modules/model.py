@@ -85,7 +85,8 @@ class VideoLanguageModel(PreTrainedModel):
         self.pooler: Pooler = build(config.pooler or {})
         self.rotary: RotaryScheme = build(config.rotary or {})
         self.llm: LanguageModel = build(config.llm or {})
-        self.pooler.grid(Grid(1, *self.encoder.grid))  # a kernel that does not fit stops here
+        for frames in (1, 10**6):  # a kernel that does not fit an image or a video stops here
+            self.pooler.grid(Grid(frames, *self.encoder.grid))
         self.llm.replace_rotary(lambda original: RotaryEmbedding(self.rotary, original))
         self.projector = Projector(self.encoder.width, self.llm.width)
         # What was read from a hub or folder now is data of this model: save its config, not its name.

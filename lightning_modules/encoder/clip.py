@@ -30,6 +30,7 @@ class ClipEncoder(Encoder):
         kept_positions: how many of the first text positions stay unstretched.
         bt_adapter: `{"depth": ..., "max_frames": ...}`: BT-Adapter beside the last `depth`
             layers of the whole tower, for visuals of up to `max_frames`.
+        image_size: side of a frame in pixels, for the data to read; that of `source` or `config`.
 
     Raises:
         ValueError: the arguments do not fit together; the message says which and what would.
@@ -43,9 +44,15 @@ class ClipEncoder(Encoder):
         context_length: int | None = 248,
         kept_positions: int = 20,
         bt_adapter: Mapping[str, int] | None = None,
+        image_size: int | None = None,
     ):
         super().__init__()
         clip = _load(source, config)
+        if image_size not in (None, clip.vision_model.config.image_size):
+            raise ValueError(
+                f"model.encoder.image_size is {image_size}, but the tower reads frames of "
+                f"{clip.vision_model.config.image_size} pixels: set it to that"
+            )
         self.feature_layer, self.kept_positions = feature_layer, kept_positions
         self.stretched = context_length is not None
         self.bt_adapter = dict(bt_adapter) if bt_adapter else None
@@ -136,6 +143,7 @@ class ClipEncoder(Encoder):
             "context_length": self.context_length if self.stretched else None,
             "kept_positions": self.kept_positions,
             "bt_adapter": self.bt_adapter,
+            "image_size": self.image_size,
         }
 
 
@@ -177,7 +185,7 @@ def _embed(tower: CLIPVisionModel, frames: Float[Tensor, "n c h w"]) -> Float[Te
     if frames.shape[-2:] != (side, side):
         raise ValueError(
             f"frames of {frames.shape[-2]} x {frames.shape[-1]} pixels, but the encoder reads "
-            f"{side} x {side}: set data.image_size to {side}"
+            f"{side} x {side}: set data.frames.image_size to {side}"
         )
     weight = embeddings.patch_embedding.weight
     patches = embeddings.patch_embedding(frames.to(weight.dtype)).flatten(2).mT  # n p d

@@ -73,7 +73,11 @@ class RotaryScheme(ABC):
         width = max(row.shape[1] for row in rows)
         batch = torch.zeros(4, len(rows), width)
         for i, row in enumerate(rows):
-            columns = slice(width - row.shape[1], width) if padding_side == "left" else slice(row.shape[1])
+            columns = (
+                slice(width - row.shape[1], width)
+                if padding_side == "left"
+                else slice(row.shape[1])
+            )
             batch[:, i, columns] = row
         return batch
 
@@ -123,9 +127,7 @@ class RotaryEmbedding(nn.Module):
         return (angle.cos() * factor).to(x.dtype), (angle.sin() * factor).to(x.dtype)
 
 
-def split_sections(
-    sections: Sequence[int] | None, num_frequencies: int
-) -> tuple[int, int, int]:
+def split_sections(sections: Sequence[int] | None, num_frequencies: int) -> tuple[int, int, int]:
     """How many frequencies time, height and width get; without `sections` 2 : 3 : 3 as Qwen2-VL.
 
     Raises:

@@ -1,0 +1,53 @@
+"""The needle test of a trained model: needle.json, needle.png, and both in the loggers."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import DictConfig
+
+from experiments.report_data import read_needle
+from experiments.report_plots import save_heatmap
+from experiments.run import plain
+from lightning_modules.model import VideoLanguageModel
+from lightning_modules.needle import NeedleModule
+
+
+def test_needles(
+    config: DictConfig, trainer: Trainer, model: VideoLanguageModel, datamodule: LightningDataModule
+) -> float | None:
+    """Share of needles found without distractors, over all lengths and depths.
+
+    None where the datamodule has no test.
+    """
+    if "grid" not in config.data:
+        return None
+    folder = Path(config.paths.run)
+    module = NeedleModule(model, folder=folder, protocol=describe(config, trainer.global_step))
+    trainer.test(module, datamodule=datamodule, verbose=False)
+    if trainer.is_global_zero:
+        picture = save_heatmap(read_needle(folder / "needle.json"), folder / "needle.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("needle/heatmap", [str(picture)])
+    return module.scores.mean("plain") if "plain" in module.scores.cells else None
+
+
+def describe(config: DictConfig, step: int) -> dict[str, Any]:
+    """What a reader of the numbers must know about how they came about."""
+    data = plain(config.data)
+    periods = [c["period"] for c in data["grid"]["conditions"].values() if c]
+    return {
+        "run": config.run_name,
+        "rotary": config.run_name.partition(",")[0],
+        "seed": config.seed,
+        "step": step,
+        "protocol": {
+            "train_frames": data["training"]["frames"],
+            "period": min(periods, default=0),
+            "needles": data["grid"]["needles"],
+            "depths": data["grid"]["depths"],
+            "frames": data["grid"]["frames"],
+        },
+    }
