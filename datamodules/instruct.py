@@ -22,7 +22,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning import LightningDataModule
@@ -111,7 +111,7 @@ class InstructDataModule(LightningDataModule):
         batch_size: int = 1,
         stream: StreamOptions = StreamOptions(),  # noqa: B008 - frozen
         num_workers: int = 0,
-        on_bad_sample: Literal["skip", "raise"] | None = None,
+        on_bad_sample: str | None = None,
     ):
         super().__init__()
         self._shards = {"train": train, "val": val}

@@ -20,7 +20,7 @@ import logging
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -38,7 +38,7 @@ _BAD_IN_A_ROW = 100
 class Faults:
     """Bad samples of one process: counted and skipped, or raised at once."""
 
-    def __init__(self, on_bad_sample: Literal["skip", "raise"]):
+    def __init__(self, on_bad_sample: str):
         if on_bad_sample not in ("skip", "raise"):
             raise ValueError(f"on_bad_sample is {on_bad_sample!r}; set it to 'skip' or 'raise'")
         self._raise = on_bad_sample == "raise"
@@ -180,6 +180,13 @@ class StreamLoader:
 
     def __len__(self) -> int:
         return self._batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty. That it is there tells Lightning that the loader can be resumed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes nothing: `position` says where to go on."""
 
     def __iter__(self) -> Iterator[Any]:
         epoch, done = self._position()

@@ -43,7 +43,7 @@ person people man woman child dog cat bird car bike bus boat house tree street r
 moving moves standing sitting walking running playing holding looking eating going fast slow
 yes no not only one two three four five six seven eight nine ten zero small large big old new
 card cards
-""".split()
+""".split()  # noqa: SIM905 - as a list it would be one word a line
 
 
 def load_tokenizer(source: str | None) -> PreTrainedTokenizerFast:
@@ -78,7 +78,7 @@ def load_tokenizer(source: str | None) -> PreTrainedTokenizerFast:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most 2,048 tokens, the same each time; every digit is a token of its own.
+    """Byte-level BPE of at most 2,048 tokens, the same each time; every digit is a token.
 
     `<|start|>` and `<|end|>` come around a text, as CLIP's text tower wants it, unless
     `add_special_tokens=False`; `<|end|>` also ends a turn.

@@ -42,7 +42,7 @@ def test_frames_are_those_of_a_full_decode(container, gop):
     data = ramp_video(container=container, gop=gop)
     wanted = [0, 1, 17, 18, 40, 59]
     frames = FrameReader(16, lambda times: wanted).video(data)
-    with av.open(io.BytesIO(data)) as plain:
+    with av.open(io.BytesIO(data), "r") as plain:
         expected = [frame.to_ndarray(format="rgb24")[40, 40, 0] for frame in plain.decode(video=0)]
     assert frames.shape == (6, 3, 16, 16)
     assert len(expected) == 60
@@ -117,7 +117,7 @@ def test_a_video_cut_behind_its_head_is_truncated(tmp_path):
     """Index at the front: the file opens, its last frames are gone."""
     path, options = tmp_path / "a.mp4", {"movflags": "faststart"}
     with (
-        av.open(io.BytesIO(ramp_video(60, bf=0))) as source,
+        av.open(io.BytesIO(ramp_video(60, bf=0)), "r") as source,
         av.open(str(path), "w", options=options) as target,
     ):
         stream = target.add_stream_from_template(source.streams.video[0])
