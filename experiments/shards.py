@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from datamodules.batch import BadSampleError
 from datamodules.index import expand_urls
 from datamodules.pack import Outcome, pack_shard, plan_shards, read_annotations, verify_shard
 
@@ -105,8 +106,8 @@ def show(outcome: Outcome, most: int = 50) -> None:
         table.add_row(reason, str(number))
     console.print(table)
     for item in outcome.bad[:most]:
-        line = f"{item.shard} [{item.key}]: {item.reason}: {item.detail}"
-        console.print(escape(line), soft_wrap=True)
+        line = BadSampleError(item.reason, item.detail, shard=item.shard, key=item.key)
+        console.print(escape(str(line)), soft_wrap=True)
     if len(outcome.bad) > most:
         console.print(f"and {len(outcome.bad) - most} more; --json lists all")
 
