@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class VideoLanguageModel(PreTrainedModel):
             self.pooler.grid(Grid(frames, *self.encoder.grid))
         self.llm.replace_rotary(lambda original: RotaryEmbedding(self.rotary, original))
         self.projector = Projector(self.encoder.width, self.llm.width)
-        # What was read from a hub or folder now is data of this model: save its config, not its name.
+        # What came from a hub or folder is part of this model now: keep its config, not its name.
         config.encoder, config.llm = self.encoder.to_spec(), self.llm.to_spec()
         self.post_init()
 
@@ -192,7 +193,7 @@ class VideoLanguageModel(PreTrainedModel):
         return pieces, layouts
 
     def _init_weights(self, module: Any) -> None:
-        """Each stage sets its own weights when it is made; transformers' default would undo that."""
+        """Each stage sets its own weights when it is made; transformers' way would undo that."""
 
 
 def _pad(
@@ -200,8 +201,5 @@ def _pad(
 ) -> tuple[Float[Tensor, "b l m"], Bool[Tensor, "b l"], Int[Tensor, "b l"]]:
     embeds, labels = zip(*pieces, strict=True)
     mask = [torch.ones_like(row, dtype=torch.bool) for row in labels]
-
-    def stack(rows: Sequence[Tensor], value: float) -> Tensor:
-        return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
-
-    return stack(embeds, 0.0), stack(mask, False), stack(labels, IGNORE_INDEX)
+    stack = partial(pad_sequence, batch_first=True, padding_side=side)
+    return stack(embeds), stack(mask), stack(labels, padding_value=IGNORE_INDEX)

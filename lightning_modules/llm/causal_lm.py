@@ -35,20 +35,23 @@ class CausalLM(LanguageModel):
         if (source is None) == (config is None):
             raise ValueError("model.llm needs either `source` (weights to load) or `config`")
         self.attention = attention
-        self.lm = _load(source, attention, dtype) if source else _make(config or {}, attention)
-        decoder = self.lm.get_decoder()
-        if not hasattr(decoder, "rotary_emb"):
+        self.lm: Any = _load(source, attention, dtype) if source else _make(config or {}, attention)
+        if not hasattr(self.decoder, "rotary_emb"):
             raise ValueError(
-                f"model.llm: {type(decoder).__name__} has no `rotary_emb` to replace; "
+                f"model.llm: {type(self.decoder).__name__} has no `rotary_emb` to replace; "
                 "take a decoder of the Llama or Qwen family"
             )
         self.width = self.lm.config.hidden_size
-        decoder.register_forward_pre_hook(_take_axis_positions, with_kwargs=True)
-        decoder.register_forward_hook(_drop_axis_positions, always_call=True)
+        self.decoder.register_forward_pre_hook(_take_axis_positions, with_kwargs=True)
+        self.decoder.register_forward_hook(_drop_axis_positions, always_call=True)
+
+    @property
+    def decoder(self) -> Any:
+        """The LLM without its head."""
+        return self.lm.get_decoder()
 
     def replace_rotary(self, build: Callable[[nn.Module], nn.Module]) -> None:
-        decoder = self.lm.get_decoder()
-        decoder.rotary_emb = build(decoder.rotary_emb)
+        self.decoder.rotary_emb = build(self.decoder.rotary_emb)
 
     def embed(self, ids: Int[Tensor, "*b l"]) -> Float[Tensor, "*b l m"]:
         return self.lm.get_input_embeddings()(ids)
@@ -60,7 +63,7 @@ class CausalLM(LanguageModel):
         positions: Float[Tensor, "4 b l"],
         cache: Cache | None = None,
     ) -> Float[Tensor, "b l m"]:
-        return self.lm.get_decoder()(
+        return self.decoder(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
@@ -83,7 +86,7 @@ class CausalLM(LanguageModel):
         )
 
     def blocks(self) -> list[nn.Module]:
-        return list(self.lm.get_decoder().layers)
+        return list(self.decoder.layers)
 
     def to_spec(self) -> dict:
         return {
@@ -120,7 +123,7 @@ def _make(config: dict[str, Any], attention: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(made, attn_implementation=attention)
 
 
-def _take_axis_positions(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _take_axis_positions(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Hands rows 1 to 3 of the positions to the rotary module, and row 0 to everything else.
 
     transformers reads masks and packed documents out of the positions; it must see text positions
@@ -133,5 +136,5 @@ def _take_axis_positions(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple
     return args, kwargs
 
 
-def _drop_axis_positions(decoder: nn.Module, args: tuple, output: Any) -> None:
+def _drop_axis_positions(decoder: Any, args: tuple, output: Any) -> None:
     decoder.rotary_emb.axis_positions = None

@@ -7,6 +7,7 @@ the same for all of them and lives here: the walk over a layout, padding, and th
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -90,7 +91,7 @@ class RotaryEmbedding(nn.Module):
     would see them cast to bfloat16 or left on the meta device. Everything is float32 until the end.
     """
 
-    def __init__(self, scheme: RotaryScheme, original: nn.Module):
+    def __init__(self, scheme: RotaryScheme, original: Any):
         super().__init__()
         self.scheme = scheme
         self.config = original.config
@@ -98,8 +99,8 @@ class RotaryEmbedding(nn.Module):
         self._default_parameters = original.compute_default_rope_parameters
         #: Rows 1 to 3 of the positions, put here by the LLM for the length of one forward.
         self.axis_positions: Float[Tensor, "3 b l"] | None = None
-        with torch.device("cpu"):
-            scheme.axes(self.frequencies(torch.device("cpu"), 1)[0].numel())
+        with torch.device("cpu"):  # also while a model is made on the meta device
+            scheme.axes(self.frequencies(torch.device("cpu"), 1)[0].numel())  # a misfit stops here
 
     def frequencies(self, device: torch.device, length: int) -> tuple[Float[Tensor, " f"], float]:
         """Radians per position, fastest first, and the factor on cos and sin that YaRN asks for."""
@@ -136,9 +137,9 @@ def split_sections(sections: Sequence[int] | None, num_frequencies: int) -> tupl
     if sections is None:
         if num_frequencies % 8:
             raise ValueError(
-                f"{num_frequencies} rotary frequencies (head size {2 * num_frequencies}) do not split "
-                "2 : 3 : 3; set model.rotary.sections=[time,height,width] to three numbers that "
-                f"add up to {num_frequencies}"
+                f"{num_frequencies} rotary frequencies (head size {2 * num_frequencies}) do not "
+                "split 2 : 3 : 3; set model.rotary.sections=[time,height,width] to three numbers "
+                f"that add up to {num_frequencies}"
             )
         return num_frequencies // 4, 3 * num_frequencies // 8, 3 * num_frequencies // 8
     if len(sections) != 3 or sum(sections) != num_frequencies or min(sections) < 0:

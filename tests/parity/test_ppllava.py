@@ -2,10 +2,19 @@
 
 import torch
 
-from datamodules.batch import Grid
+from datamodules.batch import VISUAL_SLOT, Grid, VideoBatch
+from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.pooler.relevance import relevance
 
-from .ppllava_weights import build_stages
+from .ppllava_weights import (
+    build_stages,
+    encoder_arguments,
+    encoder_weights,
+    llm_weights,
+    pooler_arguments,
+    pooler_weights,
+    projector_weights,
+)
 
 
 def assert_near(ours, published):
@@ -40,3 +49,47 @@ def test_stages(ppllava_golden):
         tokens = projector.contract(pooler(patches.unflatten(1, grid[1:]), score, projector.expand))
         assert tokens.shape[:3] == pooler.grid(grid)
         assert_near(tokens.flatten(0, 2), golden["pooled_tokens"][0])
+
+
+def build_model(spec, weights):
+    """The whole pipeline with one golden pair's sizes and weights."""
+    llm = {key: value for key, value in spec["llm"].items() if key != "rope_theta"}
+    theta = {"rope_type": "default", "rope_theta": spec["llm"]["rope_theta"]}
+    stages = "lightning_modules"
+    config = VideoLanguageModelConfig(
+        encoder={"_target_": f"{stages}.encoder.clip.ClipEncoder", **encoder_arguments(spec)},
+        pooler={
+            "_target_": f"{stages}.pooler.prompt_guided.PromptGuidedPooler",
+            **pooler_arguments(spec),
+        },
+        rotary={"_target_": f"{stages}.rotary.vanilla.VanillaRope"},
+        llm={
+            "_target_": f"{stages}.llm.causal_lm.CausalLM",
+            "config": {"model_type": "llama", "rope_parameters": theta, **llm},
+        },
+    )
+    model = VideoLanguageModel(config)
+    model.encoder.load_state_dict(encoder_weights(weights, model.encoder))
+    model.pooler.load_state_dict(pooler_weights(weights))
+    model.projector.load_state_dict(projector_weights(weights))
+    model.llm.lm.load_state_dict(llm_weights(weights))
+    return model.eval()
+
+
+@torch.no_grad()
+def test_logits(ppllava_golden):
+    spec, tensors = ppllava_golden.spec, ppllava_golden.tensors
+    model = build_model(spec, ppllava_golden.weights())
+    for i, case in enumerate(spec["cases"]):
+        ids = tensors[f"case{i}/input_ids"]
+        batch = VideoBatch(
+            input_ids=torch.where(ids == spec["image_token_index"], VISUAL_SLOT, ids),
+            attention_mask=torch.ones_like(ids, dtype=torch.bool),
+            labels=ids,
+            frames=tensors[f"case{i}/pixel_values"].flatten(0, 1),
+            frame_counts=[case["frames"]],
+            prompt_ids=tensors[f"case{i}/clip_input_ids"],
+            prompt_mask=tensors[f"case{i}/clip_attention_mask"].bool(),
+            keys=[ppllava_golden.name],
+        )
+        assert_near(model.llm.head(model(batch).hidden), tensors[f"case{i}/logits"])
