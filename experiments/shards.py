@@ -2,6 +2,7 @@
 
 ropelab-shards pack --videos videos/ --annotations train.json --output shards/ --reencode 336
 ropelab-shards verify shards/ --json
+ropelab-shards demo data/vniah
 """
 
 import argparse
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from datamodules.batch import BadSampleError
+from datamodules.demo import write_demo
 from datamodules.index import expand_urls
 from datamodules.pack import Outcome, pack_shard, plan_shards, read_annotations, verify_shard
 
@@ -31,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         outcome = options.run(options)
+        if outcome is None:
+            return 0
     except (ValueError, OSError) as error:  # what the user can put right, in one line
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,6 +66,11 @@ def pack(options: argparse.Namespace) -> Outcome:
 
 def verify(options: argparse.Namespace) -> Outcome:
     return in_parallel(verify_shard, expand_urls(options.paths), options.workers, "verifying")
+
+
+def demo(options: argparse.Namespace) -> None:
+    for path in write_demo(options.output):
+        print(path)
 
 
 def in_parallel(
@@ -137,6 +146,10 @@ def _parser() -> argparse.ArgumentParser:
     reader.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     reader.add_argument("--workers", type=_positive, default=workers, help="processes")
     reader.set_defaults(run=verify)
+
+    writer = commands.add_parser("demo", help="haystacks and needles out of installed packages")
+    writer.add_argument("output", type=Path, metavar="DIR", help="folder for the shards")
+    writer.set_defaults(run=demo)
     return parser
 
 
