@@ -1,6 +1,6 @@
 """ropelab-evaluate: tests a trained model, with its own stages and another grid if one likes.
 
-ropelab-evaluate run=runs/vniah_d_tiny/videorope,seed=0 data.grid.frames=[24,512]
+ropelab-evaluate run=runs/vniah_d_tiny/videorope-seed0 data.grid.frames=[24,512]
 """
 
 import logging

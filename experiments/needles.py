@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig
@@ -40,7 +41,7 @@ def describe(config: DictConfig, step: int) -> dict[str, Any]:
     periods = [c["period"] for c in data["grid"]["conditions"].values() if c]
     return {
         "run": config.run_name,
-        "rotary": config.run_name.partition(",")[0],
+        "rotary": HydraConfig.get().runtime.choices["rotary"],
         "seed": config.seed,
         "step": step,
         "protocol": {

@@ -1,6 +1,8 @@
 """What the programs share: a composed config in, its objects and its run directory out."""
 
+import hashlib
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -18,11 +20,16 @@ from datamodules.batch import BadSampleError
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_NAME = 150  # file systems end at 255 bytes, and W&B adds its own
+
 
 def name_run(rotary: str, seed: int, overrides: str) -> str:
-    """`videorope,seed=0` and whatever else was overridden, as a folder's name."""
-    name = ",".join(part for part in (str(rotary), f"seed={seed}", str(overrides)) if part)
-    return name.replace("/", "_")
+    """`videorope-seed0` and whatever else was overridden, as a folder that Hydra can be told."""
+    name = "-".join(part for part in (rotary, f"seed{seed}", overrides) if part)
+    name = re.sub(r"[^\w.+-]+", "_", name).strip("_")
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 OmegaConf.register_new_resolver("run_name", name_run, replace=True)
