@@ -56,8 +56,7 @@ format: install  ## put the code into shape
 
 bench: export WANDB_MODE := offline
 bench: install  ## time every claim against the long way round: benchmarks/RESULTS.md
-	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done \
-		| tee benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/run.py
 
 clean:  ## remove caches and build leftovers; runs and the environment stay
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

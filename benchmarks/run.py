@@ -3,7 +3,7 @@
 Ends with status 1 where a target is missed.
 """
 
-import platform
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +21,7 @@ def main() -> int:
     for done, name in enumerate(names, start=1):
         print(f"[{done}/{len(names)}] {name}", file=sys.stderr, flush=True)
         rows += import_module(name).run()
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine = f"{os.cpu_count()} CPU cores, torch {torch.__version__}"
     text = f"# What the shortcuts gain\n\nWritten by `make bench` on {machine}.\n\n{table(rows)}\n"
     (FOLDER / "RESULTS.md").write_text(text)
     print(text)

@@ -1,0 +1,100 @@
+"""Position ids of a long row in a few tensor operations, against a loop over its tokens.
+
+The loop is written from the papers' formulas, and from the published code where that differs
+(docs/schemes.md says where); it knows nothing of `place` and `advance`. 100,000 tokens: five
+videos, an image and text between them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from harness import Row, compare, table
+from torch import Tensor
+
+from datamodules.batch import Grid
+from lightning_modules.rotary.base import Layout, RotaryScheme
+from lightning_modules.rotary.mrope import MRope
+from lightning_modules.rotary.tad import TadRope
+from lightning_modules.rotary.vanilla import VanillaRope
+from lightning_modules.rotary.videorope import VideoRope
+
+CLIP = Grid(128, 12, 12)
+LAYOUT: Layout = [64, CLIP, 200, CLIP, CLIP, 7, Grid(1, 24, 24), 500, CLIP, Grid(200, 10, 12), 925]
+SPACING = 2
+
+
+def vanilla(layout: Layout) -> Tensor:
+    """The number of the token."""
+    ids = []
+    for segment in layout:
+        for _ in range(segment.size if isinstance(segment, Grid) else segment):
+            ids.append([len(ids)] * 3)
+    return torch.tensor(ids).T
+
+
+def tad(layout: Layout) -> Tensor:
+    """The number of the token plus that of its frame, every text token a frame of its own."""
+    ids, frame = [], 0
+    for segment in layout:
+        t, h, w = segment if isinstance(segment, Grid) else (segment, 1, 1)
+        for _ in range(t):
+            for _ in range(h * w):
+                ids.append([len(ids) + frame] * 3)
+            frame += 1
+    return torch.tensor(ids).T
+
+
+def mrope(layout: Layout) -> Tensor:
+    """Text: one more than the largest id so far. Visuals: time, row and column, counted from it."""
+    ids, start = [], 0
+    for segment in layout:
+        if isinstance(segment, int):
+            ids += [[start + n] * 3 for n in range(segment)]
+        else:
+            for t in range(segment.t):
+                for y in range(segment.h):
+                    for x in range(segment.w):
+                        ids.append([start + t, start + y, start + x])
+        start += max(segment) if isinstance(segment, Grid) else segment
+    return torch.tensor(ids).T
+
+
+def videorope(layout: Layout) -> Tensor:
+    """Frames `SPACING` apart on the diagonal, rows and columns centred on their frame."""
+    ids, start = [], 0
+    for segment in layout:
+        if isinstance(segment, int):
+            ids += [[start + n] * 3 for n in range(segment)]
+        else:
+            up, left = (segment.h - 1) // 2, (segment.w - 1) // 2
+            for t in range(segment.t):
+                time = start + SPACING * t
+                for y in range(segment.h):
+                    for x in range(segment.w):
+                        ids.append([time, time + y - up, time + x - left])
+        start = ids[-1][0] + 1
+    return torch.tensor(ids).T
+
+
+def run() -> list[Row]:
+    schemes: list[tuple[str, RotaryScheme, Callable[[Layout], Tensor]]] = [
+        ("vanilla", VanillaRope(), vanilla),
+        ("tad", TadRope(), tad),
+        ("mrope", MRope(), mrope),
+        ("videorope", VideoRope(temporal_spacing=SPACING), videorope),
+    ]
+    tokens = sum(s.size if isinstance(s, Grid) else s for s in LAYOUT)
+    return [
+        compare(
+            f"positions of {tokens:,} tokens, {name}",
+            lambda scheme=scheme: scheme.positions(LAYOUT),
+            lambda loop=loop: loop(LAYOUT),
+            at_least=10,
+            tolerance=0,
+        )
+        for name, scheme, loop in schemes
+    ]
+
+
+if __name__ == "__main__":
+    print(table(run()))
