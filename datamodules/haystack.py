@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Int, UInt8
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from datamodules.batch import BadSampleError, VideoBatch
 from datamodules.conversation import ConversationEncoder, Turn, is_video, parse_sample
@@ -34,8 +34,10 @@ from datamodules.distractors import Distractors
 from datamodules.frames import FrameReader
 from datamodules.index import read_manifest
 from datamodules.instruct import Sample, collate
-from datamodules.stream import ShardReader
+from datamodules.stream import Faults, ShardReader, StreamLoader, trained_on
 from datamodules.tar import untar_sample
+
+SPLITS = ("train", "test")
 
 _VAL_SAMPLES, _VAL_SEED = 64, 2**31
 
@@ -63,9 +65,9 @@ class TrainingPlan:
     """
 
     samples: int
-    frames: tuple[int, int]
+    frames: Sequence[int]
     needles: int = 5
-    first_frames: tuple[int, int] = (3, 8)
+    first_frames: Sequence[int] = (3, 8)
     growth: float = 0.5
     seed: int = 0
 
@@ -139,15 +141,20 @@ class HaystackDataModule(LightningDataModule):
         self.training, self.grid, self.batch_size = training, grid, batch_size
         self._sets: dict[str, tuple[list[Tensor], list[Needle]]] = {}
 
+    def prepare_data(self) -> None:
+        """Makes missing indexes once a node, before its ranks read them."""
+        for shards in self._shards.values():
+            for split in SPLITS:
+                read_manifest(shards[split])
+
     def setup(self, stage: str | None = None) -> None:
+        if self._sets:
+            return
         self.conversation = self._make_conversation()
-        for split in ("train", "test"):
-            if split not in self._sets:
-                clips = read_clips(self._shards["haystack"][split], self._frames)
-                self._sets[split] = (
-                    clips,
-                    read_needles(self._shards["needles"][split], self._frames),
-                )
+        for split in SPLITS:
+            clips = read_clips(self._shards["haystack"][split], self._frames)
+            needles = read_needles(self._shards["needles"][split], self._frames)
+            self._sets[split] = clips, needles
         self._grid = NeedleGrid(*self._sets["test"], self.grid, self._encode)
 
     @property
@@ -155,20 +162,13 @@ class HaystackDataModule(LightningDataModule):
         """The frames that the rows' `order` counts."""
         return self._grid.bank
 
-    def train_dataloader(self) -> DataLoader:
-        samples = HaystackSamples(*self._sets["train"], self.training, self.conversation)
-        rank, world = self._place()
-        done = self._samples_done()
-        mine = range(done + rank, self.training.samples // world * world, world)
-        return DataLoader(
-            samples, self.batch_size, sampler=mine, collate_fn=self._collate, drop_last=True
-        )
+    def train_dataloader(self) -> StreamLoader:
+        return self._loader("train", self.training, position=lambda: trained_on(self.trainer))
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> StreamLoader:
         """One question about each of a few videos as long as those of training, all unseen."""
         plan = replace(self.training, samples=_VAL_SAMPLES, needles=1, growth=0.0, seed=_VAL_SEED)
-        samples = HaystackSamples(*self._sets["test"], plan, self.conversation)
-        return DataLoader(samples, self.batch_size, collate_fn=self._collate)
+        return self._loader("test", plan)
 
     def test_dataloader(self) -> "NeedleGrid":
         """Every rank goes through all rows: not a DataLoader, which Lightning would share out."""
@@ -195,15 +195,42 @@ class HaystackDataModule(LightningDataModule):
             prompt_pad_id=self.conversation.prompt_tokenizer.pad_token_id,
         )
 
-    def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def _loader(self, split: str, plan: TrainingPlan, **position: Any) -> StreamLoader:
+        samples = HaystackSamples(*self._sets[split], plan, self.conversation)
+        stream = HaystackStream(samples, self.batch_size, self._collate)
+        rank, world = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
+        faults = Faults("raise")
+        return StreamLoader(
+            lambda epoch: stream, stream, faults, rank=rank, world=world, **position
+        )
 
-    def _samples_done(self) -> int:
-        """Samples that all ranks have trained on, as the trainer counts them."""
-        if self.trainer is None:
-            return 0
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        return done * self.trainer.world_size * self.batch_size
+
+class HaystackStream(Dataset):
+    """Micro-batch m of all ranks together: the samples that follow those of micro-batch m - 1."""
+
+    def __init__(
+        self,
+        samples: "HaystackSamples",
+        batch_size: int,
+        collate: Callable[[list[Sample]], VideoBatch],
+    ):
+        self._samples, self._batch_size, self._collate = samples, batch_size, collate
+
+    def __len__(self) -> int:
+        return len(self._samples) // self._batch_size
+
+    def __getitem__(self, m: int) -> tuple[VideoBatch, list[BadSampleError]]:
+        first = m % len(self) * self._batch_size
+        numbers = range(first, first + self._batch_size)
+        return self._collate([self._samples[n] for n in numbers]), []
+
+    def check_world(self, world: int) -> None:
+        """Any number of ranks: those that would run out of batches repeat the first ones."""
+
+    def close(self) -> None:
+        """Nothing is open: all frames are in memory."""
 
 
 class HaystackSamples(Dataset):

@@ -38,7 +38,7 @@ from datamodules.conversation import (
 from datamodules.frames import FrameReader
 from datamodules.index import Manifest, read_manifest
 from datamodules.order import FileOrder, ShuffledOrder, StreamOptions
-from datamodules.stream import EpochStream, Faults, StreamLoader
+from datamodules.stream import EpochStream, Faults, StreamLoader, trained_on
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class InstructDataModule(LightningDataModule):
     def train_dataloader(self) -> StreamLoader:
         manifest = self._manifest("train")
         order = ShuffledOrder(manifest, self._batch_size, self._options)
-        return self._loader("train", order, position=self._position)
+        return self._loader("train", order, position=lambda: trained_on(self.trainer))
 
     def val_dataloader(self) -> StreamLoader | list:
         if self._shards["val"] is None:
@@ -198,11 +198,3 @@ class InstructDataModule(LightningDataModule):
     @property
     def _rank(self) -> int:
         return self.trainer.global_rank if self.trainer else 0
-
-    def _position(self) -> tuple[int, int]:
-        """(epoch, micro-batches that all ranks have trained on in it), as the trainer counts."""
-        if self.trainer is None:
-            return 0, 0
-        current = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        done = current.processed  # pyright: ignore[reportAttributeAccessIssue]
-        return self.trainer.current_epoch, done * self.trainer.world_size

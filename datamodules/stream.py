@@ -20,8 +20,9 @@ import logging
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from lightning import Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batch import BadSampleError
@@ -155,6 +156,38 @@ class EpochStream(Dataset):
             return error
 
 
+@runtime_checkable
+class MicroBatches(Protocol):
+    """What a loader reads: micro-batch m of an epoch, by number, and what was bad in it."""
+
+    def __getitem__(self, m: int) -> tuple[Any, list[BadSampleError]]: ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Order(Protocol):
+    def __len__(self) -> int:
+        """Micro-batches of an epoch, all ranks together."""
+        ...
+
+    def check_world(self, world: int) -> None:
+        """Raises ValueError where so many ranks cannot share them."""
+        ...
+
+
+def trained_on(trainer: Trainer | None) -> tuple[int, int]:
+    """(epoch, micro-batches that all ranks have trained on in it), as the trainer counts.
+
+    Where Lightning's `overfit_batches` asks for the same batches again and again, these stay.
+    """
+    if trainer is None or trainer.overfit_batches:
+        return 0, 0
+    current = trainer.fit_loop.epoch_loop.batch_progress.current
+    done = current.processed  # pyright: ignore[reportAttributeAccessIssue]
+    return trainer.current_epoch, done * trainer.world_size
+
+
 class StreamLoader:
     """The batches of one rank: an epoch each time it is iterated, `len()` of them.
 
@@ -164,8 +197,8 @@ class StreamLoader:
 
     def __init__(
         self,
-        stream_at: Callable[[int], EpochStream],
-        order: FileOrder,
+        stream_at: Callable[[int], MicroBatches],
+        order: Order,
         faults: Faults,
         *,
         rank: int = 0,

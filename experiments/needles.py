@@ -16,16 +16,21 @@ from lightning_modules.needle import NeedleModule
 
 
 def test_needles(
-    config: DictConfig, trainer: Trainer, model: VideoLanguageModel, datamodule: LightningDataModule
+    config: DictConfig,
+    trainer: Trainer,
+    model: VideoLanguageModel,
+    datamodule: LightningDataModule,
+    step: int,
 ) -> float | None:
     """Share of needles found without distractors, over all lengths and depths.
 
-    None where the datamodule has no test.
+    `step` is what the model was trained to. None where the datamodule has no test.
     """
     if "grid" not in config.data:
         return None
     folder = Path(config.paths.run)
-    module = NeedleModule(model, folder=folder, protocol=describe(config, trainer.global_step))
+    protocol = describe(config, model, step)
+    module = NeedleModule(model, folder=folder, protocol=protocol)
     trainer.test(module, datamodule=datamodule, verbose=False)
     if trainer.is_global_zero:
         picture = save_heatmap(read_needle(folder / "needle.json"), folder / "needle.png")
@@ -35,13 +40,13 @@ def test_needles(
     return module.scores.mean("plain") if "plain" in module.scores.cells else None
 
 
-def describe(config: DictConfig, step: int) -> dict[str, Any]:
+def describe(config: DictConfig, model: VideoLanguageModel, step: int) -> dict[str, Any]:
     """What a reader of the numbers must know about how they came about."""
     data = plain(config.data)
     periods = [c["period"] for c in data["grid"]["conditions"].values() if c]
     return {
         "run": config.run_name,
-        "rotary": HydraConfig.get().runtime.choices["rotary"],
+        "rotary": _rotary(config, model),
         "seed": config.seed,
         "step": step,
         "protocol": {
@@ -52,3 +57,11 @@ def describe(config: DictConfig, step: int) -> dict[str, Any]:
             "frames": data["grid"]["frames"],
         },
     }
+
+
+def _rotary(config: DictConfig, model: VideoLanguageModel) -> str:
+    """The option's name, or where the model runs another scheme than the config's, its class."""
+    spec = model.config.rotary or {}
+    if spec == plain(config.model.rotary):
+        return HydraConfig.get().runtime.choices.rotary
+    return spec["_target_"].rpartition(".")[2]

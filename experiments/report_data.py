@@ -107,7 +107,7 @@ def load_run(folder: Path) -> Run:
         folder=folder,
         overrides={key.lstrip("+~"): value for key, _, value in overrides},
         choices=measured | {k: str(v) for k, v in choices.items() if not k.startswith("hydra")},
-        config=dict(_leaves(config)),
+        config=dict(leaves(config)),
         command=command.read_text().strip() if command.is_file() else "",
         curves=_curves(folder / "metrics.csv"),
         needle=needle,
@@ -128,10 +128,11 @@ def _natural(parts: tuple[str, ...]) -> list[tuple[bool, int, str]]:
     return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys and values of a config."""
     if isinstance(node, dict):
         for key, child in node.items():
-            yield from _leaves(child, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(child, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, str(node)
 

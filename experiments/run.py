@@ -1,19 +1,23 @@
-"""What the programs share: a composed config in, its objects and its run directory out."""
+"""What the programs share: a composed config in, its objects out."""
 
 import hashlib
 import logging
 import re
-import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import rich
-from hydra.errors import InstantiationException
+import wandb
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException, InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.syntax import Syntax
 
 from datamodules.batch import BadSampleError
@@ -58,29 +62,36 @@ def build_all(group: Any, what: str) -> list[Any]:
     return [build(node, f"{what}.{name}") for name, node in (group or {}).items() if node]
 
 
-def open_run_directory(config: DictConfig) -> Path:
-    """Makes the run directory and writes down what runs in it: config and command."""
-    folder = Path(config.paths.run)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
-    program = Path(sys.argv[0]).name
-    (folder / "command.txt").write_text(shlex.join([program, *sys.argv[1:]]) + "\n")
-    if config.print_config:
-        rich.print(
-            Syntax(OmegaConf.to_yaml(config, resolve=True), "yaml", background_color="default")
-        )
-    return folder
+def print_config(config: DictConfig) -> None:
+    if config.print_config and not rank_zero_only.rank:
+        text = OmegaConf.to_yaml(config, resolve=True)
+        rich.print(Syntax(text, "yaml", background_color="default", word_wrap=True))
 
 
 def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Ends the program with a line and no traceback where the user can put it right."""
+    """Ends the program with a line and no traceback where the user can put it right.
+
+    In a multirun the other jobs go on, and the program fails at the end. However a job ends, its
+    W&B run ends with it, so that the next job does not log into it.
+    """
 
     @wraps(main)
     def guarded(config: DictConfig) -> Any:
+        # Lightning's own use of a class that PyTorch is renaming.
+        warnings.filterwarnings("ignore", r".*LeafSpec.*", category=FutureWarning)
+        failed = 1
         try:
-            return main(config)
-        except (ValueError, OSError, BadSampleError) as error:
+            score = main(config)
+            failed = 0
+            return score
+        except (ValueError, OSError, BadSampleError, OmegaConfBaseException) as error:
             logger.debug("where it came from", exc_info=True)
-            sys.exit(f"error: {error}")
+            line = f"error: {str(error).strip().splitlines()[0]}"
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                logger.error(line)
+                raise CompactHydraException(line) from None
+            sys.exit(line if not rank_zero_only.rank else 1)
+        finally:
+            wandb.finish(exit_code=failed)
 
     return guarded

@@ -6,19 +6,22 @@ ropelab-train -m experiment=vniah_d_tiny rotary=vanilla,tad,mrope,videorope seed
 
 import hydra
 import lightning
-import wandb
 from omegaconf import DictConfig
 
 from experiments import CONFIG_DIR
 from experiments.needles import test_needles
-from experiments.run import build, build_all, open_run_directory, plain, user_errors_in_one_line
+from experiments.run import build, build_all, plain, print_config, user_errors_in_one_line
+from experiments.rundir import RunDirectory
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
 @user_errors_in_one_line
 def main(config: DictConfig) -> float | None:
-    # 1. Where everything of this run goes, and from which seed it comes
-    folder = open_run_directory(config)
+    # 1. Where everything of this run goes, unless it is all there; and from which seed it comes
+    folder = RunDirectory(config)
+    if done := folder.finished():
+        return done["metrics"].get("score")
+    print_config(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
 
     # 2. The model: stages are specs until the strategy asks for them; mistakes in them show here
@@ -30,19 +33,20 @@ def main(config: DictConfig) -> float | None:
 
     # 4. The trainer with its callbacks and loggers
     loggers = build_all(config.logger, "logger")
-    for logger in loggers:
-        logger.log_hyperparams(plain(config))
     callbacks = build_all(config.callbacks, "callbacks")
     trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(plain(config))
 
     # 5. Training, from where the run directory says it stands
-    last = folder / "checkpoints" / "last.ckpt"
-    resumed = str(last) if config.resume and last.exists() else None
-    trainer.fit(module, datamodule=datamodule, ckpt_path=resumed)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=folder.checkpoint, weights_only=True)
 
     # 6. The test, and the number that a sweep compares
-    score = test_needles(config, trainer, module.network, datamodule) if config.test else None
-    wandb.finish()
+    steps = trainer.global_step
+    score = None
+    if config.test:
+        score = test_needles(config, trainer, module.network, datamodule, steps)
+    folder.finish(steps, score)
     return score
 
 

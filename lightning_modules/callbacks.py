@@ -1,14 +1,12 @@
 """What is seen of a run while it runs."""
 
-import csv
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers import WandbLogger
 
 from datamodules.batch import VideoBatch
 
@@ -54,13 +52,17 @@ class Generations(Callback):
             for row in zip(asked.keys, *texts, strict=True)
         ]
         if trainer.is_global_zero:
-            with (self.folder / "generations.jsonl").open("a") as file:
-                file.writelines(
-                    json.dumps(dict(zip(_COLUMNS, row, strict=True))) + "\n" for row in rows
-                )
+            self._write([dict(zip(_COLUMNS, row, strict=True)) for row in rows])
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("val/generations", columns=_COLUMNS, data=rows)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        """Appends to the file; a resumed run replaces the steps that it takes again."""
+        path = self.folder / "generations.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        earlier = [line for line in lines if json.loads(line)["step"] < rows[0]["step"]]
+        path.write_text("".join(f"{line}\n" for line in [*earlier, *map(json.dumps, rows)]))
 
 
 class Throughput(Callback):
@@ -75,24 +77,3 @@ class Throughput(Callback):
             rate = tokens.item() * trainer.world_size / (now - self._last)
             pl_module.log("train/tokens_per_s", rate, prog_bar=True)
         self._last = now
-
-
-class ResumableCSVLogger(CSVLogger):
-    """`metrics.csv` in `save_dir` itself; a resumed run goes on in the same file."""
-
-    def __init__(self, save_dir: str | Path):
-        super().__init__(save_dir, name="", version="")
-
-    @property
-    def experiment(self) -> ExperimentWriter:
-        if self._experiment is None:
-            self._experiment = _AppendingWriter(self.log_dir)
-        return self._experiment
-
-
-class _AppendingWriter(ExperimentWriter):
-    def _check_log_dir_exists(self) -> None:
-        """Keeps the file that is there, where Lightning's writer deletes it."""
-        if Path(self.metrics_file_path).is_file():
-            with open(self.metrics_file_path, newline="") as file:
-                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])

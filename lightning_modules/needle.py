@@ -62,7 +62,7 @@ class NeedleScores:
             "majority": max(counts) / sum(counts),
         }
 
-    def _sensitivity(self) -> dict[str, float]:
+    def _sensitivity(self) -> dict[str, int | float]:
         """Of the length at which the logits changed least."""
         frames, (depth, change) = min(self.sensitivity.items(), key=lambda item: item[1][1])
         return {"frames": frames, "depth": depth, "max_logit_change": change}
