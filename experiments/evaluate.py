@@ -11,64 +11,80 @@ from typing import Any
 import hydra
 import lightning
 import torch
-import wandb
 import yaml
 from omegaconf import DictConfig
 
 from experiments import CONFIG_DIR
 from experiments.needles import test_needles
-from experiments.run import build, build_all, open_run_directory, plain, user_errors_in_one_line
+from experiments.run import build, build_all, plain, print_config, user_errors_in_one_line
+from experiments.rundir import RunDirectory
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 
 logger = logging.getLogger(__name__)
+
+#: Of the training alone.
+_NOT_REPLAYED = ("hydra.", "hydra/", "debug=", "resume=", "test=")
 
 
 def main() -> None:
     """A checkpoint runs with the rotary scheme it was trained with, unless one is named here."""
     typed = sys.argv[1:]
-    named = any(word.startswith(("rotary=", "model.rotary.")) for word in typed)
+    asking = any(word.startswith("-") and word not in ("-m", "--multirun") for word in typed)
+    if not asking and not any(word.startswith("run=") for word in typed):
+        sys.exit("error: which run? ropelab-evaluate run=FOLDER")
+    named = any(word.lstrip("+").startswith(("rotary=", "model.rotary.")) for word in typed)
     sys.argv[1:] = [*training_overrides(typed), *typed]
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="evaluate")
     @user_errors_in_one_line
     def evaluate(config: DictConfig) -> float | None:
         # 1. The model as it was trained
-        model = load(Path(config.run), plain(config.model.rotary) if named else None)
-        open_run_directory(config)
+        model, step = load(Path(config.run), plain(config.model.rotary) if named else None)
+        folder = RunDirectory(config)
+        print_config(config)
         lightning.seed_everything(config.seed, workers=True, verbose=False)
 
         # 2. The data and the trainer
         datamodule = build(config.data, "data")
-        callbacks = build_all({"progress": config.callbacks.progress}, "callbacks")
+        callbacks = build_all({"progress": config.callbacks.get("progress")}, "callbacks")
         loggers = build_all(config.logger, "logger")
         trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
+        for made in trainer.loggers:
+            made.log_hyperparams(plain(config))
 
         # 3. The test
-        score = test_needles(config, trainer, model, datamodule)
-        wandb.finish()
+        score = test_needles(config, trainer, model, datamodule, step)
+        folder.finish(step, score)
         return score
 
     evaluate()
 
 
 def training_overrides(typed: list[str]) -> list[str]:
-    """What was overridden when the run named by `run=` was trained, to be overridden in turn."""
-    folders = [word.partition("=")[2] for word in typed if word.startswith("run=")]
-    kept = Path(folders[-1] if folders else "") / ".hydra" / "overrides.yaml"
-    if not folders or not kept.is_file():
+    """What was overridden when the run named by `run=` was trained, to be overridden in turn.
+
+    Its data is found again from any directory.
+    """
+    folders = [word.partition("=")[2].strip("'\"") for word in typed if word.startswith("run=")]
+    run = Path(folders[-1]) if folders else None
+    if run is None or not (run / ".hydra" / "overrides.yaml").is_file():
         return []
-    return [word for word in yaml.safe_load(kept.read_text()) if not word.startswith("hydra.")]
+    words = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())
+    cwd = yaml.safe_load((run / ".hydra" / "hydra.yaml").read_text())["hydra"]["runtime"]["cwd"]
+    data = yaml.safe_load((run / "config.yaml").read_text())["paths"]["data"]
+    replayed = [word for word in words if not word.lstrip("+~").startswith(_NOT_REPLAYED)]
+    return [*replayed, f"paths.data='{Path(cwd) / data}'"]
 
 
-def load(run: Path, rotary: dict[str, Any] | None) -> VideoLanguageModel:
-    """The trained model; `rotary` takes the place of the scheme it was trained with.
+def load(run: Path, rotary: dict[str, Any] | None) -> tuple[VideoLanguageModel, int]:
+    """The trained model and its steps; `rotary` takes the place of the scheme it has learnt.
 
     Raises:
         ValueError: there is no checkpoint, or its weights are not those of its stages.
     """
     if (run / "config.json").is_file():
         named = {"rotary": rotary} if rotary else {}
-        return VideoLanguageModel.from_pretrained(run, **named).eval()
+        return VideoLanguageModel.from_pretrained(run, **named).eval(), 0
     path = run / "checkpoints" / "last.ckpt"
     if not path.is_file():
         raise ValueError(f"no checkpoint in {run}: set run= to a run directory with {path.name}")
@@ -78,9 +94,12 @@ def load(run: Path, rotary: dict[str, Any] | None) -> VideoLanguageModel:
         logger.warning("trained with %s, run with %s as asked", stages["rotary"], rotary)
         stages = {**stages, "rotary": rotary}
     model = VideoLanguageModel(VideoLanguageModelConfig(**stages))
-    weights = checkpoint["state_dict"].items()
-    model.load_state_dict({key.removeprefix("model."): value for key, value in weights})
-    return model.eval()
+    weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its own stages: {error}") from None
+    return model.eval(), checkpoint["global_step"]
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from lightning_modules.metrics.bootstrap import MeanInterval
 #: Stands for a value that a run does not have.
 ABSENT = "-"
 
-#: Folders inside a run that hold other programs' `config.yaml`.
-NOT_RUNS = {".hydra", "wandb", "checkpoints"}
+#: Folders inside a run that hold another `config.yaml`; tests of its model again are no new runs.
+NOT_RUNS = {".hydra", "wandb", "checkpoints", "evaluate"}
 
 
 class Cell(NamedTuple):

@@ -55,7 +55,7 @@ def at_batch(monkeypatch):
 
         monkeypatch.setattr(VideoLLMModule, "training_step", counting)
 
-    yield arrange
+    return arrange
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,122 @@
+"""Every option of every group composes, and what it names can be built."""
+
+import subprocess
+from importlib import import_module
+
+import hydra
+import pytest
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig
+
+from experiments import CONFIG_DIR
+from experiments.run import build_all, name_run, plain
+from lightning_modules.video_llm import VideoLLMModule
+
+STAGES = ("encoder", "pooler", "rotary", "llm")
+PROGRAMS = {path.stem for path in CONFIG_DIR.glob("*.yaml")}
+OPTIONS = sorted(
+    (path.parent.name, path.stem)
+    for path in CONFIG_DIR.glob("*/*.yaml")
+    if path.parent.name not in ("experiment", "hydra", "local")
+)
+EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
+
+
+def targets(node) -> list[str]:
+    if isinstance(node, ListConfig):
+        return [name for child in node for name in targets(child)]
+    if not isinstance(node, DictConfig):
+        return []
+    own = [node["_target_"]] if node.get("_target_") else []
+    return own + [name for key in node for name in targets(node._get_node(key))]
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_every_option_composes_and_names_what_exists(group, name, compose, tmp_path):
+    data = ["experiment=vniah_d_tiny"] if group in ("eval", "debug") else []
+    config = compose([*data, f"{group}={name}"], tmp_path)
+    for target in targets(config):
+        module, _, attribute = target.rpartition(".")
+        assert hasattr(import_module(module), attribute), target
+
+
+@pytest.mark.parametrize(("group", "name"), [o for o in OPTIONS if o[0] in STAGES])
+def test_every_stage_fits_the_tiny_ones(group, name, compose, tmp_path):
+    """A stage with a `source` would load it, and only composes."""
+    config = compose([f"{group}={name}"], tmp_path)
+    if group == "pooler" and config.model.pooler.get("kernel", [1, 1, 1])[1] == 3:
+        image = ["model.encoder.image_size=96"]  # 6 x 6 patches
+        config = compose([f"{group}={name}", *image], tmp_path)
+    VideoLLMModule(plain(config.model), optimizer=list).check()
+
+
+@pytest.mark.parametrize(("group", "name"), [o for o in OPTIONS if o[0] in ("optim", "trainer")])
+def test_optimisers_and_trainers_are_made(group, name, compose, tmp_path):
+    config = compose([f"{group}={name}"], tmp_path)
+    if config.trainer.accelerator == "gpu":
+        config.trainer.accelerator, config.trainer.devices = "cpu", 1
+    assert instantiate(config.trainer, _convert_="all", logger=False).max_epochs == 1
+    assert callable(instantiate(config.optim.optimizer))
+
+
+@pytest.mark.parametrize(("group", "name"), [o for o in OPTIONS if o[0] in ("logger", "callbacks")])
+def test_loggers_and_callbacks_are_made(group, name, compose, tmp_path):
+    config = compose([f"{group}={name}"], tmp_path)
+    assert build_all(config[group], group)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("program", sorted(PROGRAMS))
+def test_every_experiment_composes_and_builds(name, program, compose, tmp_path):
+    config = compose([f"experiment={name}"], tmp_path, program)
+    instantiate(config.data, _convert_="all")
+    VideoLLMModule(plain(config.model), optimizer=list).check()
+    recipe = (CONFIG_DIR / "experiment" / f"{name}.yaml").read_text()
+    assert "# ropelab-" in recipe, "a recipe states its command"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_one_word(stage):
+    for path in (CONFIG_DIR / stage).glob("*.yaml"):
+        assert path.read_text().startswith(f"# @package model.{stage}\n"), path
+
+
+def test_an_experiment_leaves_the_stages_to_the_command_line(compose, tmp_path):
+    config = compose(["experiment=vniah_d_tiny", "pooler=none", "rotary=tad"], tmp_path)
+    assert plain(config.model.pooler) == plain(compose(["pooler=none"], tmp_path).model.pooler)
+    assert plain(config.model.rotary) == plain(compose(["rotary=tad"], tmp_path).model.rotary)
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "says"),
+    [
+        ("rotary=videorop", MissingConfigException, "videorope"),
+        ("trainer.max_epoch=3", ConfigCompositionException, "trainer.max_epoch"),
+        ("encodr=clip_tiny", ConfigCompositionException, "encodr"),
+    ],
+)
+def test_a_typo_is_named(override, error, says, compose, tmp_path):
+    with pytest.raises(error, match=says):
+        compose([override], tmp_path)
+
+
+def test_the_untracked_local_group_is_optional_and_has_the_last_word(tmp_path):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "default.yaml").write_text(
+        "# @package _global_\npaths: {data: /scratch}\n"
+    )
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        searched = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=vniah_d_tiny"]
+        assert hydra.compose("train", searched).paths.data == "/scratch"
+    root = CONFIG_DIR.parent
+    git = ["git", "-C", str(root), "check-ignore", "configs/local/default.yaml"]
+    assert subprocess.run(git, capture_output=True).returncode == 0
+
+
+def test_runs_are_named_by_what_was_overridden():
+    assert name_run("tad", 1, "") == "tad-seed1"
+    assert name_run("tad", 1, "a.b=[1,2],c=d/e") == "tad-seed1-a.b_1_2_c_d_e"
+    long = [name_run("tad", 1, f"key={'x' * 300}{n}") for n in range(2)]
+    assert long[0] != long[1]
+    assert all(len(name.encode()) <= 200 for name in long)
