@@ -17,7 +17,8 @@ Needles with another question are each other's distractors. V-NIAH: LongVA, arXi
 V-NIAH-D: VideoRoPE, arXiv 2502.05173, section 4.3.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -340,12 +341,11 @@ def read_clips(shards: str | Iterable[str], frames: FrameReader) -> list[UInt8[T
     """
     clips = []
     for raw in _read_all(shards):
-        videos = [suffix for suffix in raw if is_video(suffix)]
-        if not videos:
-            raise BadSampleError(
-                "not_a_video", "a haystack needs one", shard=raw["__url__"], key=raw["__key__"]
-            )
-        clips += [frames.video(raw[suffix]) for suffix in videos]
+        with _named(raw):
+            videos = [suffix for suffix in raw if is_video(suffix)]
+            if not videos:
+                raise BadSampleError("not_a_video", "a haystack needs one")
+            clips += [frames.video(raw[suffix]) for suffix in videos]
     return clips
 
 
@@ -357,14 +357,11 @@ def read_needles(shards: str | Iterable[str], frames: FrameReader) -> list[Needl
     """
     needles = []
     for raw in _read_all(shards):
-        try:
+        with _named(raw):
             turns, suffixes = parse_sample(raw)
             if [turn.role for turn in turns] != ["user", "assistant"] or len(suffixes) != 1:
                 raise BadSampleError("not_a_needle", "one image, one question, one answer")
             picture = frames.image(raw[suffixes[0]])[0]
-        except BadSampleError as error:
-            where = {"shard": raw["__url__"], "key": raw["__key__"]}
-            raise BadSampleError(error.reason, error.detail, **where) from None
         question = turns[0].text.replace("<image>", "").strip()
         needles.append(Needle(picture, question, turns[1].text, raw["__key__"]))
     if len(_by_question(needles)) < 2:
@@ -372,15 +369,27 @@ def read_needles(shards: str | Iterable[str], frames: FrameReader) -> list[Needl
     return needles
 
 
-def _read_all(shards: str | Iterable[str]) -> Iterable[dict[str, Any]]:
+def _read_all(shards: str | Iterable[str]) -> Iterator[dict[str, Any]]:
     manifest = read_manifest(shards)
     for fault in manifest.faults:
         raise fault
     reader = ShardReader(manifest, timeout_s=30.0)
-    for number, shard in enumerate(manifest.shards):
-        for sample in range(shard.count):
-            yield untar_sample(reader.read(number, sample), shard.url)
-    reader.close()
+    try:
+        for number, shard in enumerate(manifest.shards):
+            for sample in range(shard.count):
+                yield untar_sample(reader.read(number, sample), shard.url)
+    finally:
+        reader.close()
+
+
+@contextmanager
+def _named(raw: dict[str, Any]) -> Iterator[None]:
+    """Says of a bad sample which one it is."""
+    try:
+        yield
+    except BadSampleError as error:
+        where = {"shard": raw["__url__"], "key": raw["__key__"]}
+        raise BadSampleError(error.reason, error.detail, **where) from None
 
 
 def _turns(needles: Sequence[Needle]) -> list[Turn]:
