@@ -58,12 +58,13 @@ def test_positions_and_logits(rope_golden, name):
             torch.testing.assert_close(logits, golden["logits"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["vanilla_rope", "m_rope", "videorope"])
+@pytest.mark.parametrize("name", SCHEMES)
 def test_first_generated_position(rope_golden, name):
-    """Not TAD-RoPE: the published code counts what it generates as if text advanced by 1."""
+    """The published code generates from text_step * length + rope_delta."""
     scheme = SCHEMES[name](rope_golden.spec["config"]["mrope_section"])
     for case in rope_golden.spec["cases"]:
         layout = read_layout(case["segments"])
         length = sum(segment.size if isinstance(segment, Grid) else segment for segment in layout)
         after = scheme.positions([*layout, 1])[:, -1]
-        assert after.tolist() == [case["schemes"][name]["rope_delta"] + length] * 3
+        expected = scheme.text_step * length + case["schemes"][name]["rope_delta"]
+        assert after.tolist() == [expected] * 3
