@@ -20,7 +20,7 @@ V-NIAH-D: VideoRoPE, arXiv 2502.05173, section 4.3.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -192,8 +192,8 @@ class HaystackDataModule(LightningDataModule):
         return collate(
             samples,
             image_size=image_size or self._frames.image_size,
-            pad_id=self.conversation.tokenizer.pad_token_id,
-            prompt_pad_id=self.conversation.prompt_tokenizer.pad_token_id,
+            pad_id=cast(int, self.conversation.tokenizer.pad_token_id),
+            prompt_pad_id=cast(int, self.conversation.prompt_tokenizer.pad_token_id),
         )
 
     def _loader(self, split: str, plan: TrainingPlan, **position: Any) -> StreamLoader:

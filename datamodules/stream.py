@@ -20,7 +20,7 @@ import logging
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from lightning import Trainer
 from torch.utils.data import DataLoader, Dataset
@@ -181,7 +181,7 @@ def trained_on(trainer: Trainer | None) -> tuple[int, int]:
 
     Where Lightning's `overfit_batches` asks for the same batches again and again, these stay.
     """
-    if trainer is None or trainer.overfit_batches:
+    if trainer is None or trainer.overfit_batches:  # pyright: ignore[reportAttributeAccessIssue]
         return 0, 0
     current = trainer.fit_loop.epoch_loop.batch_progress.current
     done = current.processed  # pyright: ignore[reportAttributeAccessIssue]
@@ -226,7 +226,7 @@ class StreamLoader:
         mine = range(done + self._rank, self._batches * self._world, self._world)
         stream = self._stream_at(epoch)
         loader = DataLoader(
-            stream,
+            cast(Dataset, stream),
             sampler=mine,
             batch_size=None,
             num_workers=self._workers,

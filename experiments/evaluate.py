@@ -83,7 +83,7 @@ def load(run: Path, rotary: dict[str, Any] | None) -> tuple[VideoLanguageModel, 
         ValueError: there is no checkpoint, or its weights are not those of its stages.
     """
     if (run / "config.json").is_file():
-        named = {"rotary": rotary} if rotary else {}
+        named: dict[str, Any] = {"rotary": rotary} if rotary else {}
         return VideoLanguageModel.from_pretrained(run, **named).eval(), 0
     path = run / "checkpoints" / "last.ckpt"
     if not path.is_file():

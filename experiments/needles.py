@@ -33,7 +33,9 @@ def test_needles(
     module = NeedleModule(model, folder=folder, protocol=protocol)
     trainer.test(module, datamodule=datamodule, verbose=False)
     if trainer.is_global_zero:
-        picture = save_heatmap(read_needle(folder / "needle.json"), folder / "needle.png")
+        needle = read_needle(folder / "needle.json")
+        assert needle is not None
+        picture = save_heatmap(needle, folder / "needle.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("needle/heatmap", [str(picture)])
@@ -63,5 +65,5 @@ def _rotary(config: DictConfig, model: VideoLanguageModel) -> str:
     """The option's name, or where the model runs another scheme than the config's, its class."""
     spec = model.config.rotary or {}
     if spec == plain(config.model.rotary):
-        return HydraConfig.get().runtime.choices.rotary
+        return HydraConfig.get().runtime.choices["rotary"]
     return spec["_target_"].rpartition(".")[2]

@@ -3,9 +3,7 @@
 import argparse
 import sys
 from base64 import b64encode
-from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -13,7 +11,6 @@ from experiments import report_tables as tables
 from experiments.report_data import Run, load_runs
 from experiments.report_plots import COLOURS, draw_all
 
-PACKAGES = ("ropelab", "torch", "lightning", "transformers")
 SHOWN_GENERATIONS = 8
 
 
@@ -75,8 +72,17 @@ def describe(runs: list[Run], groups: list[tables.Group], axes: list[str]) -> di
         "colours": COLOURS,
         "generations": generations(groups),
         "commands": commands(runs),
-        "versions": {"python": python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": versions(runs),
     }
+
+
+def versions(runs: list[Run]) -> dict[str, str]:
+    """What the runs ran with; all that differ, where runs do."""
+    seen: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name, number in run.versions.items():
+            seen.setdefault(name, {})[number] = None
+    return {name: " and ".join(numbers) for name, numbers in seen.items()}
 
 
 def title(runs: list[Run], groups: list[tables.Group], axes: list[str]) -> str:

@@ -52,6 +52,7 @@ class Run:
     choices: dict[str, str]  # the option in use of every config group
     config: dict[str, str]  # leaves of the resolved config, by dotted key
     command: str
+    versions: dict[str, str] = field(default_factory=dict)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     needle: Needle | None = None
     generations: list[dict[str, str]] = field(default_factory=list)
@@ -109,6 +110,7 @@ def load_run(folder: Path) -> Run:
         choices=measured | {k: str(v) for k, v in choices.items() if not k.startswith("hydra")},
         config=dict(leaves(config)),
         command=command.read_text().strip() if command.is_file() else "",
+        versions=_versions(folder / "versions.json"),
         curves=_curves(folder / "metrics.csv"),
         needle=needle,
         generations=_generations(folder / "generations.jsonl"),
@@ -144,6 +146,13 @@ def _yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+
+
+def _versions(path: Path) -> dict[str, str]:
+    """Of packages, and the commit that ran where it was a checkout."""
+    known = _yaml(path) or {}  # JSON is YAML
+    commit = {"commit": known["git_commit"]} if known.get("git_commit") else {}
+    return {**known.get("versions", {}), **commit}
 
 
 def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -91,6 +91,8 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
                 logger.error(line)
                 raise CompactHydraException(line) from None
             sys.exit(line if not rank_zero_only.rank else 1)
+        except KeyboardInterrupt:
+            sys.exit(130)
         finally:
             wandb.finish(exit_code=failed)
 

@@ -34,9 +34,10 @@ class Generations(Callback):
     ) -> None:
         if batch_idx or trainer.sanity_checking:
             return
-        tokenizer = trainer.datamodule.conversation.tokenizer
+        tokenizer = trainer.datamodule.conversation.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        network: Any = pl_module.network
         asked = batch.first(self.count).questions()
-        ids = pl_module.network.generate(
+        ids = network.generate(
             asked,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,

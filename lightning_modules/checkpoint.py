@@ -1,5 +1,6 @@
 """A run that is stopped goes on where it was."""
 
+import logging
 import signal
 import threading
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 class LastCheckpoint(Checkpoint):
@@ -37,7 +40,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._stopping:  # not before: the metrics of the step are logged behind its end
-            raise KeyboardInterrupt
+            self._stop(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -59,7 +62,7 @@ class LastCheckpoint(Checkpoint):
         self._release()
         self._agree(trainer)
         if self._stopping:
-            raise KeyboardInterrupt
+            self._stop(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -68,6 +71,12 @@ class LastCheckpoint(Checkpoint):
 
     def _agree(self, trainer: Trainer) -> None:
         self._stopping = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
+
+    def _stop(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            step = trainer.global_step
+            logger.warning("stopped after step %d: the same command goes on from there", step)
+        raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._interrupted = True

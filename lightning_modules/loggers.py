@@ -22,7 +22,7 @@ class ResumableCSVLogger(CSVLogger):
         super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=1)
 
     @property
-    def experiment(self) -> ExperimentWriter:
+    def experiment(self) -> Any:
         if self._experiment is None:
             self._experiment = _ResumingWriter(self.log_dir)
         return self._experiment

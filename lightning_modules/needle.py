@@ -99,7 +99,7 @@ class NeedleModule(LightningModule):
         self.scores = NeedleScores()
         self._prefixes = PrefixCache(self.model)
         self._blind_logits: dict[tuple[int, float], list[Tensor]] = {}
-        self._bank = self.trainer.datamodule.bank
+        self._bank = self.trainer.datamodule.bank  # pyright: ignore[reportAttributeAccessIssue]
         if self.model.encoder.per_frame:
             parts = self._bank.split(_ENCODED_AT_ONCE)
             self._patches = torch.cat(

@@ -79,6 +79,7 @@ def test_a_run_leaves_what_a_report_reads(whole):
     assert [step for step, _ in run.curves["val/loss"]] == [STEPS - 1]
     assert run.generations
     assert run.command
+    assert {"torch", "lightning", "transformers", "ropelab", "python"} <= run.versions.keys()
     assert yaml.safe_load((whole / "config.yaml").read_text())["data"]["batch_size"] == 4
     done = json.loads((whole / "done.json").read_text())
     assert done["steps"] == STEPS
