@@ -1,6 +1,7 @@
 """A run directory: what runs in it, with which versions, and how far it has come.
 
 config.yaml  command.txt  versions.json     what runs
+.hydra/                                     what was overridden, and the option of every group
 checkpoints/last.ckpt  run_id               what a resumed run goes on from
 metrics.csv  generations.jsonl  wandb/      what was seen
 needle.json  needle.png  done.json          what came out; done.json is the last file written
@@ -18,6 +19,7 @@ from platform import python_version
 from typing import Any
 
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -55,6 +57,11 @@ class RunDirectory:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         (self.path / "command.txt").write_text(command + "\n")
         (self.path / "versions.json").write_text(json.dumps(read_versions(), indent=1))
+        # Not left to Hydra, which would write over those of a run that is refused here.
+        hydra = HydraConfig.get()
+        (self.path / ".hydra").mkdir(exist_ok=True)
+        OmegaConf.save(hydra.overrides.task, self.path / ".hydra" / "overrides.yaml")
+        OmegaConf.save({"hydra": hydra}, self.path / ".hydra" / "hydra.yaml")
 
     @property
     def checkpoint(self) -> Path | None:

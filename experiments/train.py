@@ -20,6 +20,7 @@ def main(config: DictConfig) -> float | None:
     # 1. Where everything of this run goes, unless it is all there; and from which seed it comes
     folder = RunDirectory(config)
     if done := folder.finished():
+        print(f"finished before: {folder.path / 'done.json'}")
         return done["metrics"].get("score")
     print_config(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
