@@ -14,8 +14,9 @@ from torch import Tensor
 
 from datamodules.batch import IGNORE_INDEX, VideoBatch
 from datamodules.conversation import ConversationEncoder, Turn
-from datamodules.haystack import GridPlan, Needle, NeedleGrid, NeedleRow
+from datamodules.grid import GridPlan, NeedleGrid, NeedleRow
 from datamodules.instruct import Sample, collate
+from datamodules.needle import Needle
 from experiments import CONFIG_DIR
 from experiments.run import plain
 from lightning_modules.model import LanguageInputs, VideoLanguageModel, VideoLanguageModelConfig

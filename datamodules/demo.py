@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -70,7 +71,7 @@ def _cards(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         raise ValueError(
             "the demo's digits are in scikit-learn: pip install 'ropelab[demo]'"
         ) from None
-    digits = load_digits()
+    digits: Any = load_digits()
     drawn = zip(digits.images[_DIGITS[split]], digits.target[_DIGITS[split]], strict=True)
     for number, (ink, digit) in enumerate(drawn):
         colour = list(COLOURS)[number % len(COLOURS)]

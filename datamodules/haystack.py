@@ -17,40 +17,29 @@ Needles with another question are each other's distractors. V-NIAH: LongVA, arXi
 V-NIAH-D: VideoRoPE, arXiv 2502.05173, section 4.3.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.batch import BadSampleError, VideoBatch
-from datamodules.conversation import ConversationEncoder, Turn, is_video, parse_sample
-from datamodules.distractors import Distractors
+from datamodules.conversation import ConversationEncoder
 from datamodules.frames import FrameReader
+from datamodules.grid import GridPlan, NeedleGrid
 from datamodules.index import read_manifest
 from datamodules.instruct import Sample, collate
-from datamodules.stream import Faults, ShardReader, StreamLoader, trained_on
-from datamodules.tar import untar_sample
+from datamodules.needle import Needle, by_question, read_clips, read_needles, turns_about
+from datamodules.stream import Faults, StreamLoader, trained_on
 
 SPLITS = ("train", "test")
 
 _VAL_SAMPLES, _VAL_SEED = 64, 2**31
-
-
-@dataclass(frozen=True)
-class Needle:
-    """A picture and what only it answers."""
-
-    frame: UInt8[Tensor, "c h w"]
-    question: str
-    answer: str
-    key: str
 
 
 @dataclass(frozen=True)
@@ -79,39 +68,6 @@ class TrainingPlan:
             round(a + done * (b - a)) for a, b in zip(self.first_frames, self.frames, strict=True)
         )
         return low, high
-
-
-@dataclass(frozen=True)
-class GridPlan:
-    """Cells of an evaluation: lengths x depths x needles, under every condition.
-
-    Attributes:
-        depths: where the needle stands, 0 the first and 1 the last frame.
-        needles: how many; the questions take turns.
-        conditions: name -> the distractors beside the needle; None for none.
-    """
-
-    frames: Sequence[int]
-    depths: Sequence[float]
-    needles: int
-    conditions: Mapping[str, Distractors | None] = field(default_factory=lambda: {"plain": None})
-    seed: int = 0
-
-
-@dataclass
-class NeedleRow:
-    """The cells of one condition, length and depth, one needle a row.
-
-    `order` says which frame of the bank stands where; `text` holds everything of the batch but
-    the frames, which are a stand-in of the right count: the bank's are encoded once for all rows.
-    """
-
-    condition: str
-    frames: int
-    depth: float
-    needles: list[int]
-    order: Int[Tensor, "b t"]
-    text: VideoBatch
 
 
 class HaystackDataModule(LightningDataModule):
@@ -181,7 +137,7 @@ class HaystackDataModule(LightningDataModule):
         texts = [
             Sample(
                 needle.key,
-                self.conversation(_turns([needle])),
+                self.conversation(turns_about([needle])),
                 [stand_in.expand(frames, -1, -1, -1)],
             )
             for needle in needles
@@ -246,7 +202,7 @@ class HaystackSamples(Dataset):
     ):
         self._clips, self._needles, self._plan = clips, needles, plan
         self._conversation = conversation
-        self._by_question = _by_question(needles)
+        self._by_question = by_question(needles)
 
     def __len__(self) -> int:
         return self._plan.samples
@@ -266,156 +222,4 @@ class HaystackSamples(Dataset):
         ]
         for place, needle in zip(rng.permutation(length)[:count], needles, strict=True):
             frames[place] = needle.frame
-        return Sample(f"#{n}", self._conversation(_turns(needles)), [frames])
-
-
-class NeedleGrid(Dataset):
-    """Rows of the evaluation by number, in an order in which neighbours share most frames.
-
-    Beside the plan's conditions there is `blind`, the haystack without any needle, and `ceiling`,
-    the needle without any haystack: what a score says, it says between those two.
-
-    Attributes:
-        bank: every frame that any row shows, the haystack's first.
-    """
-
-    def __init__(
-        self,
-        clips: list[UInt8[Tensor, "_t c h w"]],
-        needles: list[Needle],
-        plan: GridPlan,
-        encode: Callable[[Sequence[Needle], int], VideoBatch],
-    ):
-        self._plan, self._encode = plan, encode
-        self._needles = _take_turns(needles, plan.needles)
-        hay = torch.cat(clips)
-        longest = max(plan.frames)
-        if longest > len(hay):
-            # Forth and back again: no frame is followed by one of another place in the film.
-            there_and_back = torch.cat([torch.arange(len(hay)), torch.arange(len(hay)).flip(0)])
-            hay = hay[there_and_back[torch.arange(longest) % len(there_and_back)]]
-        self._hay = longest
-        self.bank = torch.cat([hay[:longest], *(needle.frame[None] for needle in self._needles)])
-        middle = min(plan.depths, key=lambda depth: abs(depth - 0.5))
-        # Blind first: the first row with a needle in the middle is then compared with it.
-        self._rows = [("ceiling", 1, 0.0)] + [("blind", frames, middle) for frames in plan.frames]
-        self._rows += [
-            (condition, frames, depth)
-            for condition in plan.conditions
-            for frames in plan.frames
-            for depth in plan.depths
-        ]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: int) -> NeedleRow:
-        condition, frames, depth = self._rows[i]
-        order = torch.stack(
-            [self._order(n, condition, frames, depth) for n in range(len(self._needles))]
-        )
-        text = self._encode(self._needles, frames)
-        return NeedleRow(condition, frames, depth, list(range(len(self._needles))), order, text)
-
-    def _order(self, needle: int, condition: str, frames: int, depth: float) -> Int[Tensor, " t"]:
-        order = torch.arange(frames)
-        place = round(depth * (frames - 1))
-        if condition == "blind":
-            return order
-        distractors = self._plan.conditions.get(condition)
-        if distractors is not None:
-            rng = np.random.default_rng([self._plan.seed, needle, frames, place])
-            question = self._needles[needle].question
-            others = [n for n, o in enumerate(self._needles) if o.question != question]
-            for at in distractors.places(place, frames, rng):
-                order[at] = self._hay + int(rng.choice(others))
-        order[place] = self._hay + needle
-        return order
-
-
-def read_clips(shards: str | Iterable[str], frames: FrameReader) -> list[UInt8[Tensor, "_t c h w"]]:
-    """The videos of shards, in the order of the shards.
-
-    Raises:
-        BadSampleError: a sample that cannot be read, or one without a video.
-    """
-    clips = []
-    for raw in _read_all(shards):
-        with _named(raw):
-            videos = [suffix for suffix in raw if is_video(suffix)]
-            if not videos:
-                raise BadSampleError("not_a_video", "a haystack needs one")
-            clips += [frames.video(raw[suffix]) for suffix in videos]
-    return clips
-
-
-def read_needles(shards: str | Iterable[str], frames: FrameReader) -> list[Needle]:
-    """The needles of shards: one image, one question and its answer each.
-
-    Raises:
-        BadSampleError: a sample that cannot be read, or is something else.
-    """
-    needles = []
-    for raw in _read_all(shards):
-        with _named(raw):
-            turns, suffixes = parse_sample(raw)
-            if [turn.role for turn in turns] != ["user", "assistant"] or len(suffixes) != 1:
-                raise BadSampleError("not_a_needle", "one image, one question, one answer")
-            picture = frames.image(raw[suffixes[0]])[0]
-        question = turns[0].text.replace("<image>", "").strip()
-        needles.append(Needle(picture, question, turns[1].text, raw["__key__"]))
-    if len(_by_question(needles)) < 2:
-        raise ValueError("needles of at least two questions are needed: they distract each other")
-    return needles
-
-
-def _read_all(shards: str | Iterable[str]) -> Iterator[dict[str, Any]]:
-    manifest = read_manifest(shards)
-    for fault in manifest.faults:
-        raise fault
-    reader = ShardReader(manifest, timeout_s=30.0)
-    try:
-        for number, shard in enumerate(manifest.shards):
-            for sample in range(shard.count):
-                yield untar_sample(reader.read(number, sample), shard.url)
-    finally:
-        reader.close()
-
-
-@contextmanager
-def _named(raw: dict[str, Any]) -> Iterator[None]:
-    """Says of a bad sample which one it is."""
-    try:
-        yield
-    except BadSampleError as error:
-        where = {"shard": raw["__url__"], "key": raw["__key__"]}
-        raise BadSampleError(error.reason, error.detail, **where) from None
-
-
-def _turns(needles: Sequence[Needle]) -> list[Turn]:
-    """One question after the other about one video."""
-    turns = []
-    for number, needle in enumerate(needles):
-        turns.append(Turn("user", needle.question if number else f"<video>\n{needle.question}"))
-        turns.append(Turn("assistant", needle.answer))
-    return turns
-
-
-def _by_question(needles: Sequence[Needle]) -> dict[str, list[int]]:
-    groups: dict[str, list[int]] = {}
-    for number, needle in enumerate(needles):
-        groups.setdefault(needle.question, []).append(number)
-    return groups
-
-
-def _take_turns(needles: Sequence[Needle], count: int) -> list[Needle]:
-    """`count` needles, one of each question in turn.
-
-    Raises:
-        ValueError: there are fewer.
-    """
-    groups = list(_by_question(needles).values())
-    turns = [group[i] for i in range(max(map(len, groups))) for group in groups if i < len(group)]
-    if len(turns) < count:
-        raise ValueError(f"data.grid.needles is {count}, but the shards hold {len(turns)} needles")
-    return [needles[n] for n in turns[:count]]
+        return Sample(f"#{n}", self._conversation(turns_about(needles)), [frames])

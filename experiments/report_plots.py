@@ -212,8 +212,9 @@ def loss_curves(groups: list[Group], names: list[str]) -> str:
                 for i, run in enumerate(r for r in group.runs if name in r.curves):
                     steps, values = _smooth(run.curves[name])
                     label = group.label if i == 0 else None
-                    ax.plot(steps, values, **_line(group), lw=1.3, alpha=0.85, label=label)
-            ax.set(title=name, xlabel="optimiser step")
+                    few = {"marker": MARKERS[group.index % len(MARKERS)]} if len(steps) < 5 else {}
+                    ax.plot(steps, values, **_line(group), **few, lw=1.3, alpha=0.85, label=label)
+            ax.set(title=name, xlabel="optimiser step", xlim=(0, None), ylim=(0, None))
         axes[0].set_ylabel("nats a token")
         _legend(figure, list(axes))
         return _svg(figure)

@@ -147,6 +147,11 @@ def score(by_seed: list[list[Cell]]) -> SeededScore | None:
     return SeededScore(interval, [sum(c.correct for c in s) / len(s) for s in by_seed if s])
 
 
+def _percent(share: float) -> str:
+    """Rounded as the table rounds it: 0.805 is 0.81 there, and so 81 % here."""
+    return f"{float(f'{share:.2f}'):.0%}"
+
+
 def headline(rows: list[Row]) -> str:
     """The answer in a sentence or two."""
     if not rows:
@@ -154,15 +159,15 @@ def headline(rows: list[Row]) -> str:
     best = rows[0]
     mean, low, high = best.overall.interval
     text = (
-        f"{best.group.label} finds the needle in {mean:.0%} of all cells "
-        f"[{low:.0%}, {high:.0%}]; blind guessing gets {best.blind:.0%}."
+        f"{best.group.label} finds the needle in {_percent(mean)} of all cells "
+        f"[{_percent(low)}, {_percent(high)}]; blind guessing gets {_percent(best.blind)}."
     )
     if len(rows) > 1:
         second = rows[1]
         apart = low > second.overall.interval.high
         verdict = "do not overlap" if apart else "overlap, this test cannot tell them apart"
         text += (
-            f" Next is {second.group.label} with {second.overall.interval.mean:.0%}: "
+            f" Next is {second.group.label} with {_percent(second.overall.interval.mean)}: "
             f"the two intervals {verdict}."
         )
     return text

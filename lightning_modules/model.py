@@ -199,7 +199,7 @@ class VideoLanguageModel(PreTrainedModel):
 def _pad(
     pieces: Sequence[tuple[Tensor, Tensor]], side: str
 ) -> tuple[Float[Tensor, "b l m"], Bool[Tensor, "b l"], Int[Tensor, "b l"]]:
-    embeds, labels = zip(*pieces, strict=True)
+    embeds, labels = (list(column) for column in zip(*pieces, strict=True))
     mask = [torch.ones_like(row, dtype=torch.bool) for row in labels]
     stack = partial(pad_sequence, batch_first=True, padding_side=side)
     return stack(embeds), stack(mask), stack(labels, padding_value=IGNORE_INDEX)

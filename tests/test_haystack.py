@@ -13,16 +13,9 @@ from datamodules.conversation import ConversationEncoder
 from datamodules.demo import write_demo
 from datamodules.distractors import PeriodicDistractors, SingleDistractor
 from datamodules.frames import FpsSampler, FrameReader
-from datamodules.haystack import (
-    GridPlan,
-    HaystackDataModule,
-    HaystackSamples,
-    Needle,
-    NeedleGrid,
-    TrainingPlan,
-    read_clips,
-    read_needles,
-)
+from datamodules.grid import GridPlan, NeedleGrid
+from datamodules.haystack import HaystackDataModule, HaystackSamples, TrainingPlan
+from datamodules.needle import Needle, read_clips, read_needles
 from datamodules.pack import write_shard
 from datamodules.synthetic import draw_frames, encode_image
 
