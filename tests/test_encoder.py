@@ -1,14 +1,14 @@
 """The encoder: what stops early, stretches or runs beside the tower must not change the tower."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
 
 from experiments import CONFIG_DIR
+from experiments.run import plain
 from lightning_modules.encoder.clip import ClipEncoder, normalise
 from lightning_modules.encoder.prompt import stretch_positions
 from lightning_modules.stage import build
@@ -297,14 +297,19 @@ def test_blocks_are_all_repeated_layers():
     assert not any("layers." in name or ".temporal." in name for name in outside)
 
 
-def test_every_option_is_an_encoder():
-    folder = Path(CONFIG_DIR) / "encoder"
-    options = {file.stem: file.read_text() for file in folder.glob("*.yaml")}
-    assert {"clip_large_336", "clip_tiny"} <= options.keys()
-    for text in options.values():
-        assert text.startswith("# @package model.encoder\n")
-        spec = yaml.safe_load(text)
+def test_every_option_is_an_encoder(compose, tmp_path):
+    options = {file.stem for file in (CONFIG_DIR / "encoder").glob("*.yaml")}
+    assert {"clip_large_336", "clip_tiny"} <= options
+    for option in options:
+        spec = plain(compose([f"encoder={option}"], tmp_path).model.encoder)
         assert spec["_target_"] == "lightning_modules.encoder.clip.ClipEncoder"
-        if "config" in spec:
-            encoder = build(spec)
-            assert encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [1]).shape == (1, 64, 96)
+        if spec["source"] is None:
+            frames = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+            assert build(spec)(frames, [1]).shape == (1, 16, 96)
+
+
+def test_an_image_size_that_is_not_the_towers():
+    config = plain(OmegaConf.load(CONFIG_DIR / "encoder" / "clip_tiny.yaml").config.text)
+    vision = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 2}
+    with pytest.raises(ValueError, match="image_size is 64"):
+        ClipEncoder(config={"vision": vision, "text": config, "projection_dim": 8}, image_size=64)

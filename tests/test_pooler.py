@@ -1,14 +1,13 @@
 """The pooler: which windows fit, and that its shortcuts change nothing."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from datamodules.batch import Grid
 from experiments import CONFIG_DIR
+from experiments.run import plain
 from lightning_modules.pooler.average import AveragePooler
 from lightning_modules.pooler.identity import IdentityPooler
 from lightning_modules.pooler.prompt_guided import PromptGuidedPooler
@@ -200,10 +199,10 @@ def test_half_precision_follows_the_patches(patches, relevance):
     torch.testing.assert_close(pooled.float(), exact, atol=0.1, rtol=0.1)
 
 
-def test_every_option_builds():
-    files = sorted((Path(CONFIG_DIR) / "pooler").glob("*.yaml"))
-    assert files
-    for file in files:
-        assert file.read_text().startswith("# @package model.pooler\n")
-        pooler = build(yaml.safe_load(file.read_text()))
-        assert pooler.grid(Grid(32, 24, 24)).size in (1024, 32 * 24 * 24)
+def test_every_option_fits_the_grid_it_is_for(compose, tmp_path):
+    options = sorted(file.stem for file in (CONFIG_DIR / "pooler").glob("*.yaml"))
+    assert {"average", "none", "prompt_guided", "prompt_guided_2x2"} <= set(options)
+    for option in options:
+        pooler = build(plain(compose([f"pooler={option}"], tmp_path).model.pooler))
+        before, after = (Grid(32, 24, 24), 1024) if "2x2" not in option else (Grid(8, 4, 4), 32)
+        assert pooler.grid(before).size == (before.size if option == "none" else after)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import re
 import signal
@@ -211,8 +212,12 @@ def test_debug_overfit_learns_one_batch_by_heart(run_train, tmp_path):
 
 
 def test_debug_profile_stops_and_shows_where_time_goes(run_train, tmp_path, caplog):
-    caplog.set_level("INFO")
+    # Lightning's logger passes nothing on where it was made before the root had a handler.
+    lightning_logger = logging.getLogger("lightning.pytorch")
+    caplog.set_level("INFO", logger=lightning_logger.name)
+    lightning_logger.addHandler(caplog.handler)
     run_train(tmp_path, "debug=profile", "trainer.max_steps=2")
+    lightning_logger.removeHandler(caplog.handler)
     assert "run_training_batch" in caplog.text
 
 
