@@ -79,6 +79,8 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
     def guarded(config: DictConfig) -> Any:
         # Lightning's own use of a class that PyTorch is renaming.
         warnings.filterwarnings("ignore", r".*LeafSpec.*", category=FutureWarning)
+        # A run without validation data is what was asked for.
+        warnings.filterwarnings("ignore", r"Total length of `list` across ranks is zero")
         failed = 1
         try:
             score = main(config)
