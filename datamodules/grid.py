@@ -30,6 +30,14 @@ class GridPlan:
     conditions: Mapping[str, Distractors | None] = field(default_factory=lambda: {"plain": None})
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.frames or min(self.frames) < 1:
+            raise ValueError(f"data.grid.frames is {list(self.frames)}; name lengths of 1 or more")
+        if not self.depths or not 0 <= min(self.depths) <= max(self.depths) <= 1:
+            raise ValueError(f"data.grid.depths is {list(self.depths)}; name depths from 0 to 1")
+        if self.needles < 1:
+            raise ValueError(f"data.grid.needles is {self.needles}; set it to 1 or more")
+
 
 @dataclass
 class NeedleRow:

@@ -61,6 +61,17 @@ class TrainingPlan:
     growth: float = 0.5
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("frames", "first_frames"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise ValueError(
+                    f"data.training.{name} is [{low}, {high}]; set 1 <= low <= high"
+                )
+        for name in ("samples", "needles"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.training.{name} is {getattr(self, name)}; set 1 or more")
+
     def range_at(self, n: int) -> tuple[int, int]:
         """Fewest and most frames of the n-th sample."""
         done = min(1.0, n / max(1.0, self.growth * self.samples))
@@ -93,6 +104,8 @@ class HaystackDataModule(LightningDataModule):
         batch_size: int = 16,
     ):
         super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size is {batch_size}; set it to 1 or more")
         self._shards = {"haystack": haystack, "needles": needles}
         self._frames, self._make_conversation = frames, conversation
         self.training, self.grid, self.batch_size = training, grid, batch_size

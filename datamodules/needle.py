@@ -65,12 +65,17 @@ def read_needles(shards: str | Iterable[str], frames: FrameReader) -> list[Needl
 def _read_all(shards: str | Iterable[str]) -> Iterator[dict[str, Any]]:
     manifest = read_manifest(shards)
     for fault in manifest.faults:
+        if fault.reason == "shard_missing":
+            hint = f"{fault.detail}; `ropelab-shards demo` makes some, paths.data says where"
+            raise BadSampleError(fault.reason, hint, shard=fault.shard)
         raise fault
     reader = ShardReader(manifest, timeout_s=30.0)
     try:
         for number, shard in enumerate(manifest.shards):
             for sample in range(shard.count):
-                yield untar_sample(reader.read(number, sample), shard.url)
+                with _named({"__url__": shard.url, "__key__": f"#{sample}"}):
+                    raw = untar_sample(reader.read(number, sample), shard.url)
+                yield raw
     finally:
         reader.close()
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from experiments import CONFIG_DIR
 from experiments.needles import test_needles
 from experiments.run import build, build_all, plain, print_config, user_errors_in_one_line
-from experiments.rundir import RunDirectory
+from experiments.rundir import RunDirectory, check_whole
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 
 logger = logging.getLogger(__name__)
@@ -63,15 +63,21 @@ def main() -> None:
 def training_overrides(typed: list[str]) -> list[str]:
     """What was overridden when the run named by `run=` was trained, to be overridden in turn.
 
-    Its data is found again from any directory.
+    What lies under its `paths.data` is found again from any directory.
     """
+    if any(word in ("-m", "--multirun") for word in typed):
+        sys.exit("error: one run at a time; call ropelab-evaluate once for each run=")
     folders = [word.partition("=")[2].strip("'\"") for word in typed if word.startswith("run=")]
     run = Path(folders[-1]) if folders else None
     if run is None or not (run / ".hydra" / "overrides.yaml").is_file():
         return []
-    words = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())
-    cwd = yaml.safe_load((run / ".hydra" / "hydra.yaml").read_text())["hydra"]["runtime"]["cwd"]
-    data = yaml.safe_load((run / "config.yaml").read_text())["paths"]["data"]
+    try:
+        words = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())
+        hydra_node = yaml.safe_load((run / ".hydra" / "hydra.yaml").read_text())["hydra"]
+        cwd = hydra_node["runtime"]["cwd"]
+        data = yaml.safe_load((run / "config.yaml").read_text())["paths"]["data"]
+    except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
+        sys.exit(f"error: the files that say what {run} is are damaged ({type(error).__name__})")
     replayed = [word for word in words if not word.lstrip("+~").startswith(_NOT_REPLAYED)]
     return [*replayed, f"paths.data='{Path(cwd) / data}'"]
 
@@ -88,6 +94,7 @@ def load(run: Path, rotary: dict[str, Any] | None) -> tuple[VideoLanguageModel, 
     path = run / "checkpoints" / "last.ckpt"
     if not path.is_file():
         raise ValueError(f"no checkpoint in {run}: set run= to a run directory with {path.name}")
+    check_whole(path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     stages = checkpoint["stages"]
     if rotary and rotary != stages["rotary"]:

@@ -120,3 +120,7 @@ def data_uri(svg: str) -> str:
 def table_cell(text: object) -> str:
     """Text that cannot break out of a cell of a Markdown table."""
     return " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").split())
+
+
+if __name__ == "__main__":
+    main()

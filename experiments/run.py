@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.syntax import Syntax
 
 from datamodules.batch import BadSampleError
@@ -89,6 +89,8 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
         except (ValueError, OSError, BadSampleError, OmegaConfBaseException) as error:
             logger.debug("where it came from", exc_info=True)
             line = f"error: {str(error).strip().splitlines()[0]}"
+            if isinstance(error, MissingMandatoryValue):
+                line += "; set it, or choose the option that does (ropelab-train --help)"
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 logger.error(line)
                 raise CompactHydraException(line) from None

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -53,7 +54,9 @@ class RunDirectory:
             self._clear()
         self._former = self._read_former()
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+        beside = self.path / "config.yaml.tmp"  # a kill while it is written leaves the old one
+        beside.write_text(OmegaConf.to_yaml(config, resolve=True))
+        beside.replace(self.path / "config.yaml")
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         (self.path / "command.txt").write_text(command + "\n")
         (self.path / "versions.json").write_text(json.dumps(read_versions(), indent=1))
@@ -67,7 +70,10 @@ class RunDirectory:
     def checkpoint(self) -> Path | None:
         """What to resume from."""
         last = self.path / "checkpoints" / "last.ckpt"
-        return last if self._config["resume"] and last.is_file() else None
+        if not (self._config["resume"] and last.is_file()):
+            return None
+        check_whole(last)
+        return last
 
     def finished(self) -> dict[str, Any] | None:
         """`done.json` of the run that is asked for, where it has been here and come to its end."""
@@ -104,6 +110,16 @@ class RunDirectory:
                 "directory with hydra.run.dir=…, or start anew here with resume=false"
             )
         return former
+
+
+def check_whole(checkpoint: Path) -> None:
+    """A checkpoint is a zip file, whose directory stands at its end.
+
+    Raises:
+        ValueError: the file is cut or something else.
+    """
+    if not zipfile.is_zipfile(checkpoint):
+        raise ValueError(f"{checkpoint} is damaged: remove it, or start anew with resume=false")
 
 
 def read_versions() -> dict[str, Any]:

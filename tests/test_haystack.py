@@ -15,6 +15,7 @@ from datamodules.distractors import PeriodicDistractors, SingleDistractor
 from datamodules.frames import FpsSampler, FrameReader
 from datamodules.grid import GridPlan, NeedleGrid
 from datamodules.haystack import HaystackDataModule, HaystackSamples, TrainingPlan
+from datamodules.index import index_path
 from datamodules.needle import Needle, read_clips, read_needles
 from datamodules.pack import write_shard
 from datamodules.synthetic import draw_frames, encode_image
@@ -347,3 +348,30 @@ def test_the_demo_writes_what_is_read(tmp_path):
     cards = read_needles(str(tmp_path / "needles-test.tar"), reader)
     assert len(cards) == 360
     assert len({card.question for card in cards}) == 8
+
+
+@pytest.mark.parametrize(
+    ("plan", "fields", "key"),
+    [
+        (TrainingPlan, {"samples": 8, "frames": (24, 6)}, "frames"),
+        (TrainingPlan, {"samples": 0, "frames": (6, 24)}, "samples"),
+        (TrainingPlan, {"samples": 8, "frames": (6, 24), "needles": 0}, "needles"),
+        (GridPlan, {"frames": [], "depths": [0.5], "needles": 2}, "frames"),
+        (GridPlan, {"frames": [4], "depths": [2.0], "needles": 2}, "depths"),
+        (GridPlan, {"frames": [4], "depths": [0.5], "needles": 0}, "needles"),
+    ],
+)
+def test_a_plan_that_cannot_be_says_which_key(plan, fields, key):
+    with pytest.raises(ValueError, match=rf"data\.\w+\.{key} is"):
+        plan(**fields)
+
+
+def test_a_shard_cut_behind_its_index_is_named(tmp_path):
+    path = tmp_path / "needles.tar"
+    write_shard(path, [(f"{n}", {"jpg": encode_image(draw_frames(n, 1)[0][0])}) for n in range(3)])
+    path.write_bytes(path.read_bytes()[:-3000])  # its index says otherwise
+    index_path(path).touch()
+    with pytest.raises(BadSampleError) as error:
+        read_needles(str(path), FrameReader(32, FpsSampler(1.0, 1)))
+    assert error.value.shard == str(path)
+    assert error.value.key

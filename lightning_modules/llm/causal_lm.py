@@ -119,6 +119,11 @@ def _make(config: dict[str, Any], attention: str) -> PreTrainedModel:
     fields = dict(config)
     if "model_type" not in fields:
         raise ValueError("model.llm.config needs `model_type`, such as qwen2 or llama")
+    width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    if width and heads and not fields.get("head_dim") and width % heads:
+        raise ValueError(
+            f"model.llm.config.hidden_size {width} is no multiple of num_attention_heads {heads}"
+        )
     made = AutoConfig.for_model(fields.pop("model_type"), **fields)
     return AutoModelForCausalLM.from_config(made, attn_implementation=attention)
 
