@@ -65,9 +65,7 @@ class TrainingPlan:
         for name in ("frames", "first_frames"):
             low, high = getattr(self, name)
             if not 1 <= low <= high:
-                raise ValueError(
-                    f"data.training.{name} is [{low}, {high}]; set 1 <= low <= high"
-                )
+                raise ValueError(f"data.training.{name} is [{low}, {high}]; set 1 <= low <= high")
         for name in ("samples", "needles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.training.{name} is {getattr(self, name)}; set 1 or more")
