@@ -2,12 +2,14 @@
 
 import io
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, ImageDraw
 
 from datamodules.index import index_path
@@ -78,15 +80,38 @@ def make_sample(seed: int, num_frames: int = 12, size: int = 64) -> dict[str, An
 
 
 def write_shards(
-    folder: str | Path, counts: Sequence[int], *, seed: int = 0, num_frames: int = 12
+    folder: str | Path,
+    counts: Sequence[int],
+    *,
+    seed: int = 0,
+    num_frames: int = 12,
+    size: int = 64,
 ) -> list[Path]:
     """One shard for each count, with its index; (paths of the shards)."""
     paths = []
     for number, count in enumerate(counts):
         path = Path(folder) / f"shard-{number:06d}.tar"
         first = seed + sum(counts[:number])
-        samples = [(f"{n:09d}", make_sample(n, num_frames)) for n in range(first, first + count)]
+        samples = [
+            (f"{n:09d}", make_sample(n, num_frames, size)) for n in range(first, first + count)
+        ]
         write_shard(path, samples)
         assert index_path(path).is_file()
         paths.append(path)
     return paths
+
+
+@rank_zero_only
+def prepare_shards(
+    folder: str | Path, counts: Mapping[str, Sequence[int]], *, num_frames: int = 12, size: int = 64
+) -> None:
+    """A folder of shards for each split, all of them or none; those that are there stay."""
+    folder = Path(folder)
+    if folder.is_dir():
+        return
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
+    for number, (split, of_shards) in enumerate(counts.items()):
+        seed = 1_000_000 * number  # no sample is in two splits
+        write_shards(partial / split, of_shards, seed=seed, num_frames=num_frames, size=size)
+    partial.rename(folder)

@@ -111,7 +111,7 @@ def load_run(folder: Path) -> Run:
         config=dict(leaves(config)),
         command=command.read_text().strip() if command.is_file() else "",
         versions=_versions(folder / "versions.json"),
-        curves=_curves(folder / "metrics.csv"),
+        curves=read_curves(folder / "metrics.csv"),
         needle=needle,
         generations=_generations(folder / "generations.jsonl"),
     )
@@ -155,8 +155,11 @@ def _versions(path: Path) -> dict[str, str]:
     return {**known.get("versions", {}), **commit}
 
 
-def _curves(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Lightning writes one row for every kind of metric, empty where the others stand."""
+def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every metric of a `metrics.csv`.
+
+    Lightning writes one row for every kind of metric, empty where the others stand.
+    """
     curves: dict[str, list[tuple[int, float]]] = {}
     if path.is_file():
         with path.open(newline="") as file:

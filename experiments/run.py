@@ -21,6 +21,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.syntax import Syntax
 
 from datamodules.batch import BadSampleError
+from experiments import cluster
+from lightning_modules.preemption import Preempted, signals
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,13 @@ def name_run(rotary: str, seed: int, overrides: str) -> str:
 
 
 OmegaConf.register_new_resolver("run_name", name_run, replace=True)
+
+
+def axes(config: DictConfig) -> dict[str, Any]:
+    """The option of every config group, and the seed: what runs of an ablation are grouped by."""
+    choices = HydraConfig.get().runtime.choices
+    named = {group: str(option) for group, option in choices.items() if "hydra" not in group}
+    return {**named, "seed": config.seed}
 
 
 def plain(node: Any) -> Any:
@@ -73,6 +82,9 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
 
     In a multirun the other jobs go on, and the program fails at the end. However a job ends, its
     W&B run ends with it, so that the next job does not log into it.
+
+    Exit codes: 1 for a mistake, 130 after Ctrl-C, and 75 after a signal of the scheduler, which
+    has been asked to start the same command again.
     """
 
     @wraps(main)
@@ -83,7 +95,8 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
         warnings.filterwarnings("ignore", r"Total length of `list` across ranks is zero")
         failed = 1
         try:
-            score = main(config)
+            with signals.listen():
+                score = main(config)
             failed = 0
             return score
         except (ValueError, OSError, BadSampleError, OmegaConfBaseException) as error:
@@ -95,8 +108,13 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
                 logger.error(line)
                 raise CompactHydraException(line) from None
             sys.exit(line if not rank_zero_only.rank else 1)
-        except KeyboardInterrupt:
-            sys.exit(130)
+        except Preempted as stop:
+            sys.exit(cluster.leave(stop.reason, rank_zero_only.rank))
+        except (KeyboardInterrupt, SystemExit) as error:
+            # Lightning turns a Ctrl-C in training into an exit with 1.
+            if isinstance(error, KeyboardInterrupt) or signals.received == "SIGINT":
+                sys.exit(130)
+            raise
         finally:
             wandb.finish(exit_code=failed)
 

@@ -2,18 +2,19 @@
 
 config.yaml  command.txt  versions.json     what runs
 .hydra/                                     what was overridden, and the option of every group
+run.lock                                    held by the process that trains here
 checkpoints/last.ckpt  run_id               what a resumed run goes on from
 metrics.csv  generations.jsonl  wandb/      what was seen
 needle.json  needle.png  done.json          what came out; done.json is the last file written
 """
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -24,14 +25,42 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.report_data import leaves
+from experiments import lock
+from experiments.report_data import leaves, read_curves
 from experiments.run import plain
+from lightning_modules.checkpoint import newest_whole
 
-#: What a finished run must agree in with a run that is asked for, to stand for it.
+#: What a finished run must agree in with a run that is asked for, to stand for it,
 _MADE_OF = ("model", "data", "optim", "trainer", "seed", "test")
+#: but for what decides only how it is computed.
+_HOW = (
+    "data.audit",
+    "data.stream.index_cache",
+    "data.stream.num_workers",
+    "data.stream.timeout_s",
+    "trainer.accelerator",
+    "trainer.default_root_dir",
+    "trainer.devices",
+    "trainer.enable_",
+    "trainer.log_every_n_steps",
+    "trainer.num_nodes",
+    "trainer.plugins",
+    "trainer.strategy",
+)
 
 _PACKAGES = ("ropelab", "torch", "lightning", "transformers", "webdataset", "wandb")
-_LEFTOVERS = ("done.json", "metrics.csv", "generations.jsonl", "needle.json", "run_id")
+_LEFTOVERS = (
+    "checkpoints",
+    "done.json",
+    "generations.jsonl",
+    "metrics.csv",
+    "needle.json",
+    "needle.png",
+    "run_id",
+    "samples.jsonl",
+    "status.json",
+    "wandb",
+)
 
 
 class RunDirectory:
@@ -40,26 +69,25 @@ class RunDirectory:
     With `config.resume` false it starts anew: what an earlier run left is removed.
 
     Raises:
-        ValueError: it holds a run of another model.
+        ValueError: it holds a run of another model, or another process trains in it.
     """
 
     def __init__(self, config: DictConfig):
         self.path = Path(config.paths.run)
         self._started = time.monotonic()
         self._config: dict[str, Any] = plain(config)
+        self._former = None
         if rank_zero_only.rank:
-            self._former = None
             return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = lock.take(self.path)
         if not config.resume:
             self._clear()
         self._former = self._read_former()
-        self.path.mkdir(parents=True, exist_ok=True)
-        beside = self.path / "config.yaml.tmp"  # a kill while it is written leaves the old one
-        beside.write_text(OmegaConf.to_yaml(config, resolve=True))
-        beside.replace(self.path / "config.yaml")
+        write_whole(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        (self.path / "command.txt").write_text(command + "\n")
-        (self.path / "versions.json").write_text(json.dumps(read_versions(), indent=1))
+        write_whole(self.path / "command.txt", command + "\n")
+        write_whole(self.path / "versions.json", json.dumps(read_versions(), indent=1))
         # Not left to Hydra, which would write over those of a run that is refused here.
         hydra = HydraConfig.get()
         (self.path / ".hydra").mkdir(exist_ok=True)
@@ -68,34 +96,41 @@ class RunDirectory:
 
     @property
     def checkpoint(self) -> Path | None:
-        """What to resume from."""
-        last = self.path / "checkpoints" / "last.ckpt"
-        if not (self._config["resume"] and last.is_file()):
-            return None
-        check_whole(last)
-        return last
+        """What to resume from: the newest checkpoint that is whole."""
+        return newest_whole(self.path / "checkpoints") if self._config["resume"] else None
 
     def finished(self) -> dict[str, Any] | None:
         """`done.json` of the run that is asked for, where it has been here and come to its end."""
-        done = self.path / "done.json"
-        if self._former is None or not done.is_file() or _differences(self._former, self._config):
+        if self._former is None or _differences(self._former, self._config):
             return None
-        return json.loads(done.read_text())
+        return read_done(self.path)
 
-    def finish(self, steps: int, score: float | None) -> None:
+    def finish(self, steps: int, score: float | None, **facts: Any) -> None:
+        """Writes `done.json`.
+
+        Args:
+            facts: what else came out, such as `samples` and `weights_sha256`.
+        """
+        if rank_zero_only.rank:
+            return
+        metrics = {
+            name: points[-1][1]
+            for name, points in read_curves(self.path / "metrics.csv").items()
+            if name.startswith(("train/loss", "val/"))
+        }
         done = {
             "steps": steps,
-            "metrics": {} if score is None else {"score": score},
+            **facts,
+            "metrics": metrics if score is None else metrics | {"score": score},
             "wall_s": round(time.monotonic() - self._started, 1),
             **read_versions(),
         }
-        if not rank_zero_only.rank:
-            (self.path / "done.json").write_text(json.dumps(done, indent=1))
+        write_whole(self.path / "done.json", json.dumps(done, indent=1))
 
     def _clear(self) -> None:
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
         for name in _LEFTOVERS:
-            (self.path / name).unlink(missing_ok=True)
+            path = self.path / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _read_former(self) -> dict[str, Any] | None:
         path = self.path / "config.yaml"
@@ -112,14 +147,20 @@ class RunDirectory:
         return former
 
 
-def check_whole(checkpoint: Path) -> None:
-    """A checkpoint is a zip file, whose directory stands at its end.
+def read_done(folder: Path) -> dict[str, Any] | None:
+    """`done.json` of a run that came to its end: steps, samples, metrics, weights_sha256, …"""
+    path = folder / "done.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
-    Raises:
-        ValueError: the file is cut or something else.
-    """
-    if not zipfile.is_zipfile(checkpoint):
-        raise ValueError(f"{checkpoint} is damaged: remove it, or start anew with resume=false")
+
+def write_whole(path: Path, text: str) -> None:
+    """A kill while it is written leaves the old file."""
+    beside = path.with_name(path.name + ".partial")
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def read_versions() -> dict[str, Any]:
@@ -137,5 +178,5 @@ def read_versions() -> dict[str, Any]:
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Leaves by dotted key that are not the same, in the parts that make a run what it is."""
     old, new = (dict(leaves({key: config.get(key) for key in _MADE_OF})) for config in (then, now))
-    keys = dict.fromkeys([*new, *old])
+    keys = [key for key in dict.fromkeys([*new, *old]) if not key.startswith(_HOW)]
     return {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}

@@ -10,8 +10,17 @@ from omegaconf import DictConfig
 
 from experiments import CONFIG_DIR
 from experiments.needles import test_needles
-from experiments.run import build, build_all, plain, print_config, user_errors_in_one_line
+from experiments.run import (
+    axes,
+    build,
+    build_all,
+    plain,
+    print_config,
+    set_accumulation,
+    user_errors_in_one_line,
+)
 from experiments.rundir import RunDirectory
+from lightning_modules import weights
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
@@ -29,15 +38,17 @@ def main(config: DictConfig) -> float | None:
     module = build(config.module, "module")(model=plain(config.model))
     module.check()
 
-    # 3. The data
+    # 3. The data, made first where the recipe makes its own
+    build(config.prepare, "prepare")
     datamodule = build(config.data, "data")
 
-    # 4. The trainer with its callbacks and loggers
+    # 4. The trainer with its callbacks and loggers; the global batch decides the accumulation
     loggers = build_all(config.logger, "logger")
     callbacks = build_all(config.callbacks, "callbacks")
     trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
+    set_accumulation(trainer, datamodule)
     for logger in trainer.loggers:
-        logger.log_hyperparams(plain(config))
+        logger.log_hyperparams(plain(config) | {"choice": axes(config)})
 
     # 5. Training, from where the run directory says it stands
     trainer.fit(module, datamodule=datamodule, ckpt_path=folder.checkpoint, weights_only=True)
@@ -47,7 +58,9 @@ def main(config: DictConfig) -> float | None:
     score = None
     if config.test:
         score = test_needles(config, trainer, module.network, datamodule, steps)
-    folder.finish(steps, score)
+    samples, digest = steps * datamodule.global_batch_size, weights.sha256(module)
+    if config.callbacks.checkpoint:  # a debugging run keeps nothing
+        folder.finish(steps, score, samples=samples, weights_sha256=digest)
     return score
 
 
