@@ -12,41 +12,42 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 _NAME = "run.lock"
 _PATIENCE_S = 2.0  # whoever looks for a holder holds the lock for a moment too
 
 
-def take(folder: Path) -> TextIO | None:
+def take(folder: Path) -> None:
     """Holds the lock of a run directory until the process ends; the file says who.
 
-    Returns `None` where the file system has no locks.
+    Where the file system has no locks, nothing is held.
 
     Raises:
         ValueError: another process holds it.
     """
-    file = open(folder / _NAME, "a+")  # noqa: SIM115 - open as long as the lock is held
+    file = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT, 0o644)  # closed with the process
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return None
-            if time.monotonic() > deadline:
+            held = error.errno in (errno.EACCES, errno.EAGAIN)
+            if held and time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            os.close(file)
+            if held:
                 raise ValueError(_refusal(folder)) from None
-            time.sleep(0.1)
+            return
     about = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
-    file.truncate(0)
-    file.write(json.dumps(about))
-    file.flush()
-    return file
+    os.ftruncate(file, 0)
+    os.pwrite(file, json.dumps(about).encode(), 0)
 
 
 def holder(folder: Path) -> dict[str, Any] | None:

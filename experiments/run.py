@@ -16,13 +16,13 @@ from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
+from lightning_modules.preemption import Preempted, signals
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.syntax import Syntax
 
 from datamodules.batch import BadSampleError
 from experiments import cluster
-from lightning_modules.preemption import Preempted, signals
 
 logger = logging.getLogger(__name__)
 

@@ -80,7 +80,7 @@ class RunDirectory:
         if rank_zero_only.rank:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = lock.take(self.path)
+        lock.take(self.path)
         if not config.resume:
             self._clear()
         self._former = self._read_former()
