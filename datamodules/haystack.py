@@ -17,14 +17,14 @@ Needles with another question are each other's distractors. V-NIAH: LongVA, arXi
 V-NIAH-D: VideoRoPE, arXiv 2502.05173, section 4.3.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -34,8 +34,10 @@ from datamodules.frames import FrameReader
 from datamodules.grid import GridPlan, NeedleGrid
 from datamodules.index import read_manifest
 from datamodules.instruct import Sample, collate
+from datamodules.module import StepsDataModule
 from datamodules.needle import Needle, by_question, read_clips, read_needles, turns_about
-from datamodules.stream import Faults, StreamLoader, trained_on
+from datamodules.order import check_ranks
+from datamodules.stream import Faults, StreamLoader
 
 SPLITS = ("train", "test")
 
@@ -52,6 +54,7 @@ class TrainingPlan:
         needles: most needles in one sample; each is a distractor for the others' questions.
         first_frames: the range that `frames` grows from, over the first `growth` of the samples:
             short videos are cheap and teach reading a needle before finding it.
+        on_changed: `stop` refuses a checkpoint of other shards or another plan, `go_on` takes it.
     """
 
     samples: int
@@ -60,6 +63,7 @@ class TrainingPlan:
     first_frames: Sequence[int] = (3, 8)
     growth: float = 0.5
     seed: int = 0
+    on_changed: str = "stop"
 
     def __post_init__(self) -> None:
         for name in ("frames", "first_frames"):
@@ -79,34 +83,35 @@ class TrainingPlan:
         return low, high
 
 
-class HaystackDataModule(LightningDataModule):
+class HaystackDataModule(StepsDataModule):
     """Haystacks of training and the grid of an evaluation, from shards.
 
     Args:
-        haystack: shards of videos by split, `train` and `test`.
-        needles: shards of needle images by split.
+        shards: `haystack`, shards of videos by split, `train` and `test`; and `needles`, shards of
+            needle images by split.
         frames: reads visuals; its sampler decides how many frames of each video make the haystack.
         conversation: encodes text; a partial, so that a tokenizer is loaded with the first data.
         training, grid: what is drawn from them.
-        batch_size: samples of a batch of one rank.
+        batch_size, global_batch_size, audit: as in `StepsDataModule`.
     """
 
     def __init__(
         self,
-        haystack: Mapping[str, str | Iterable[str]],
-        needles: Mapping[str, str | Iterable[str]],
+        shards: Mapping[str, Mapping[str, str | Iterable[str]]],
         frames: FrameReader,
         conversation: Callable[[], ConversationEncoder],
         training: TrainingPlan,
         grid: GridPlan,
         batch_size: int = 16,
+        global_batch_size: int | None = None,
+        audit: bool = False,
     ):
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"data.batch_size is {batch_size}; set it to 1 or more")
-        self._shards = {"haystack": haystack, "needles": needles}
+        key = "data.training.on_changed"
+        super().__init__(batch_size, global_batch_size, audit, training.on_changed, key)
+        self._shards, self._fingerprint = shards, ""
         self._frames, self._make_conversation = frames, conversation
-        self.training, self.grid, self.batch_size = training, grid, batch_size
+        self.training, self.grid = training, grid
+        self.faults = {"train": Faults("raise")}
         self._sets: dict[str, tuple[list[Tensor], list[Needle]]] = {}
 
     def prepare_data(self) -> None:
@@ -125,13 +130,28 @@ class HaystackDataModule(LightningDataModule):
             self._sets[split] = clips, needles
         self._grid = NeedleGrid(*self._sets["test"], self.grid, self._encode)
 
+    def fingerprint(self) -> str:
+        if not self._fingerprint:
+            data = hashlib.sha256()
+            for shards in self._shards.values():
+                data.update(read_manifest(shards["train"]).fingerprint().encode())
+            words = asdict(self.training)
+            del words["on_changed"]
+            plan = " ".join(f"{name} {words[name]}".replace(", ", ",") for name in words)
+            self._fingerprint = (
+                f"data {data.hexdigest()[:16]} {plan} batch {self.batch_size} step {self.per_step}"
+            )
+        return self._fingerprint
+
     @property
     def bank(self) -> UInt8[Tensor, "n c h w"]:
         """The frames that the rows' `order` counts."""
         return self._grid.bank
 
     def train_dataloader(self) -> StreamLoader:
-        return self._loader("train", self.training, position=lambda: trained_on(self.trainer))
+        loader = self._loader("train", self.training, self.per_step, position=self._position)
+        self._batches = len(loader.order)
+        return loader
 
     def val_dataloader(self) -> StreamLoader:
         """One question about each of a few videos as long as those of training, all unseen."""
@@ -163,31 +183,46 @@ class HaystackDataModule(LightningDataModule):
             prompt_pad_id=cast(int, self.conversation.prompt_tokenizer.pad_token_id),
         )
 
-    def _loader(self, split: str, plan: TrainingPlan, **position: Any) -> StreamLoader:
+    def _loader(
+        self, split: str, plan: TrainingPlan, per_step: int | None = None, **position: Any
+    ) -> StreamLoader:
         samples = HaystackSamples(*self._sets[split], plan, self.conversation)
-        stream = HaystackStream(samples, self.batch_size, self._collate)
+        stream = HaystackStream(samples, self.batch_size, self._collate, per_step)
         rank, world = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
-        faults = Faults("raise")
         return StreamLoader(
-            lambda epoch: stream, stream, faults, rank=rank, world=world, **position
+            lambda epoch: stream, stream, Faults("raise"), rank=rank, world=world, **position
         )
 
 
 class HaystackStream(Dataset):
-    """Micro-batch m of all ranks together: the samples that follow those of micro-batch m - 1."""
+    """Micro-batch m of all ranks together: the samples that follow those of micro-batch m - 1.
+
+    Args:
+        per_step: micro-batches of an optimizer step; what does not fill the last one is left out.
+            `None`: nobody takes a step, and any number of ranks shares them.
+    """
 
     def __init__(
         self,
         samples: "HaystackSamples",
         batch_size: int,
         collate: Callable[[list[Sample]], VideoBatch],
+        per_step: int | None = None,
     ):
         self._samples, self._batch_size, self._collate = samples, batch_size, collate
+        self._per_step = per_step
+        if not len(self):
+            needed = batch_size * (per_step or 1)
+            raise ValueError(
+                f"data.training.samples is {len(samples)}, fewer than the {needed} of one "
+                "optimizer step; set more, or a smaller data.global_batch_size"
+            )
 
     def __len__(self) -> int:
-        return len(self._samples) // self._batch_size
+        per_step = self._per_step or 1
+        return len(self._samples) // self._batch_size // per_step * per_step
 
     def __getitem__(self, m: int) -> tuple[VideoBatch, list[BadSampleError]]:
         first = m % len(self) * self._batch_size
@@ -195,7 +230,9 @@ class HaystackStream(Dataset):
         return self._collate([self._samples[n] for n in numbers]), []
 
     def check_world(self, world: int) -> None:
-        """Any number of ranks: those that would run out of batches repeat the first ones."""
+        """Without steps those ranks that would run out of batches repeat the first ones."""
+        if self._per_step is not None:
+            check_ranks(self._per_step, world)
 
     def close(self) -> None:
         """Nothing is open: all frames are in memory."""

@@ -2,16 +2,20 @@
 
 An index `shard.tar.idx` holds n + 1 little-endian uint64 for n samples, byte for byte what
 `energon prepare` writes. One that is missing is made by reading headers, and kept: beside the
-shard, or in a cache folder where the shard is remote or its folder read-only.
+shard, or in a cache folder where the shard is remote or its folder read-only. A folder of many
+shards says in one file how many samples each holds, `.nv-meta/.info.json` as Energon has it; so
+indexes are not opened before a sample is read.
 """
 
 import glob
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -26,14 +30,20 @@ logger = logging.getLogger(__name__)
 
 INDEX_DTYPE = np.dtype("<u8")
 
+_MANY = 1000  # shards of a folder whose counts are kept in one file
+_FINGERPRINTED = 4096  # shards whose length is part of the fingerprint
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Shard:
-    """`offsets` is only set where no index could be kept, as the shard is damaged."""
+    """`index` says where it lies, `None` is beside the shard.
+
+    `offsets` is only set where no index could be kept, as the shard is damaged.
+    """
 
     url: str
     count: int
-    index: Path | None
+    index: Path | None = None
     offsets: tuple[int, ...] | None = None
 
     @property
@@ -42,9 +52,21 @@ class Shard:
         return self.url.startswith("pipe:")
 
     def read_offsets(self) -> Sequence[int] | np.ndarray:
-        if self.index is None:
+        """Where each sample starts, and where the last one ends.
+
+        Raises:
+            BadSampleError: there is no index and none can be made.
+        """
+        if self.offsets is not None:
             return self.offsets or (0,)
-        return np.fromfile(self.index, dtype=INDEX_DTYPE)
+        try:
+            return np.fromfile(self.index or index_path(self.url), dtype=INDEX_DTYPE)
+        except FileNotFoundError:
+            offsets, fault = index_shard(self.url)
+            if fault is not None:
+                raise fault from None
+            write_index(offsets, [index_path(self.url)])
+            return offsets
 
 
 @dataclass(frozen=True)
@@ -55,7 +77,42 @@ class Manifest:
     faults: list[BadSampleError]
 
     def __len__(self) -> int:
-        return sum(shard.count for shard in self.shards)
+        return int(self.counts.sum())
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Samples of each shard."""
+        return np.fromiter((shard.count for shard in self.shards), np.int64, len(self.shards))
+
+    def fingerprint(self) -> str:
+        """Says whether the shards are the same ones; their folder may move.
+
+        Over name, samples and end of each; of more than 4,096 shards that many ends, evenly
+        spread, because each is an index to open.
+        """
+        hashed = hashlib.sha256()
+        step = -(-len(self.shards) // _FINGERPRINTED) or 1
+        for number, shard in enumerate(self.shards):
+            end = _end_of(shard) if number % step == 0 else ""
+            hashed.update(f"{shard.url.rpartition('/')[2]} {shard.count} {end}\n".encode())
+        return hashed.hexdigest()[:16]
+
+
+def join(manifests: Sequence[Manifest]) -> Manifest:
+    """One manifest of all shards, in turn."""
+    if len(manifests) == 1:
+        return manifests[0]
+    return Manifest(
+        [shard for manifest in manifests for shard in manifest.shards],
+        [fault for manifest in manifests for fault in manifest.faults],
+    )
+
+
+def _end_of(shard: Shard) -> int:
+    try:
+        return int(shard.read_offsets()[-1])
+    except BadSampleError:  # missing, unreadable: it differs from what it was
+        return -1
 
 
 def read_manifest(
@@ -72,10 +129,55 @@ def read_manifest(
         ValueError: a pattern that names no shard.
     """
     urls = expand_urls(patterns)
-    folder = Path(cache) if cache else _default_cache()
-    with ThreadPoolExecutor(8) as pool:  # waits for storage, hardly computes
-        opened = list(pool.map(lambda url: _open_shard(url, timeout_s, folder), urls))
-    return Manifest([shard for shard, _ in opened], [fault for _, fault in opened if fault])
+    place = Path(cache) if cache else _default_cache()
+    folders = {os.path.dirname(url) for url in urls if not is_remote(url)}
+    counted = {folder: counts for folder in folders if (counts := _read_counts(folder))}
+
+    def open_shard(url: str) -> tuple[Shard, BadSampleError | None]:
+        folder, name = os.path.split(url)
+        count = counted.get(folder, {}).get(name)
+        return _open_shard(url, timeout_s, place) if count is None else (Shard(url, count), None)
+
+    if any(len(counts) >= len(urls) for counts in counted.values()):
+        opened = [open_shard(url) for url in urls]
+    else:
+        with ThreadPoolExecutor(8) as pool:  # waits for storage, hardly computes
+            opened = list(pool.map(open_shard, urls))
+    manifest = Manifest([shard for shard, _ in opened], [fault for _, fault in opened if fault])
+    if not manifest.faults:
+        _keep_counts(manifest, folders - counted.keys())
+    return manifest
+
+
+def _info_path(folder: str) -> Path:
+    return Path(folder, ".nv-meta", ".info.json")
+
+
+def _read_counts(folder: str) -> dict[str, int]:
+    """Samples by name of shard as Energon has them, unless the folder changed since."""
+    info = _info_path(folder)
+    try:
+        if info.stat().st_mtime_ns < os.stat(folder or ".").st_mtime_ns:
+            return {}
+        counts = json.loads(info.read_bytes())["shard_counts"]
+        return {str(name): int(count) for name, count in counts.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        logger.warning("%s is not used: %s", info, error)
+        return {}
+
+
+def _keep_counts(manifest: Manifest, folders: Iterable[str]) -> None:
+    """Writes the counts of folders with many shards that were all read."""
+    for folder in folders if len(manifest.shards) >= _MANY else []:
+        split = [(os.path.split(shard.url), shard.count) for shard in manifest.shards]
+        counts = {name: count for (parent, name), count in split if parent == folder}
+        here = {name for name in os.listdir(folder or ".") if name.endswith(".tar")}
+        if len(counts) < _MANY or here != counts.keys() or _info_path(folder).exists():
+            continue
+        text = json.dumps({"shard_counts": counts}, indent=1)
+        _write_whole(text.encode(), _info_path(folder))
 
 
 def expand_urls(patterns: str | Iterable[str]) -> list[str]:
@@ -104,7 +206,7 @@ def _local_paths(path: str) -> list[str]:
             f"use a pipe, for instance 'pipe:aws s3 cp {path} -'"
         )
     path = os.path.expanduser(path)
-    if os.path.isdir(path):
+    if not path.endswith(".tar") and os.path.isdir(path):  # a million names are not looked up
         found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
         if not found:
             raise ValueError(f"no .tar file in the folder {path!r}")
@@ -120,14 +222,19 @@ def _local_paths(path: str) -> list[str]:
 def _open_shard(url: str, timeout_s: float, cache: Path) -> tuple[Shard, BadSampleError | None]:
     for index in _index_places(url, cache):
         if index.is_file() and _is_current(url, index):
-            return Shard(url, index.stat().st_size // INDEX_DTYPE.itemsize - 1, index), None
+            count = index.stat().st_size // INDEX_DTYPE.itemsize - 1
+            return Shard(url, count, _unless_beside(url, index)), None
     offsets, fault = index_shard(url, timeout_s)
     if fault is None:
         index = write_index(offsets, _index_places(url, cache))
         if index is not None:
-            return Shard(url, len(offsets) - 1, index), None
+            return Shard(url, len(offsets) - 1, _unless_beside(url, index)), None
     # Never keep the index of a damaged shard: it would hide what is missing.
     return Shard(url, len(offsets) - 1, None, tuple(offsets)), fault
+
+
+def _unless_beside(url: str, index: Path) -> Path | None:
+    return None if index == index_path(url) else index
 
 
 def index_shard(url: str, timeout_s: float = 30.0) -> tuple[list[int], BadSampleError | None]:
@@ -151,17 +258,21 @@ def index_shard(url: str, timeout_s: float = 30.0) -> tuple[list[int], BadSample
 
 def write_index(offsets: Sequence[int], places: Iterable[Path]) -> Path | None:
     """Writes into the first place that can be written, whole or not at all."""
-    for place in places:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile(dir=place.parent, prefix=".idx-", delete=False) as file:
-                file.write(np.asarray(offsets, dtype=INDEX_DTYPE).tobytes())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, place)
-            return place
-        except OSError as error:
-            logger.debug("index %s cannot be written: %s", place, error)
-    return None
+    data = np.asarray(offsets, dtype=INDEX_DTYPE).tobytes()
+    return next((place for place in places if _write_whole(data, place)), None)
+
+
+def _write_whole(data: bytes, place: Path) -> bool:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=place.parent, prefix=".idx-", delete=False) as file:
+            file.write(data)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, place)
+        return True
+    except OSError as error:
+        logger.debug("%s cannot be written: %s", place, error)
+        return False
 
 
 def index_path(shard: str | Path) -> Path:

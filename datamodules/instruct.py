@@ -18,14 +18,14 @@ VideoBatch   input_ids (b l)   labels (b l)   frames (n c h w)   prompt_ids (b k
              frame_counts: frames of each of the v visuals, in the order of their slots
 """
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 
 from datamodules.batch import IGNORE_INDEX, VideoBatch, pad_rows
@@ -36,9 +36,11 @@ from datamodules.conversation import (
     parse_sample,
 )
 from datamodules.frames import FrameReader
-from datamodules.index import Manifest, read_manifest
+from datamodules.index import Manifest, join, read_manifest
+from datamodules.mixture import MixtureOrder, mix, read_parts
+from datamodules.module import StepsDataModule
 from datamodules.order import FileOrder, ShuffledOrder, StreamOptions
-from datamodules.stream import EpochStream, Faults, StreamLoader, trained_on
+from datamodules.stream import EpochStream, Faults, StreamLoader
 
 logger = logging.getLogger(__name__)
 
@@ -86,57 +88,60 @@ def collate(
     )
 
 
-class InstructDataModule(LightningDataModule):
+class InstructDataModule(StepsDataModule):
     """Streams shards of `<key>.json` (LLaVA conversation) with `<key>.mp4`, `<key>.0.jpg`, ...
 
     Args:
-        train: shards to train on: paths, folders, globs, `http(s)://` or `pipe:` urls, {braces}.
+        train: shards to train on: paths, folders, globs, `http(s)://` or `pipe:` urls, {braces};
+            or a mixture of such, `{name: {shards: ..., weight: 2.0}}`, by weight or else by size.
         val: shards to validate on, read in order; the ranks repeat the first batches where their
             number does not divide, and nothing is left out.
         frames: reads visuals.
         conversation: encodes text; a partial, so that a tokenizer is loaded with the first data.
-        batch_size: samples of one batch of one rank: the micro-batch.
+        batch_size, global_batch_size, audit: as in `StepsDataModule`.
         stream: how samples are shuffled and read.
-        num_workers: processes that read and decode, a rank.
-        on_bad_sample: `skip` counts a bad sample and takes the next good one, `raise` stops;
-            `None` skips in training and raises in evaluation.
     """
 
     def __init__(
         self,
-        train: str | Iterable[str] | None,
+        train: str | Iterable[str] | Mapping[str, Any] | None,
         val: str | Iterable[str] | None,
         frames: FrameReader,
         conversation: Callable[[], ConversationEncoder],
         batch_size: int = 1,
+        global_batch_size: int | None = None,
         stream: StreamOptions = StreamOptions(),  # noqa: B008 - frozen
-        num_workers: int = 0,
-        on_bad_sample: str | None = None,
+        audit: bool = False,
     ):
-        super().__init__()
-        self._shards = {"train": train, "val": val}
-        self._frames, self._make_conversation = frames, conversation
-        self._batch_size, self._options, self._workers = batch_size, stream, num_workers
-        self.faults = {
-            "train": Faults(on_bad_sample or "skip"),
-            "val": Faults(on_bad_sample or "raise"),
+        key = "data.stream.on_changed"
+        super().__init__(batch_size, global_batch_size, audit, stream.on_changed, key)
+        self._parts = read_parts(train) if isinstance(train, Mapping) else None
+        self._shards = {
+            "train": [part.shards for part in self._parts] if self._parts else [train],
+            "val": [val],
         }
-        self._manifests: dict[str, Manifest] = {}
+        self._frames, self._make_conversation = frames, conversation
+        self._options = stream
+        self.faults = {
+            "train": Faults(stream.on_bad_sample or "skip", stream.max_bad_rate),
+            "val": Faults(stream.on_bad_sample or "raise"),
+        }
+        self._manifests: dict[str, list[Manifest]] = {}
         self._conversation: ConversationEncoder | None = None
+        self._fingerprint: str | None = None
 
     def prepare_data(self) -> None:
         """Makes missing indexes once a node, before its ranks read them."""
         for split in self._splits():
-            self._read_manifest(split)
+            self._read_manifests(split)
 
     def setup(self, stage: str | None = None) -> None:
         for split in self._splits():
             if split in self._manifests:
                 continue
-            manifest = self._manifests[split] = self._read_manifest(split)
-            # What is wrong with whole shards is the same for all ranks: one of them tells it.
-            for fault in manifest.faults if self._rank == 0 else []:
-                self.faults[split].add(fault)
+            self._manifests[split] = self._read_manifests(split)
+            for manifest in self._manifests[split]:
+                self.faults[split].add_shards(manifest.faults, len(manifest.shards))
 
     @property
     def conversation(self) -> ConversationEncoder:
@@ -144,38 +149,59 @@ class InstructDataModule(LightningDataModule):
             self._conversation = self._make_conversation()
         return self._conversation
 
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            order, options = self._train_order(), self._options
+            data = hashlib.sha256()
+            for manifest in self._manifests["train"]:
+                data.update(manifest.fingerprint().encode())
+            self._fingerprint = (
+                f"data {data.hexdigest()[:16]} seed {options.seed} {order.described} "
+                f"window {options.window} chunk {options.chunk} "
+                f"batch {self.batch_size} step {self.per_step}"
+            )
+        return self._fingerprint
+
     def train_dataloader(self) -> StreamLoader:
-        manifest = self._manifest("train")
-        order = ShuffledOrder(manifest, self._batch_size, self._options)
-        return self._loader("train", order, position=lambda: trained_on(self.trainer))
+        order = self._train_order()
+        self._batches = len(order)
+        return self._loader("train", order, position=self._position)
 
     def val_dataloader(self) -> StreamLoader | list:
-        if self._shards["val"] is None:
+        if self._shards["val"] == [None]:
             return []
-        return self._loader("val", FileOrder(self._manifest("val"), self._batch_size))
+        return self._loader("val", FileOrder(join(self._manifests_of("val")), self.batch_size))
 
     def teardown(self, stage: str | None = None) -> None:
         for split, faults in self.faults.items():
-            if faults.counts:
-                logger.warning("%s, rank %d: %s", split, self._rank, faults.summary())
+            if faults.counts and self._rank == 0:
+                logger.warning("%s: %s", split, faults.summary())
+
+    def _train_order(self) -> ShuffledOrder | MixtureOrder:
+        manifests, options = self._manifests_of("train"), self._options
+        if self._parts is None:
+            return ShuffledOrder(manifests[0], self.batch_size, options, self.per_step)
+        return mix(self._parts, manifests, options, self.batch_size, self.per_step)
 
     def _splits(self) -> list[str]:
-        return [split for split, shards in self._shards.items() if shards is not None]
+        return [split for split, shards in self._shards.items() if shards != [None]]
 
-    def _read_manifest(self, split: str) -> Manifest:
-        shards = self._shards[split]
-        assert shards is not None
+    def _read_manifests(self, split: str) -> list[Manifest]:
         options = self._options
-        return read_manifest(shards, timeout_s=options.timeout_s, cache=options.index_cache)
+        return [
+            read_manifest(shards, timeout_s=options.timeout_s, cache=options.index_cache)
+            for shards in self._shards[split]
+            if shards is not None
+        ]
 
-    def _manifest(self, split: str) -> Manifest:
-        if self._shards[split] is None:
+    def _manifests_of(self, split: str) -> list[Manifest]:
+        if split not in self._splits():
             raise ValueError(f"no shards to read; set data.{split}")
         if split not in self._manifests:
             self.setup()
         return self._manifests[split]
 
-    def _loader(self, split: str, order: FileOrder, **position: Any) -> StreamLoader:
+    def _loader(self, split: str, order: FileOrder | MixtureOrder, **position: Any) -> StreamLoader:
         conversation = self.conversation
         decode = partial(decode_sample, frames=self._frames, conversation=conversation)
         batch = partial(
@@ -184,14 +210,14 @@ class InstructDataModule(LightningDataModule):
             pad_id=cast(int, conversation.tokenizer.pad_token_id),
             prompt_pad_id=cast(int, conversation.prompt_tokenizer.pad_token_id),
         )
-        manifest, timeout_s = self._manifests[split], self._options.timeout_s
+        manifest, timeout_s = join(self._manifests[split]), self._options.timeout_s
         return StreamLoader(
             lambda epoch: EpochStream(manifest, order.epoch(epoch), decode, batch, timeout_s),
             order,
             self.faults[split],
             rank=self._rank,
             world=self.trainer.world_size if self.trainer else 1,
-            num_workers=self._workers,
+            num_workers=self._options.num_workers,
             **position,
         )
 

@@ -6,12 +6,14 @@ Kept by chunk and never by sample, so that a place is found fast in a set of any
 import copy
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from datamodules.index import Manifest
 
-_DEFAULT_STREAMS = 48
+_MIXED_STREAMS = 48  # so many places of the set meet in neighbouring micro-batches, or a few more
+_MOST_CHUNKS = 2**21  # of an epoch: 30 MB a process
 
 
 @dataclass(frozen=True)
@@ -19,43 +21,74 @@ class StreamOptions:
     """How samples are shuffled and read.
 
     Attributes:
-        virtual_streams: V; the number of ranks must divide it. `None` takes 48, or less where the
-            set is small: the largest divisor of 48 that leaves a twentieth or less over.
+        virtual_streams: V; the number of ranks must divide it. `None` takes the multiple of the
+            micro-batches of an optimizer step that is next to 48, or less where the set is small:
+            so that a twentieth or less is left over. A mixture needs none.
         window: samples that are shuffled among each other inside a stream. Shards in a pipe are
             held in memory for that long, others are not.
-        chunk: samples in a row inside a shard that the epoch's shuffle moves as one.
+        chunk: samples in a row inside a shard that the epoch's shuffle moves as one; doubled
+            until an epoch has two million of them or less.
+        num_workers: processes that read and decode, a rank.
         timeout_s: after so many seconds without data a remote shard counts as stalled.
         index_cache: folder for indexes that cannot lie beside their shard.
+        on_bad_sample: `skip` counts a bad sample and takes the next good one, `raise` stops;
+            `None` skips in training and raises in evaluation.
+        max_bad_rate: the share of bad samples above which a training stops.
+        on_changed: `stop` refuses a checkpoint of other data or settings, `go_on` takes it.
     """
 
     seed: int = 0
     virtual_streams: int | None = None
     window: int = 64
     chunk: int = 8
+    num_workers: int = 0
     timeout_s: float = 30.0
     index_cache: str | None = None
+    on_bad_sample: str | None = None
+    max_bad_rate: float = 0.05
+    on_changed: str = "stop"
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.chunk < 1:
+            raise ValueError("window and chunk of data.stream are counts of 1 or more")
+        if not 0 <= self.max_bad_rate <= 1:
+            raise ValueError(
+                f"data.stream.max_bad_rate is {self.max_bad_rate}; set a share from 0 to 1"
+            )
+
+
+class Row(NamedTuple):
+    """Where one sample of a micro-batch stands: a row of a stream of some order."""
+
+    order: "FileOrder"
+    stream: int
+    row: int
 
 
 class FileOrder:
-    """One stream: every sample once, as it stands in the shards. The last micro-batch is short."""
+    """One stream: every sample once, as it stands in the shards. The last micro-batch is short.
 
-    streams = 1
+    Attributes:
+        number: of the epoch.
+        part: of a mixture that this order is, its shards counting from `first_shard` on.
+    """
+
+    streams, number, part, first_shard = 1, 0, 0, 0
 
     def __init__(self, manifest: Manifest, micro_batch: int):
         if micro_batch < 1:
-            raise ValueError(f"batch_size is {micro_batch}; set it to 1 or more")
+            raise ValueError(f"data.batch_size is {micro_batch}; set it to 1 or more")
         self.micro_batch = micro_batch
         self.samples = len(manifest)
         if not self.samples:
             reasons = ", ".join(str(fault) for fault in manifest.faults[:3]) or "all are empty"
             raise ValueError(f"no sample in {len(manifest.shards)} shards: {reasons}")
-        counts = np.array([shard.count for shard in manifest.shards], dtype=np.int64)
+        counts = manifest.counts
         self._set_chunks(np.arange(len(counts)), np.zeros_like(counts), counts)
 
     def _set_chunks(self, shard: np.ndarray, start: np.ndarray, length: np.ndarray) -> None:
-        self._shard, self._start = shard, start
-        self._ends = np.cumsum(length)
-        self._begins = self._ends - length
+        self._shard, self._start = shard.astype(np.int32), start.astype(np.int32)
+        self._ends = np.cumsum(length, dtype=np.int64)
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, all ranks together."""
@@ -68,14 +101,15 @@ class FileOrder:
     def check_world(self, world: int) -> None:
         """Any number of ranks: those that would run out of batches repeat the first ones."""
 
-    def epoch(self, epoch: int) -> "FileOrder":
+    def epoch(self, number: int) -> "FileOrder":
         """The order of one epoch."""
         return self
 
-    def rows(self, m: int) -> tuple[int, range]:
-        """The stream of micro-batch m, and its rows there."""
+    def rows(self, m: int) -> list[Row]:
+        """The rows of micro-batch m."""
         first = (m // self.streams) * self.micro_batch
-        return m % self.streams, range(first, min(first + self.micro_batch, self.stream_length))
+        last = min(first + self.micro_batch, self.stream_length)
+        return [Row(self, m % self.streams, row) for row in range(first, last)]
 
     def locate(self, stream: int, row: int) -> tuple[int, int]:
         """(shard, sample in it) at a row of a stream."""
@@ -87,89 +121,147 @@ class FileOrder:
 
     def _at(self, position: int) -> tuple[int, int]:
         chunk = int(np.searchsorted(self._ends, position, side="right"))
-        sample = self._start[chunk] + position - self._begins[chunk]
-        return int(self._shard[chunk]), int(sample)
+        begin = int(self._ends[chunk - 1]) if chunk else 0
+        shard = self.first_shard + int(self._shard[chunk])
+        return shard, int(self._start[chunk]) + position - begin
 
 
 class ShuffledOrder(FileOrder):
     """Another order each epoch, in V virtual streams of the same length.
 
-    The rest, fewer than V micro-batches and other samples each epoch, is left out: so every rank
-    has the same number of batches, whatever the number of ranks.
+    The rest is left out, other samples each epoch: fewer than V micro-batches that do not fill
+    the streams, and fewer than `per_step` that do not fill an optimizer step (none where V is a
+    multiple of it, as by default). So every rank has the same number of batches and every step the
+    same samples, whatever the number of ranks.
+
+    Args:
+        per_step: micro-batches of one optimizer step, all ranks together.
     """
 
-    def __init__(self, manifest: Manifest, micro_batch: int, options: StreamOptions):
+    def __init__(
+        self,
+        manifest: Manifest,
+        micro_batch: int,
+        options: StreamOptions,
+        per_step: int = 1,
+        *,
+        part: int = 0,
+        first_shard: int = 0,
+    ):
         super().__init__(manifest, micro_batch)
-        if options.window < 1 or options.chunk < 1:
-            raise ValueError("window and chunk of data.stream are counts of 1 or more")
-        self._options, self._epoch = options, 0
-        self.streams = _count_streams(self.samples // micro_batch, options.virtual_streams)
-        self._sizes = [
-            shard.count if shard.in_order else options.chunk for shard in manifest.shards
-        ]
-        self._counts = [shard.count for shard in manifest.shards]
+        self.per_step, self.part, self.first_shard = per_step, part, first_shard
+        batches = self.samples // micro_batch
+        if batches < per_step:
+            raise ValueError(
+                f"{self.samples} samples are fewer than the {per_step * micro_batch} of one "
+                "optimizer step; set a smaller batch_size or data.global_batch_size"
+            )
+        self.streams = _count_streams(batches, per_step, options.virtual_streams)
+        self._rows = batches // self.streams * micro_batch
+        self._batches = batches // self.streams * self.streams // per_step * per_step
+        if not self._batches:
+            raise ValueError(
+                f"{self.streams} virtual streams leave no whole optimizer step of {per_step} "
+                f"micro-batches; set data.stream.virtual_streams to a multiple of {per_step}"
+            )
+        self._seed, self._window = options.seed, options.window
+        self._counts = manifest.counts
+        self._sizes = _chunk_sizes(manifest, options.chunk)
 
     def __len__(self) -> int:
-        return self.samples // self.micro_batch // self.streams * self.streams
+        return self._batches
 
     @property
     def stream_length(self) -> int:
-        return len(self) // self.streams * self.micro_batch
+        return self._rows
+
+    @property
+    def described(self) -> str:
+        """What the order depends on beside the options, for a fingerprint."""
+        return f"streams {self.streams}"
 
     def check_world(self, world: int) -> None:
+        check_ranks(self.per_step, world)
         if self.streams % world:
+            legal = [n for n in divisors(self.streams) if self.per_step % n == 0]
             raise ValueError(
-                f"{self.streams} virtual streams cannot be shared by {world} ranks; "
-                f"set data.stream.virtual_streams to a multiple of {world}"
+                f"{self.streams} virtual streams cannot be shared by {world} ranks; set "
+                f"data.stream.virtual_streams to a multiple of {world}, or take {listed(legal)} "
+                "ranks"
             )
 
-    def epoch(self, epoch: int) -> "ShuffledOrder":
-        counts = np.array(self._counts, dtype=np.int64)
-        sizes = np.maximum(np.array(self._sizes, dtype=np.int64), 1)
-        chunks = -(-counts // sizes)
-        shard = np.repeat(np.arange(len(counts)), chunks)
+    def epoch(self, number: int) -> "ShuffledOrder":
+        chunks = -(-self._counts // self._sizes)
+        shard = np.repeat(np.arange(len(chunks), dtype=np.int32), chunks)
         nth = np.arange(len(shard)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-        start = nth * sizes[shard]
-        length = np.minimum(sizes[shard], counts[shard] - start)
         # RandomState, unlike Generator, is frozen: a newer NumPy draws the same numbers
-        moved = np.random.RandomState([self._options.seed, epoch]).permutation(len(shard))
+        moved = np.random.RandomState([self._seed, self.part, number]).permutation(len(shard))
+        shard, nth = shard[moved], nth[moved]
+        sizes = self._sizes[shard]
+        start = nth * sizes
         order = copy.copy(self)
-        order._epoch = epoch
-        order._set_chunks(shard[moved], start[moved], length[moved])
+        order.number = number
+        order._set_chunks(shard, start, np.minimum(sizes, self._counts[shard] - start))
         return order
 
     def locate(self, stream: int, row: int) -> tuple[int, int]:
         block, width = self._block(row)
-        window = self._options.window
-        seed = [self._options.seed, self._epoch, stream, block]
+        seed = [self._seed, self.part, self.number, stream, block]
         shuffled = np.random.RandomState(seed).permutation(width)
-        first = stream * self.stream_length + block * window
-        return self._at(first + int(shuffled[row % window]))
+        first = stream * self.stream_length + block * self._window
+        return self._at(first + int(shuffled[row % self._window]))
 
     def window_of(self, stream: int, row: int) -> list[tuple[int, int]]:
         block, width = self._block(row)
-        first = stream * self.stream_length + block * self._options.window
+        first = stream * self.stream_length + block * self._window
         return [self._at(position) for position in range(first, first + width)]
 
     def _block(self, row: int) -> tuple[int, int]:
-        window = self._options.window
-        block = row // window
-        return block, min(window, self.stream_length - block * window)
+        block = row // self._window
+        return block, min(self._window, self.stream_length - block * self._window)
 
 
-def _count_streams(micro_batches: int, asked: int | None) -> int:
+def _chunk_sizes(manifest: Manifest, chunk: int) -> np.ndarray:
+    """Samples of a chunk, for each shard; a shard that can only be read on is one chunk."""
+    counts = manifest.counts
+    in_order = np.fromiter((shard.in_order for shard in manifest.shards), bool, len(counts))
+    while True:
+        sizes = np.maximum(np.where(in_order, counts, chunk), 1)
+        if chunk >= counts.max() or (-(-counts // sizes)).sum() <= _MOST_CHUNKS:
+            return sizes
+        chunk *= 2
+
+
+def _count_streams(batches: int, per_step: int, asked: int | None) -> int:
     if asked is not None:
-        if not 1 <= asked <= micro_batches:
+        if not 1 <= asked <= batches:
             raise ValueError(
-                f"{micro_batches} micro-batches cannot fill {asked} virtual streams; "
-                f"set data.stream.virtual_streams to {max(micro_batches, 1)} or less, "
-                "or a smaller batch_size"
+                f"{batches} micro-batches cannot fill {asked} virtual streams; "
+                f"set data.stream.virtual_streams to {batches} or less, or a smaller batch_size"
             )
         return asked
-    if not micro_batches:
-        raise ValueError("fewer samples than one batch; set a smaller batch_size")
-    return max(
-        v
-        for v in range(1, _DEFAULT_STREAMS + 1)
-        if _DEFAULT_STREAMS % v == 0 and 20 * (micro_batches % v) <= micro_batches >= v
-    )
+    possible = [per_step * n for n in divisors(-(-_MIXED_STREAMS // per_step))]
+    return max([v for v in possible if 20 * (batches % v) <= batches >= v], default=per_step)
+
+
+def check_ranks(per_step: int, world: int) -> None:
+    """Whether so many ranks can share the micro-batches of an optimizer step.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if per_step % world:
+        raise ValueError(
+            f"{per_step} micro-batches of an optimizer step cannot be shared by {world} ranks; "
+            f"take {listed(divisors(per_step))} ranks, or another data.batch_size"
+        )
+
+
+def divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def listed(numbers: list[int]) -> str:
+    """`1, 2, 3`"""
+    return ", ".join(map(str, numbers))

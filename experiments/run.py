@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from lightning_modules.preemption import Preempted, signals
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.syntax import Syntax
 
 from datamodules.batch import BadSampleError
+from datamodules.module import StepsDataModule
 from experiments import cluster
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,23 @@ def build(node: Any, what: str, **arguments: Any) -> Any:
 def build_all(group: Any, what: str) -> list[Any]:
     """The objects of a group such as `callbacks`; a node set to null is left out."""
     return [build(node, f"{what}.{name}") for name, node in (group or {}).items() if node]
+
+
+def share_steps(trainer: Trainer, datamodule: StepsDataModule) -> None:
+    """Has each rank take so many micro-batches a step that a step is `data.global_batch_size`.
+
+    Raises:
+        ValueError: batches and ranks do not divide it, or the trainer was told something else.
+    """
+    micro_batches = datamodule.accumulation(trainer.world_size)
+    if trainer.accumulate_grad_batches not in (1, micro_batches):
+        raise ValueError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but "
+            f"data.global_batch_size={datamodule.global_batch_size} decides, and makes it "
+            f"{micro_batches} here: leave it out"
+        )
+    if not trainer.overfit_batches:  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.accumulate_grad_batches = micro_batches
 
 
 def print_config(config: DictConfig) -> None:

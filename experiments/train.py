@@ -16,7 +16,7 @@ from experiments.run import (
     build_all,
     plain,
     print_config,
-    set_accumulation,
+    share_steps,
     user_errors_in_one_line,
 )
 from experiments.rundir import RunDirectory
@@ -46,7 +46,7 @@ def main(config: DictConfig) -> float | None:
     loggers = build_all(config.logger, "logger")
     callbacks = build_all(config.callbacks, "callbacks")
     trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
-    set_accumulation(trainer, datamodule)
+    share_steps(trainer, datamodule)
     for logger in trainer.loggers:
         logger.log_hyperparams(plain(config) | {"choice": axes(config)})
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
@@ -64,6 +65,37 @@ class Generations(Callback):
         lines = path.read_text().splitlines() if path.is_file() else []
         earlier = [line for line in lines if json.loads(line)["step"] < rows[0]["step"]]
         path.write_text("".join(f"{line}\n" for line in [*earlier, *map(json.dumps, rows)]))
+
+
+class BadSamples(Callback):
+    """Counts over all ranks what the data refuses, and stops them together where it is too much.
+
+    After each optimizer step, because the checkpoints that are written there take the counts along,
+    and because a rank that stopped alone would leave the others waiting for it.
+
+    Raises:
+        BadSampleError: the share of bad samples is above `data.stream.max_bad_rate`.
+    """
+
+    def __init__(self):
+        self._step = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return  # gradients are still accumulated
+        self._step = trainer.global_step
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        faults = data.faults["train"]
+        own = torch.tensor(faults.new.total(), device=trainer.strategy.root_device)
+        if int(trainer.strategy.reduce(own, reduce_op="sum")):
+            everyone: list[Any] = [dict(faults.new)] * trainer.world_size
+            if trainer.world_size > 1:
+                torch.distributed.all_gather_object(everyone, everyone[0])
+            faults.merge(everyone)
+        pl_module.log("data/bad_samples", float(faults.counts.total()))
+        faults.judge(data.trained_samples)
 
 
 class Throughput(Callback):

@@ -33,6 +33,7 @@ TINY = [
     "model.llm.config.num_hidden_layers=2",
     "model.llm.config.num_attention_heads=2",
     "model.llm.config.num_key_value_heads=2",
+    "data.global_batch_size=4",
     "data.batch_size=4",
     "data.training.samples=48",
     "data.training.frames=[3,6]",

@@ -111,17 +111,20 @@ def standing(rank: int, world: int, done: int = 0) -> Mock:
 
 @pytest.fixture(scope="module")
 def make_module(needle_shards):
-    def make(batch_size: int = 4, **grid) -> HaystackDataModule:
+    def make(batch_size: int = 4, global_batch_size: int = 24, **grid) -> HaystackDataModule:
         folder = needle_shards / "vniah"
         sizes = {"frames": [4, 9], "depths": [0.0, 0.5, 1.0], "needles": 6}
         return HaystackDataModule(
-            haystack={s: str(folder / f"haystack-{s}.tar") for s in ("train", "test")},
-            needles={s: str(folder / f"needles-{s}.tar") for s in ("train", "test")},
+            {
+                kind: {s: str(folder / f"{kind}-{s}.tar") for s in ("train", "test")}
+                for kind in ("haystack", "needles")
+            },
             frames=FrameReader(32, FpsSampler(25.0, 3000)),
             conversation=ConversationEncoder,
             training=TrainingPlan(samples=48, frames=(3, 6), first_frames=(3, 4)),
             grid=GridPlan(**sizes | grid),
             batch_size=batch_size,
+            global_batch_size=global_batch_size,
         )
 
     return make
@@ -135,7 +138,7 @@ def keys(module, rank: int, world: int, done: int = 0) -> list[list[str]]:
     return batches
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
 def test_ranks_share_all_samples(make_module, world):
     module = make_module()
     module.setup()

@@ -29,7 +29,10 @@ def folder(tmp_path_factory):
 
 
 def data(train, val=None, **options) -> InstructDataModule:
-    settings = {"batch_size": 2, "stream": StreamOptions(seed=1), **options}
+    """Options of the stream, and beside them sizes."""
+    names = ("batch_size", "global_batch_size")
+    settings = {"batch_size": 2} | {name: options.pop(name) for name in names if name in options}
+    settings["stream"] = StreamOptions(**{"seed": 1, **options})
     frames = FrameReader(32, UniformSampler(4))
     return InstructDataModule(train, val, frames, ConversationEncoder, **settings)
 
@@ -204,7 +207,8 @@ def test_the_shipped_config_builds_it(folder):
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = hydra.compose(overrides=["+data=instruct", "+llm=tiny", "+encoder=clip_tiny"])
     OmegaConf.set_struct(config, False)
-    config.seed, config.data.train, config.data.num_workers = 0, str(folder), 0
+    config.seed, config.data.train, config.data.stream.num_workers = 0, str(folder), 0
+    config.data.global_batch_size = 4
     module = hydra.utils.instantiate(config.data)
     batch = next(iter(module.train_dataloader()))
     assert len(batch) == 4

@@ -46,11 +46,20 @@ def shards(tmp_path: Path) -> list[Path]:
     return [write_tar(tmp_path / f"{n}.tar", sample_members(n, c)) for n, c in enumerate(counts)]
 
 
-def stream(paths, *, epoch=0, mbs=2, options=OPTIONS, decode=lambda raw: raw["__key__"], **where):
+def stream(
+    paths,
+    *,
+    epoch=0,
+    mbs=2,
+    per_step=12,
+    options=OPTIONS,
+    decode=lambda raw: raw["__key__"],
+    **where,
+):
     """(loader, faults) over raw shards; a batch is the list of its keys."""
     timeout_s = options.timeout_s
     manifest = read_manifest([str(path) for path in paths], timeout_s=timeout_s)
-    order = ShuffledOrder(manifest, mbs, options)
+    order = ShuffledOrder(manifest, mbs, options, per_step)
     faults = Faults("skip")
     loader = StreamLoader(
         lambda e: EpochStream(manifest, order.epoch(e), decode, list, timeout_s),

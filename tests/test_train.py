@@ -107,7 +107,7 @@ def test_a_finished_run_with_another_grid_is_tested_again(whole, run_train, tmp_
 
 @pytest.mark.parametrize(("batches", "killed_at"), [(1, 7), (2, 7), (3, 11)])
 def test_a_killed_run_goes_on_to_the_same_end(batches, killed_at, run_train, tmp_path, at_batch):
-    options = [f"trainer.accumulate_grad_batches={batches}", "callbacks.checkpoint.every_n_steps=2"]
+    options = [f"data.global_batch_size={4 * batches}", "callbacks.checkpoint.every_n_steps=2"]
     run_train(tmp_path / "whole", *options, "test=false")
 
     def die():
@@ -263,7 +263,11 @@ def test_two_ranks_see_what_one_sees_in_twice_the_batch(tiny, run_train, tmp_pat
     By plain descent: Adam makes whole steps of the rounding where a gradient is zero.
     """
     options = ["data.training.needles=1", "seed=3", "optim.optimizer.lr=0.1"]
-    options += ["optim.optimizer._target_=torch.optim.SGD", "~optim.optimizer.betas"]
+    options += [
+        "data.global_batch_size=8",
+        "optim.optimizer._target_=torch.optim.SGD",
+        "~optim.optimizer.betas",
+    ]
     result = program(
         *tiny,
         *options,
