@@ -1,0 +1,51 @@
+"""Where a run stands, as Lightning's loops count it, in a checkpoint that others can go on from."""
+
+from typing import Any
+
+from lightning import Trainer
+
+_COUNTERS = ("ready", "started", "processed", "completed")
+
+
+def rescale(checkpoint: dict[str, Any], world_size: int) -> None:
+    """Lightning counts the micro-batches of one rank; here those of another number of ranks.
+
+    Raises:
+        ValueError: the micro-batches of all ranks do not divide, so the checkpoint was not saved
+            at the end of a step of this global batch size.
+    """
+    then = checkpoint.get("world_size", world_size)
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    done = progress["current"]["processed"] * then
+    if done % world_size:
+        raise ValueError(
+            f"the checkpoint was saved after {done} micro-batches ({then} ranks), which "
+            f"{world_size} ranks cannot share: resume with a number of ranks that divides {done}"
+        )
+    for counts in (progress["current"], progress["total"]):
+        processed = counts["processed"] * then // world_size
+        # Within a batch one counter is ahead of another by one batch, whatever the world.
+        shift = processed - counts["processed"]
+        for name in _COUNTERS:
+            counts[name] += shift
+
+
+def mark_validation_due(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Lets a run that goes on from the end of a batch validate where that comes next.
+
+    Lightning takes a validation that no batch was seen of for one that is over. So the checkpoint
+    becomes one that was saved at its first batch.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    counts = loop.batch_progress.current
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    ends_batch = counts.completed == counts.processed - 1  # pyright: ignore[reportAttributeAccessIssue]
+    if not (ends_batch and loop._should_check_val_fx(fetcher)):
+        return
+    loops = checkpoint["loops"]["fit_loop"]
+    for counters in ("current", "total"):
+        loops["epoch_loop.batch_progress"][counters]["completed"] += 1
+    seen = loops["epoch_loop.val_loop.batch_progress"]
+    seen["current"] = dict.fromkeys(_COUNTERS, 0)
+    before = seen["total"]["completed"]
+    seen["total"] = dict.fromkeys(_COUNTERS, before) | {"ready": before + 1, "started": before + 1}

@@ -1,0 +1,136 @@
+"""Checkpoints are whole or absent: how they take their name, and how a whole one is found.
+
+A checkpoint is a file of `torch.save`, whose records carry checksums, or a folder of shards, which
+is whole once its marker lies in it.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+#: In a folder of shards: the bytes of every other file, by name. Written last.
+MARKER = "whole.json"
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The checkpoint to go on from; None where none was ever written.
+
+    Raises:
+        ValueError: some are there, and none of them is whole.
+    """
+    last, previous = folder / LAST, folder / PREVIOUS
+    wrong = what_is_wrong(last)
+    if wrong is None:
+        return last
+    if not (last.exists() or previous.exists()):
+        return None
+    wrong_before = what_is_wrong(previous)
+    if wrong_before is None:
+        logger.warning("%s %s: going on from %s, the one before it", last, wrong, PREVIOUS)
+        return previous
+    raise ValueError(
+        f"no checkpoint in {folder} is whole ({LAST} {wrong}, {PREVIOUS} {wrong_before}): "
+        "start anew with resume=false"
+    )
+
+
+def what_is_wrong(checkpoint: Path) -> str | None:
+    """Reads all of it; None where it is whole, else words that go on after its name."""
+    if checkpoint.is_dir():
+        return _wrong_folder(checkpoint)
+    if not checkpoint.exists():
+        return "is missing"
+    if not zipfile.is_zipfile(checkpoint):
+        return f"is cut or no checkpoint ({checkpoint.stat().st_size} bytes)"
+    try:
+        with zipfile.ZipFile(checkpoint) as records:
+            damaged = records.testzip()
+        if damaged is not None:
+            return f"is damaged in {damaged}"
+        # The directory of the file has no checksum; PyTorch's reader is strict about it. No
+        # tensor is read.
+        torch.load(checkpoint, mmap=True, map_location="meta", weights_only=True)
+    except Exception as error:  # whatever a flipped bit makes of a zip reader
+        return f"is damaged ({type(error).__name__}: {str(error).splitlines()[0]:.200})"
+    return None
+
+
+def _wrong_folder(folder: Path) -> str | None:
+    marker = folder / MARKER
+    try:
+        sizes = json.loads(marker.read_text())
+    except FileNotFoundError:
+        return f"is not complete (no {MARKER})"
+    except (OSError, ValueError) as error:
+        return f"is damaged ({MARKER}: {error})"
+    for name, size in sizes.items():
+        file = folder / name
+        there = file.stat().st_size if file.is_file() else 0
+        if there != size:
+            return f"is damaged ({name} has {there} of {size} bytes)"
+    return None
+
+
+def publish(partial: Path, target: Path, previous: Path | None = None) -> None:
+    """Gives what was written its name; what had it before becomes `previous`, or goes.
+
+    `target` or `previous` is whole between any two of these calls.
+    """
+    if partial.is_dir():
+        _seal(partial)
+    stale = (previous or target).with_suffix(".stale.partial")
+    if previous is not None and target.exists():
+        if previous.exists():
+            previous.rename(stale)
+        target.rename(previous)
+    elif target.is_dir():  # no rename replaces a folder
+        target.rename(stale)
+    partial.rename(target)
+    sync(target.parent)
+    remove(stale)
+
+
+def remove_leftovers(folder: Path) -> None:
+    for partial in folder.glob("*.partial"):
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems do so for a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _seal(folder: Path) -> None:
+    """Marks a folder of shards as whole, once all of it is on the disk."""
+    files = sorted(file for file in folder.iterdir() if file.name != MARKER)
+    for file in files:
+        sync(file)
+    with (folder / MARKER).open("w") as marker:
+        json.dump({file.name: file.stat().st_size for file in files}, marker)
+        marker.flush()
+        os.fsync(marker.fileno())
+    sync(folder)

@@ -1,0 +1,126 @@
+"""Saves a checkpoint so that it is whole or absent, and all ranks know which."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lightning_modules.checkpoint.whole import publish, remove, remove_leftovers
+
+
+class DiskCheckpointIO(TorchCheckpointIO):
+    """Writes where it is told to, and comes back when it is on the disk.
+
+    Lightning's own builds the file in memory, then in `$TMPDIR`, and copies it where that is
+    another file system.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        with open(path, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def save_whole(
+    trainer: Trainer, target: Path, previous: Path | None = None, weights_only: bool = False
+) -> None:
+    """Saves `target`; what had its name becomes `previous`. Called by all ranks.
+
+    Raises:
+        OSError: it cannot be written, on all ranks alike; what was there is as it was.
+    """
+    partial = target.with_suffix(".partial")
+    failure = None
+    if trainer.is_global_zero:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target.parent)
+        except OSError as error:
+            failure = f"cannot write {target}: {error}"
+    _all_fail_alike(trainer, failure)
+
+    written = None
+    try:
+        trainer.save_checkpoint(partial, weights_only)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        written = _no_room(error)
+        if written is None:
+            raise
+        trainer.strategy.barrier("Trainer.save_checkpoint")  # in which the other ranks wait
+
+    if trainer.is_global_zero:
+        try:
+            if written is None:
+                publish(partial, target, previous)
+            else:
+                failure = _describe(trainer, written, target)
+                remove(partial)
+        except OSError as error:
+            failure = failure or _describe(trainer, error, target)
+    _all_fail_alike(trainer, failure)
+
+
+def _all_fail_alike(trainer: Trainer, failure: str | None) -> None:
+    """What rank 0 saw happens to all, so that none waits for another."""
+    failure = trainer.strategy.broadcast(failure)
+    if failure is not None:
+        raise OSError(failure)
+
+
+def _no_room(error: BaseException) -> OSError | None:
+    """The operating system's word, where a failed write is what is behind an error.
+
+    PyTorch's writer notices later that the position in the file is not what it wrote, and errors
+    of other ranks arrive without the one that they came from.
+    """
+    cause = None
+    for link in _chain(error):
+        if isinstance(link, OSError):
+            return link
+        if isinstance(link, RuntimeError) and "inline_container" in str(link):
+            cause = OSError(errno.EIO, "writing failed")
+    return cause
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        if isinstance(error, CheckpointException):
+            for failed, _ in error.failures.values():
+                yield from _chain(failed)
+        error = error.__cause__ or error.__context__
+
+
+def _describe(trainer: Trainer, error: OSError, target: Path) -> str:
+    free = shutil.disk_usage(target.parent).free
+    return (
+        f"cannot save {target} ({error.strerror}): a checkpoint needs {_bytes(_size(trainer))}, "
+        f"{_bytes(free)} are free; what was saved before is whole: make room, then the same "
+        "command goes on from there"
+    )
+
+
+def _size(trainer: Trainer) -> int:
+    """Bytes of weights and optimizer state, which are nearly all of a checkpoint."""
+    tensors = list(trainer.lightning_module.state_dict().values())
+    for optimizer in trainer.optimizers:
+        tensors += [v for state in optimizer.state.values() for v in state.values()]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
