@@ -10,7 +10,6 @@ from typing import Any
 
 import hydra
 import lightning
-import torch
 import yaml
 from omegaconf import DictConfig
 
@@ -19,6 +18,7 @@ from experiments.needles import test_needles
 from experiments.run import build, build_all, plain, print_config, user_errors_in_one_line
 from experiments.rundir import RunDirectory, check_whole
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
+from lightning_modules.weights import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +92,11 @@ def load(run: Path, rotary: dict[str, Any] | None) -> tuple[VideoLanguageModel, 
         named: dict[str, Any] = {"rotary": rotary} if rotary else {}
         return VideoLanguageModel.from_pretrained(run, **named).eval(), 0
     path = run / "checkpoints" / "last.ckpt"
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"no checkpoint in {run}: set run= to a run directory with {path.name}")
-    check_whole(path)
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if path.is_file():
+        check_whole(path)
+    checkpoint = read_checkpoint(path)
     stages = checkpoint["stages"]
     if rotary and rotary != stages["rotary"]:
         logger.warning("trained with %s, run with %s as asked", stages["rotary"], rotary)

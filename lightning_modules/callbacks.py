@@ -1,13 +1,15 @@
 """What is seen of a run while it runs."""
 
 import json
+import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from torch import distributed
 
 from datamodules.batch import VideoBatch
 
@@ -92,10 +94,72 @@ class BadSamples(Callback):
         if int(trainer.strategy.reduce(own, reduce_op="sum")):
             everyone: list[Any] = [dict(faults.new)] * trainer.world_size
             if trainer.world_size > 1:
-                torch.distributed.all_gather_object(everyone, everyone[0])
+                distributed.all_gather_object(everyone, everyone[0])
             faults.merge(everyone)
         pl_module.log("data/bad_samples", float(faults.counts.total()))
         faults.judge(data.trained_samples)
+
+
+class SampleAudit(Callback):
+    """Which samples each optimizer step has learnt from: `samples.jsonl` in `folder`.
+
+    A line is `{"step": n, "keys": [...]}`, n counted from 1, keys (shard file, sample) of all
+    ranks in the order of the run: micro-batch by micro-batch of the step, rank by rank in each. It
+    is written where `data.audit` is true; a resumed run replaces the steps that it takes again.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._path = Path(folder) / "samples.jsonl"
+        self._active = False
+        self._step = 0
+        self._keys: list[list[str]] = []  # of this rank's micro-batches since the last step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._active = getattr(trainer.datamodule, "audit", False)  # pyright: ignore[reportAttributeAccessIssue]
+        self._step, self._keys = trainer.global_step, []
+        if self._active and trainer.is_global_zero:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab+") as file:
+                file.truncate(_end_of_step(file, self._step))
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: VideoBatch,
+        batch_idx: int,
+    ) -> None:
+        if not self._active:
+            return
+        self._keys.append([_without_folder(key) for key in batch.keys])
+        if trainer.global_step == self._step:
+            return
+        ranks: list[Any] = [self._keys] * trainer.world_size
+        if trainer.world_size > 1:
+            distributed.all_gather_object(ranks, self._keys)
+        self._step, self._keys = trainer.global_step, []
+        if trainer.is_global_zero:
+            micro_batches = [keys for turn in zip(*ranks, strict=True) for keys in turn]
+            line = {"step": self._step, "keys": [key for keys in micro_batches for key in keys]}
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _end_of_step(file: BinaryIO, step: int) -> int:
+    """Bytes of the whole lines up to `step`."""
+    file.seek(0)
+    end = 0
+    for line in file:
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        end += len(line)
+    return end
+
+
+def _without_folder(key: str) -> str:
+    """`shard.tar/sample` of a sample whose shard has a path or url before it."""
+    return re.sub(r"^.*/(?=[^/]*\.tar/)", "", key)
 
 
 class Throughput(Callback):

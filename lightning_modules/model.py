@@ -1,13 +1,14 @@
 """The whole pipeline, top to bottom."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -90,6 +91,9 @@ class VideoLanguageModel(PreTrainedModel):
             self.pooler.grid(Grid(frames, *self.encoder.grid))
         self.llm.replace_rotary(lambda original: RotaryEmbedding(self.rotary, original))
         self.projector = Projector(self.encoder.width, self.llm.width)
+        if not self.pooler.uses_prompt:  # what no loss depends on is not trained
+            for module in self.encoder.prompt_modules():
+                module.requires_grad_(False)
         # What came from a hub or folder is part of this model now: keep its config, not its name.
         config.encoder, config.llm = self.encoder.to_spec(), self.llm.to_spec()
         self.post_init()
@@ -111,6 +115,10 @@ class VideoLanguageModel(PreTrainedModel):
         inputs = self.compose(batch, patches, padding_side="left")
         return self.llm.generate(inputs.embeds, inputs.mask, inputs.positions, **options)
 
+    def blocks(self) -> list[nn.Module]:
+        """The units to shard, in the order in which they run."""
+        return [*self.encoder.blocks(), *self.llm.blocks()]
+
     def compose(
         self, batch: VideoBatch, patches: Float[Tensor, "n p d"], padding_side: str = "right"
     ) -> LanguageInputs:
@@ -121,6 +129,8 @@ class VideoLanguageModel(PreTrainedModel):
         pieces, layouts = self._splice(batch, tokens, grids)
         positions = self.rotary.batch_positions(layouts, padding_side).to(patches.device)
         embeds, mask, labels = _pad(pieces, padding_side)
+        if not visuals and (self.training or isinstance(self, FSDPModule)):
+            embeds = embeds + self._no_visual(batch)
         return LanguageInputs(embeds, mask, labels, positions, layouts)
 
     def pool(
@@ -191,6 +201,21 @@ class VideoLanguageModel(PreTrainedModel):
             pieces.append((torch.cat(parts), torch.cat(marks)))
             layouts.append(layout)
         return pieces, layouts
+
+    def _no_visual(self, batch: VideoBatch) -> Float[Tensor, ""]:
+        """0, by way of a blank frame through all visual stages.
+
+        Ranks reduce gradients together, and gather sharded weights together: where one has
+        visuals, the others must run the same blocks and give each weight a gradient, if only of
+        zeros. A single process does as they do, so that its optimizer takes the same steps.
+        """
+        size, ids = self.encoder.image_size, batch.input_ids.clone()
+        ids[0, 0] = VISUAL_SLOT
+        frames = batch.frames.new_zeros(1, 3, size, size)
+        blank = replace(batch, input_ids=ids, frames=frames, frame_counts=[1])
+        visuals = self._visuals(blank, self.encoder(frames, [1]))
+        tokens, _ = self.pool(visuals, self._relevance(blank, visuals))
+        return 0 * tokens[0].sum()
 
     def _init_weights(self, module: Any) -> None:
         """Each stage sets its own weights when it is made; transformers' way would undo that."""

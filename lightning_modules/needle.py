@@ -9,11 +9,13 @@ import torch
 from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from datamodules.batch import IGNORE_INDEX
 from lightning_modules.metrics.bootstrap import bootstrap_interval
 from lightning_modules.model import VideoLanguageModel
 from lightning_modules.prefix import PrefixCache
+from lightning_modules.sharding import shard
 
 #: Frames of the bank that the encoder takes at a time.
 _ENCODED_AT_ONCE = 64
@@ -94,8 +96,14 @@ class NeedleModule(LightningModule):
         self.folder = Path(folder) if folder else None
         self.scores = NeedleScores()
 
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self.model, self.model.blocks(), self.device_mesh["data_parallel"])
+
     @torch.no_grad()
     def on_test_start(self) -> None:
+        if isinstance(self.model, FSDPModule):
+            self.model.unshard()  # its parts are called one by one; the blocks gather their own
         self.scores = NeedleScores()
         self._prefixes = PrefixCache(self.model)
         self._blind_logits: dict[tuple[int, float], list[Tensor]] = {}
@@ -132,6 +140,10 @@ class NeedleModule(LightningModule):
             self.scores.answers[needle] = str(target.tolist())
             all_logits.append(logits)
         self._compare(row, all_logits)
+
+    def on_test_end(self) -> None:
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
 
     def on_test_epoch_end(self) -> None:
         counts = {"computed": self._prefixes.computed, "recomputed": self._prefixes.recomputed}

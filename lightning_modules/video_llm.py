@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from datamodules.batch import VideoBatch
 from lightning_modules.model import Output, VideoLanguageModel, VideoLanguageModelConfig
+from lightning_modules.sharding import shard
 
 
 class VideoLLMModule(LightningModule):
@@ -35,6 +36,8 @@ class VideoLLMModule(LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             self.model = VideoLanguageModel(VideoLanguageModelConfig(**self.spec))
+        if self.device_mesh is not None:
+            shard(self.model, self.model.blocks(), self.device_mesh["data_parallel"])
 
     def check(self) -> None:
         """Finds mistakes in the stages on the meta device, before weights or data are read.

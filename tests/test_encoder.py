@@ -293,7 +293,7 @@ def test_blocks_are_all_repeated_layers():
     encoder = make(bt_adapter=ADAPTER)
     inside = {id(p) for block in encoder.blocks() for p in block.parameters()}
     outside = {name for name, p in encoder.named_parameters() if id(p) not in inside}
-    assert len(encoder.blocks()) == 3 + 2 + 2 + 2
+    assert len(encoder.blocks()) == 3 + 1 + 2
     assert not any("layers." in name or ".temporal." in name for name in outside)
 
 

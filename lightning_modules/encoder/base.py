@@ -41,8 +41,12 @@ class Encoder(nn.Module, ABC):
         """One embedding a prompt in the space shared with patches; not normalised."""
 
     @abstractmethod
+    def prompt_modules(self) -> list[nn.Module]:
+        """What `align` and `encode_prompt` alone use."""
+
+    @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """The repeated layers: the units to shard and to checkpoint."""
+        """The units to shard, in the order in which they run; each runs once for a batch."""
 
     @abstractmethod
     def to_spec(self) -> dict:

@@ -126,8 +126,13 @@ class ClipEncoder(Encoder):
         text = self.text(prompt_ids, attention_mask=prompt_mask, position_ids=positions)
         return self.text_projection(text.pooler_output)
 
+    def prompt_modules(self) -> list[nn.Module]:
+        aligned = [self.vision.post_layernorm, self.visual_projection]
+        return [*aligned, self.text, self.text_projection]
+
     def blocks(self) -> list[nn.Module]:
-        beside = [*self.adapter.temporal, *self.adapter.spatial] if self.adapter else []
+        """BT-Adapter is one: its layers run once for each length that visuals have."""
+        beside = [self.adapter] if self.adapter else []
         return [*self.vision.encoder.layers, *beside, *self.text.encoder.layers]
 
     def to_spec(self) -> dict:

@@ -53,7 +53,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """The repeated layers: the units to shard and to checkpoint."""
+        """The units to shard, in the order in which they run; each runs once for a batch."""
 
     @abstractmethod
     def to_spec(self) -> dict:

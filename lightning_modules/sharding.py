@@ -1,0 +1,53 @@
+"""FSDP2: every rank keeps a piece of each weight, gradient and moment."""
+
+from collections.abc import Iterable
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Lightning's FSDP2 over all ranks, however many there are.
+
+    A checkpoint is a folder with a file of each rank; any number of ranks can read it.
+    """
+
+    def __init__(self, process_group_backend: str | None = None):
+        super().__init__(tensor_parallel_size=1, process_group_backend=process_group_backend)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+    """Shards `model` in place: each block gathers its weights when it runs, the rest all at once.
+
+    Ranks gather together, so each must run the same blocks in the same order, a block once in a
+    forward. Gradients are summed in float32 whatever the precision.
+
+    Raises:
+        ValueError: weights of several dtypes would have to travel together.
+    """
+    if isinstance(model, FSDPModule):
+        return
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    if len(dtypes) > 1:
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ValueError(
+            f"weights of {found} cannot be sharded together: set trainer.precision and "
+            "model.llm.dtype to the same, such as bf16-true and bfloat16"
+        )
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "generate")

@@ -1,0 +1,111 @@
+"""Weights as numbers: are they finite, which are they, and what does a checkpoint hold."""
+
+import hashlib
+import math
+import pickle
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+
+def sha256(module: nn.Module) -> str:
+    """Of the trained parameters, by name: name, shape and float32 values, little-endian.
+
+    The same for one process, DDP and FSDP. All ranks must ask: each parameter in turn is gathered.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(_trained(module), key=lambda item: item[0]):
+        value = parameter.detach()
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        digest.update(f"{name} {tuple(whole.shape)}\n".encode())
+        digest.update(whole.float().cpu().contiguous().numpy().astype("<f4").data)
+    return digest.hexdigest()
+
+
+def all_finite(module: nn.Module) -> bool:
+    """Whether every trained parameter is, on every rank. All ranks must ask."""
+    return finite_everywhere(parameter.detach() for _, parameter in _trained(module))
+
+
+def finite_everywhere(tensors: Iterable[Tensor]) -> bool:
+    """Whether no rank's tensors hold NaN or Inf: one number is reduced over all ranks.
+
+    Each rank may bring other tensors, at least one; of sharded ones it looks at its own piece.
+    """
+    pieces = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    largest = get_total_norm([piece for piece in pieces if piece.numel()], math.inf)
+    finite = largest.isfinite().to(pieces[0].device, torch.int32)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(finite, distributed.ReduceOp.MIN)
+    return bool(finite)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of one file, or a sharded one without what its optimizer keeps; on the CPU.
+
+    Nothing in it is run, whoever has written it.
+    """
+    if path.is_file():
+        return torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
+    reader, prefix = _PlainReader(path), "state_dict."
+    stored = reader.read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(about.size, dtype=about.properties.dtype)
+        for key, about in stored.items()
+        if key.startswith(prefix) and isinstance(about, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():  # that it reads in this process alone, which is meant
+        warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process.*")
+        load(state, storage_reader=reader, no_dist=True)
+    weights = {key.removeprefix(prefix): value for key, value in state.items()}
+    return {**checkpoint, "state_dict": weights}
+
+
+class _PlainReader(FileSystemReader):
+    """PyTorch's reader of sharded checkpoints; their `.metadata` is a pickle, opened with care."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Refuses everything but what describes tensors and where they lie."""
+
+    _named: Mapping[str, set[str]] = {
+        "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath"},
+        "torch": {"Size"} | {n for n, v in vars(torch).items() if isinstance(v, torch.dtype)},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.metadata": {
+            *("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+            *("TensorProperties", "TensorStorageMetadata"),
+            *("ChunkStorageMetadata", "BytesStorageMetadata"),
+        },
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self._named.get(module, ()):
+            raise ValueError(f"a sharded checkpoint names {module}.{name}, which is not opened")
+        return super().find_class(module, name)
+
+
+def _trained(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """As they were named before `torch.compile`."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            yield name.replace("_orig_mod.", ""), parameter
