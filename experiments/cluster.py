@@ -1,0 +1,1 @@
+def leave(reason, rank): return 75
