@@ -12,12 +12,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import braceexpand
 import numpy as np
@@ -49,7 +51,7 @@ class Shard:
     @property
     def in_order(self) -> bool:
         """Whether it can only be read from its first byte on."""
-        return self.url.startswith("pipe:")
+        return _is_pipe(self.url)
 
     def read_offsets(self) -> Sequence[int] | np.ndarray:
         """Where each sample starts, and where the last one ends.
@@ -69,20 +71,73 @@ class Shard:
             return offsets
 
 
+class Shards(Sequence[Shard]):
+    """Shards by number, made as they are asked for: a million objects would take seconds to make.
+
+    Args:
+        counts: samples of each, where `known` does not say.
+        known: shards of which there is more to say, by number.
+    """
+
+    def __init__(self, urls: list[str], counts: np.ndarray, known: Mapping[int, Shard]):
+        self.urls, self._known = urls, known
+        self.counts = counts.astype(np.int64)
+        for number, shard in known.items():
+            self.counts[number] = shard.count
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> "Shards":
+        if isinstance(shards, Shards):
+            return shards
+        urls = [shard.url for shard in shards]
+        return cls(urls, np.zeros(len(urls)), dict(enumerate(shards)))
+
+    def __add__(self, other: "Shards") -> "Shards":
+        more = {len(self) + number: shard for number, shard in other._known.items()}
+        counts = np.concatenate([self.counts, other.counts])
+        return Shards([*self.urls, *other.urls], counts, {**self._known, **more})
+
+    def __len__(self) -> int:
+        return len(self.urls)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        shard = self._known.get(number)
+        return Shard(self.urls[number], int(self.counts[number])) if shard is None else shard
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Shards) and list(self) == list(other)
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The shards in the order given, and what is wrong with those that are damaged."""
 
-    shards: list[Shard]
+    shards: Sequence[Shard]
     faults: list[BadSampleError]
 
     def __len__(self) -> int:
         return int(self.counts.sum())
 
-    @cached_property
+    @property
+    def urls(self) -> list[str]:
+        return self._columns.urls
+
+    @property
     def counts(self) -> np.ndarray:
         """Samples of each shard."""
-        return np.fromiter((shard.count for shard in self.shards), np.int64, len(self.shards))
+        return self._columns.counts
+
+    @cached_property
+    def _columns(self) -> Shards:
+        return Shards.of(self.shards)
+
+    @cached_property
+    def in_order(self) -> np.ndarray:
+        """Which shards can only be read from their first byte on."""
+        return np.fromiter((_is_pipe(url) for url in self.urls), bool, len(self.urls))
 
     def fingerprint(self) -> str:
         """Says whether the shards are the same ones; their folder may move.
@@ -92,9 +147,9 @@ class Manifest:
         """
         hashed = hashlib.sha256()
         step = -(-len(self.shards) // _FINGERPRINTED) or 1
-        for number, shard in enumerate(self.shards):
-            end = _end_of(shard) if number % step == 0 else ""
-            hashed.update(f"{shard.url.rpartition('/')[2]} {shard.count} {end}\n".encode())
+        for number, (url, count) in enumerate(zip(self.urls, self.counts.tolist(), strict=True)):
+            end = _end_of(self.shards[number]) if number % step == 0 else ""
+            hashed.update(f"{url.rpartition('/')[2]} {count} {end}\n".encode())
         return hashed.hexdigest()[:16]
 
 
@@ -102,10 +157,14 @@ def join(manifests: Sequence[Manifest]) -> Manifest:
     """One manifest of all shards, in turn."""
     if len(manifests) == 1:
         return manifests[0]
+    shards = [Shards.of(manifest.shards) for manifest in manifests]
     return Manifest(
-        [shard for manifest in manifests for shard in manifest.shards],
-        [fault for manifest in manifests for fault in manifest.faults],
+        reduce(add, shards), [fault for manifest in manifests for fault in manifest.faults]
     )
+
+
+def _is_pipe(url: str) -> bool:
+    return url.startswith("pipe:")
 
 
 def _end_of(shard: Shard) -> int:
@@ -130,23 +189,30 @@ def read_manifest(
     """
     urls = expand_urls(patterns)
     place = Path(cache) if cache else _default_cache()
-    folders = {os.path.dirname(url) for url in urls if not is_remote(url)}
-    counted = {folder: counts for folder in folders if (counts := _read_counts(folder))}
-
-    def open_shard(url: str) -> tuple[Shard, BadSampleError | None]:
-        folder, name = os.path.split(url)
-        count = counted.get(folder, {}).get(name)
-        return _open_shard(url, timeout_s, place) if count is None else (Shard(url, count), None)
-
-    if any(len(counts) >= len(urls) for counts in counted.values()):
-        opened = [open_shard(url) for url in urls]
-    else:
-        with ThreadPoolExecutor(8) as pool:  # waits for storage, hardly computes
-            opened = list(pool.map(open_shard, urls))
-    manifest = Manifest([shard for shard, _ in opened], [fault for _, fault in opened if fault])
+    counts, folders = _find_counts(urls)
+    unknown = np.flatnonzero(counts < 0).tolist()
+    with ThreadPoolExecutor(8) as pool:  # waits for storage, hardly computes
+        opened = list(pool.map(lambda n: _open_shard(urls[n], timeout_s, place), unknown))
+    known = {n: shard for n, (shard, _) in zip(unknown, opened, strict=True)}
+    manifest = Manifest(Shards(urls, counts, known), [fault for _, fault in opened if fault])
     if not manifest.faults:
-        _keep_counts(manifest, folders - counted.keys())
+        _keep_counts(manifest, folders)
     return manifest
+
+
+def _find_counts(urls: Sequence[str]) -> tuple[np.ndarray, set[str]]:
+    """Samples of each shard as its folder has them, or -1; and the folders without such."""
+    infos: dict[str, dict[str, int]] = {}
+    counts = np.empty(len(urls), dtype=np.int64)
+    for number, url in enumerate(urls):
+        folder, _, name = url.rpartition("/")
+        if folder not in infos:
+            infos[folder] = {} if is_remote(url) else _read_counts(folder)
+        counts[number] = infos[folder].get(name, -1)
+    without = {
+        folder for folder, info in infos.items() if not info and os.path.isdir(folder or ".")
+    }
+    return counts, without
 
 
 def _info_path(folder: str) -> Path:
@@ -160,7 +226,9 @@ def _read_counts(folder: str) -> dict[str, int]:
         if info.stat().st_mtime_ns < os.stat(folder or ".").st_mtime_ns:
             return {}
         counts = json.loads(info.read_bytes())["shard_counts"]
-        return {str(name): int(count) for name, count in counts.items()}
+        if all(type(count) is int and count >= 0 for count in counts.values()):
+            return counts
+        raise ValueError("a count is no number")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -171,8 +239,8 @@ def _read_counts(folder: str) -> dict[str, int]:
 def _keep_counts(manifest: Manifest, folders: Iterable[str]) -> None:
     """Writes the counts of folders with many shards that were all read."""
     for folder in folders if len(manifest.shards) >= _MANY else []:
-        split = [(os.path.split(shard.url), shard.count) for shard in manifest.shards]
-        counts = {name: count for (parent, name), count in split if parent == folder}
+        split = [(*shard.url.rpartition("/")[::2], shard.count) for shard in manifest.shards]
+        counts = {name: count for parent, name, count in split if parent == folder}
         here = {name for name in os.listdir(folder or ".") if name.endswith(".tar")}
         if len(counts) < _MANY or here != counts.keys() or _info_path(folder).exists():
             continue
@@ -192,11 +260,22 @@ def expand_urls(patterns: str | Iterable[str]) -> list[str]:
             parts = list(braceexpand.braceexpand(str(pattern)))
         except ValueError as error:
             raise ValueError(f"shards {pattern!r}: {error}") from None
-        for part in parts:
-            urls += [part] if is_remote(part) else _local_paths(part)
+        if is_remote(parts[0]) or _names_files(str(pattern)):
+            urls += parts
+        else:
+            urls += [path for part in parts for path in _local_paths(part)]
     if not urls:
         raise ValueError("no shards given; name a .tar file, a folder, a glob or a url")
     return urls
+
+
+def _names_files(pattern: str) -> bool:
+    return (
+        pattern.endswith(".tar")
+        and not glob.has_magic(pattern)
+        and pattern[0] != "~"
+        and ("://" not in pattern)
+    )
 
 
 def _local_paths(path: str) -> list[str]:
@@ -206,7 +285,7 @@ def _local_paths(path: str) -> list[str]:
             f"use a pipe, for instance 'pipe:aws s3 cp {path} -'"
         )
     path = os.path.expanduser(path)
-    if not path.endswith(".tar") and os.path.isdir(path):  # a million names are not looked up
+    if os.path.isdir(path):
         found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
         if not found:
             raise ValueError(f"no .tar file in the folder {path!r}")

@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
     name: str
     shards: Any
-    weight: float | None
+    weight: float | int | None
 
 
 def read_parts(train: Mapping[str, Any]) -> list[Part]:
@@ -57,7 +57,7 @@ def read_parts(train: Mapping[str, Any]) -> list[Part]:
     return parts
 
 
-def count_quotas(weights: Sequence[float]) -> list[int]:
+def count_quotas(weights: Sequence[float | int]) -> list[int]:
     """Rows of each dataset in a period: exactly by weight where 10,000 rows or fewer can be.
 
     Otherwise to a ten-thousandth, and never less than one row.

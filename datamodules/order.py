@@ -224,9 +224,8 @@ class ShuffledOrder(FileOrder):
 def _chunk_sizes(manifest: Manifest, chunk: int) -> np.ndarray:
     """Samples of a chunk, for each shard; a shard that can only be read on is one chunk."""
     counts = manifest.counts
-    in_order = np.fromiter((shard.in_order for shard in manifest.shards), bool, len(counts))
     while True:
-        sizes = np.maximum(np.where(in_order, counts, chunk), 1)
+        sizes = np.maximum(np.where(manifest.in_order, counts, chunk), 1)
         if chunk >= counts.max() or (-(-counts // sizes)).sum() <= _MOST_CHUNKS:
             return sizes
         chunk *= 2
