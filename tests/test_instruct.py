@@ -275,7 +275,8 @@ def test_a_checkpoint_of_another_stream_is_refused(texts, tmp_path):
     shutil.copytree(texts, copy)
     fit(same(str(copy)), Recorder(), tmp_path, resume=True)  # moved, not changed
 
-    write_shard(copy / "1.tar", [(f"{n}", make_sample(4 * n + 3)) for n in range(4)])
+    changed = [(f"{n}", {**make_sample(4 * n + 3), "txt": b""}) for n in range(4)]
+    write_shard(copy / "1.tar", changed)
     for changed, words in (
         (same(str(copy)), ["shards"]),
         (same(seed=2), ["settings", "seed 1 ", "seed 2 "]),
