@@ -171,6 +171,35 @@ def test_a_loader_asks_for_its_place_with_the_first_batch(make_module):
     assert next(iter(loader)).keys == [f"#{n}" for n in range(20, 24)]
 
 
+def test_a_checkpoint_keeps_the_place_and_refuses_another_plan(make_module):
+    module, other = make_module(), make_module(batch_size=8)
+    module.setup()
+    module.trainer = standing(1, 2, done=3)
+    state = module.state_dict()
+    assert (state["epoch"], state["micro_batches"], state["faults"]) == (0, 6, {})
+    with pytest.raises(ValueError, match=r"settings.*batch 4 step 6.*batch 8 step 3.*go_on"):
+        other.load_state_dict(state)
+    module.load_state_dict(state)
+    assert next(iter(module.train_dataloader())).keys == [f"#{n}" for n in range(28, 32)]
+    module.load_state_dict(state | {"micro_batches": 3})
+    with pytest.raises(ValueError, match="at micro-batch 6 of all ranks, its checkpoint at 3"):
+        next(iter(module.train_dataloader()))
+
+
+def test_steps_that_cannot_be_shared_or_filled_are_refused(make_module):
+    module = make_module()
+    module.setup()
+    module.trainer = standing(0, 4)
+    with pytest.raises(ValueError, match="6 micro-batches.*by 4 ranks; take 1, 2, 3, 6 ranks"):
+        module.train_dataloader()
+    with pytest.raises(ValueError, match="legal batch sizes for 4 ranks: 1, 2, 3, 6"):
+        module.accumulation(4)
+    large = make_module(batch_size=4, global_batch_size=52)
+    large.setup()
+    with pytest.raises(ValueError, match="data.training.samples is 48, fewer than the 52"):
+        large.train_dataloader()
+
+
 def test_splits_share_neither_clips_nor_needles(make_module):
     module = make_module()
     module.setup()

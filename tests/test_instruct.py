@@ -4,13 +4,15 @@ import json
 import shutil
 import tarfile
 from functools import partial
+from pathlib import Path
 
 import hydra
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from omegaconf import OmegaConf
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError, VideoBatch
 from datamodules.conversation import ConversationEncoder
@@ -179,7 +181,7 @@ class Recorder(LightningModule):
         assert len(batch) > 0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        assert self.trainer.estimated_stepping_batches == 13  # asks for the loader early
+        assert self.trainer.estimated_stepping_batches > 0  # asks for the loader early
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
@@ -205,13 +207,16 @@ class LateStrategy(SingleDeviceStrategy):
         return True
 
 
-def fit(module, recorder, tmp_path, *callbacks, strategy="auto", resume=False) -> Recorder:
-    """13 optimizer steps of two micro-batches: two epochs of five and a part of the third."""
+def fit(
+    module, recorder, tmp_path, *callbacks, strategy="auto", resume=False, steps=13, ranks=1
+) -> Recorder:
+    """13 optimizer steps of two micro-batches are two epochs of five and a part of the third."""
     trainer = Trainer(
-        max_steps=13,
+        max_steps=steps,
         accelerator="cpu",
         strategy=strategy,
-        accumulate_grad_batches=module.accumulation(1),
+        devices=ranks,
+        accumulate_grad_batches=module.accumulation(ranks),
         val_check_interval=4,
         logger=False,
         callbacks=[BadSamples(), *callbacks],
@@ -317,6 +322,36 @@ def _third_epoch(module) -> set[int]:
     rows = [row for m in range(6) for row in order.rows(m)]
     places = [row.order.locate(row.stream, row.row) for row in rows]
     return {[0, 9, 13][shard] + sample for shard, sample in places}
+
+
+class Tally(Callback):
+    """Writes down what each rank knows after each step that does not stop it."""
+
+    def on_train_batch_end(self, trainer, pl_module, *arguments) -> None:
+        known = [trainer.global_step, dict(trainer.datamodule.faults["train"].counts)]
+        folder = Path(trainer.default_root_dir)
+        (folder / f"{trainer.global_rank}-{trainer.world_size}").write_text(json.dumps(known))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_ranks_stop_together_where_too_much_is_bad(texts, tmp_path):
+    """At the same step and with the same counts as one rank alone, and none of them hangs."""
+    samples = [(f"{n:09d}", make_sample(4 * n + 3)) for n in range(260)]
+    for n in range(0, 260, 13):
+        samples[n][1]["json"] = b"{" if n % 2 else b"{}"
+    write_shard(tmp_path / "a.tar", samples)
+    fork = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    for ranks, strategy in ((1, "auto"), (2, fork)):
+        module = data(str(tmp_path), str(texts), batch_size=4, global_batch_size=8)
+        ends = (BadSampleError, ProcessRaisedException)
+        with pytest.raises(ends, match=r"too_many_bad: 1\d of 2\d\d samples \(.*missing_field"):
+            fit(module, Recorder(), tmp_path, Tally(), strategy=strategy, steps=99, ranks=ranks)
+    known = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("?-?")}
+    assert known.keys() == {"0-1", "0-2", "1-2"}
+    assert known["0-2"] == known["1-2"] == known["0-1"]
+    assert known["0-1"][0] >= 24
+    assert known["0-1"][1].keys() == {"missing_field", "bad_json"}
 
 
 def test_too_many_bad_samples_stop_a_training_with_the_commonest_reasons():
