@@ -190,13 +190,13 @@ def test_steps_that_cannot_be_shared_or_filled_are_refused(make_module):
     module = make_module()
     module.setup()
     module.trainer = standing(0, 4)
-    with pytest.raises(ValueError, match="6 micro-batches.*by 4 ranks; take 1, 2, 3, 6 ranks"):
+    with pytest.raises(ValueError, match=r"6 micro-batches.*by 4 ranks; take 1, 2, 3, 6 ranks"):
         module.train_dataloader()
     with pytest.raises(ValueError, match="legal batch sizes for 4 ranks: 1, 2, 3, 6"):
         module.accumulation(4)
     large = make_module(batch_size=4, global_batch_size=52)
     large.setup()
-    with pytest.raises(ValueError, match="data.training.samples is 48, fewer than the 52"):
+    with pytest.raises(ValueError, match=r"data.training.samples is 48, fewer than the 52"):
         large.train_dataloader()
 
 

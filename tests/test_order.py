@@ -99,9 +99,9 @@ def test_a_run_cut_anywhere_goes_on_in_any_other_layout(source):
     for n in range(50):
         epoch, cut = rng.randint(3), rng.randint(1 + len(whole[0]))
         seen = whole[epoch]
-        if n % 10 == 0:  # the others as the test above has shown
+        if n % 17 == 0:  # the others as the test above has shown
             seen = steps(source, *LAYOUTS[rng.randint(len(LAYOUTS))], (epoch, 0))
-        layouts = LAYOUTS if n % 10 == 0 else in_process
+        layouts = LAYOUTS if n % 17 == 0 else in_process
         after = layouts[rng.randint(len(layouts))]
         rest = steps(source, *after, (epoch, cut * PER_STEP))
         assert seen[:cut] + rest == whole[epoch], (n, after, epoch, cut)
