@@ -2,6 +2,7 @@
 
 import csv
 import secrets
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class _ResumingWriter(ExperimentWriter):
 
     def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
         if self._rows and step is not None:
-            earlier = [row for row in self._rows if float(row["step"] or 0) < step]
+            earlier = self._before(step, metrics_dict.keys())
             if len(earlier) < len(self._rows):
                 with open(self.metrics_file_path, "w", newline="") as file:
                     writer = csv.DictWriter(file, self.metrics_keys)
@@ -51,6 +52,19 @@ class _ResumingWriter(ExperimentWriter):
                     writer.writerows(earlier)
             self._rows = []
         super().log_metrics(metrics_dict, step)
+
+    def _before(self, step: int, keys: Collection[str]) -> list[dict[str, str]]:
+        """Rows up to the one that is logged again.
+
+        A run that was stopped before a validation goes on with it, and its step's training row
+        stays.
+        """
+        names = set(keys) - {"epoch", "step"}
+        for number, row in enumerate(self._rows):
+            there = float(row["step"] or 0)
+            if there > step or (there == step and any(row.get(name) for name in names)):
+                return self._rows[:number]
+        return self._rows
 
 
 class ResumableWandbLogger(WandbLogger):

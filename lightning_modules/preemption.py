@@ -137,7 +137,7 @@ def agree(trainer: Trainer, reason: str | None) -> str | None:
     return _REASONS[int(highest) - 1] if int(highest) else None
 
 
-def stops_at(walltime: str | float | None, margin_s: float) -> float | None:
+def stops_at(walltime: str | float | int | None, margin_s: float | int) -> float | None:
     """When to stop before the scheduler does it, in seconds since 1970, where its plan is known.
 
     `margin_s` before the end, but not in the first half of the time that is left now: a short job
@@ -156,7 +156,7 @@ def stops_at(walltime: str | float | None, margin_s: float) -> float | None:
     return max(end - margin_s, (now + end) / 2)
 
 
-def _end(walltime: str | float | None) -> float | None:
+def _end(walltime: str | float | int | None) -> float | None:
     if walltime is None:
         end = os.environ.get("SLURM_JOB_END_TIME")
         return float(end) if end else None

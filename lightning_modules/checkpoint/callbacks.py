@@ -11,7 +11,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_modules.checkpoint.position import mark_validation_due, rescale
+from lightning_modules.checkpoint.position import (
+    mark_validation_due,
+    rescale,
+    validation_is_next,
+)
 from lightning_modules.checkpoint.whole import LAST, PREVIOUS, remove
 from lightning_modules.checkpoint.write import DiskCheckpointIO, save_whole
 from lightning_modules.preemption import Preempted, agree, leave_signals_to_us, signals, stops_at
@@ -38,8 +42,8 @@ class LastCheckpoint(Checkpoint):
         self,
         dirpath: str | Path,
         every_n_steps: int = 100,
-        walltime_margin_s: float = 120,
-        walltime: str | float | None = None,
+        walltime_margin_s: float | int = 120,
+        walltime: str | float | int | None = None,
     ):
         self.folder = Path(dirpath)
         self.every_n_steps = every_n_steps
@@ -55,16 +59,16 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step, self._stopping = trainer.global_step, None
         self._deferral.enter_context(signals.deferred())
-        resumed = Path(str(trainer.ckpt_path))
-        if trainer.is_global_zero and resumed == self.folder / PREVIOUS:
+        resumed = trainer.ckpt_path and Path(trainer.ckpt_path).resolve()
+        if trainer.is_global_zero and resumed == (self.folder / PREVIOUS).resolve():
             remove(self.folder / LAST)  # damaged, and must not become the one before
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # With accumulated gradients most batches end no step, and the ends of epochs are saved
-        # once they are validated.
-        if trainer.global_step == self._step or trainer.is_last_batch:
+        # With accumulated gradients most batches end no step; the end of an epoch is saved as such.
+        ends_epoch = trainer.is_last_batch and not validation_is_next(trainer)
+        if trainer.global_step == self._step or ends_epoch:
             return
         self._step = trainer.global_step
         self._agree(trainer)

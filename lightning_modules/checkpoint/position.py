@@ -30,22 +30,26 @@ def rescale(checkpoint: dict[str, Any], world_size: int) -> None:
             counts[name] += shift
 
 
+def validation_is_next(trainer: Trainer) -> bool:
+    """Whether the trainer validates before the next batch; asked at the end of one."""
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
 def mark_validation_due(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Lets a run that goes on from the end of a batch validate where that comes next.
 
     Lightning takes a validation that no batch was seen of for one that is over. So the checkpoint
     becomes one that was saved at its first batch.
     """
-    loop = trainer.fit_loop.epoch_loop
-    counts = loop.batch_progress.current
-    fetcher: Any = trainer.fit_loop._data_fetcher
-    ends_batch = counts.completed == counts.processed - 1  # pyright: ignore[reportAttributeAccessIssue]
-    if not (ends_batch and loop._should_check_val_fx(fetcher)):
-        return
     loops = checkpoint["loops"]["fit_loop"]
-    for counters in ("current", "total"):
-        loops["epoch_loop.batch_progress"][counters]["completed"] += 1
+    progress = loops["epoch_loop.batch_progress"]
+    ends_batch = progress["current"]["completed"] == progress["current"]["processed"] - 1
+    if not (ends_batch and validation_is_next(trainer)):
+        return
+    for counts in (progress["current"], progress["total"]):
+        counts["completed"] += 1
     seen = loops["epoch_loop.val_loop.batch_progress"]
-    seen["current"] = dict.fromkeys(_COUNTERS, 0)
     before = seen["total"]["completed"]
+    seen["current"] = dict.fromkeys(_COUNTERS, 0)
     seen["total"] = dict.fromkeys(_COUNTERS, before) | {"ready": before + 1, "started": before + 1}
