@@ -33,6 +33,7 @@ from datamodules.mixture import MixtureOrder
 from datamodules.order import FileOrder, Row
 from datamodules.source import Source, open_source
 from datamodules.tar import untar_sample
+from datamodules.worker import outlive_stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -295,6 +296,7 @@ class StreamLoader:
             batch_size=None,
             num_workers=self._workers,
             collate_fn=_as_it_is,
+            worker_init_fn=outlive_stop_signals,
         )
         try:
             for batch, faults in loader:

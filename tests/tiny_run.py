@@ -22,10 +22,15 @@ import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
+from datamodules.worker import outlive_stop_signals
 from lightning_modules.checkpoint import BestCheckpoint, LastCheckpoint, newest_whole
 from lightning_modules.loggers import ResumableCSVLogger
 from lightning_modules.preemption import Preempted, signals
+
+#: For `pytest.mark.filterwarnings`: advice of Lightning that depends on the machine.
+ADVICE = ("ignore:The `srun` command is available", "ignore:.*does not have many workers")
 
 BATCHES = 24  # micro-batches of an epoch, of all ranks together
 
@@ -35,11 +40,19 @@ def numbers(*seed: int) -> Tensor:
     return torch.randn(2, 8, generator=torch.Generator().manual_seed(mixed))
 
 
+class Numbers(Dataset):
+    def __init__(self, split: int, epoch: int):
+        self.split, self.epoch = split, epoch
+
+    def __getitem__(self, m: int) -> tuple[int, Tensor]:
+        return m, numbers(self.split, self.epoch, m)
+
+
 class Batches:
     """A loader that has a length and can be resumed, as Lightning sees it."""
 
-    def __init__(self, trainer: Trainer, split: int, count: int):
-        self.trainer, self.split, self.count = trainer, split, count
+    def __init__(self, trainer: Trainer, split: int, count: int, workers: int):
+        self.trainer, self.split, self.count, self.workers = trainer, split, count, workers
 
     def __len__(self) -> int:
         return self.count // self.trainer.world_size
@@ -55,16 +68,26 @@ class Batches:
         if self.split == 0:
             epoch = self.trainer.current_epoch
             done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed * world
-        for m in range(done + self.trainer.global_rank, self.count, world):
-            yield m, numbers(self.split, epoch, m)
+        mine = range(done + self.trainer.global_rank, self.count, world)
+        yield from DataLoader(
+            Numbers(self.split, epoch),
+            sampler=mine,
+            batch_size=None,
+            num_workers=self.workers,
+            worker_init_fn=outlive_stop_signals,
+        )
 
 
 class Data(LightningDataModule):
+    def __init__(self, workers: int = 0):
+        super().__init__()
+        self.workers = workers
+
     def train_dataloader(self) -> Batches:
-        return Batches(self.trainer, 0, BATCHES)
+        return Batches(self.trainer, 0, BATCHES, self.workers)
 
     def val_dataloader(self) -> Batches:
-        return Batches(self.trainer, 1, 4)
+        return Batches(self.trainer, 1, 4, 0)
 
 
 class Tiny(LightningModule):
@@ -95,12 +118,12 @@ class Tiny(LightningModule):
                 fully_shard(self.layers, mesh=mesh)
 
     def training_step(self, batch: tuple[int, Tensor], batch_idx: int) -> Tensor:
-        if self.at_batch:
-            self.at_batch(self, self.trainer.global_step)
         m, x = batch
         with (self.folder / f"seen-{self.global_rank}.jsonl").open("a") as file:
             step, epoch = self.trainer.global_step, self.trainer.current_epoch
             file.write(json.dumps([step, epoch, m]) + "\n")
+        if self.at_batch:
+            self.at_batch(self, self.trainer.global_step)
         loss = (self.layers(x) - x.sum(1, keepdim=True)).square().mean()
         self.log("train/loss", loss)
         return loss
@@ -125,6 +148,7 @@ def train(
     *more: Callback,
     module: Tiny | None = None,
     last: dict[str, Any] | None = None,
+    workers: int = 0,
     **options: Any,
 ) -> Trainer:
     """Trains, from the newest whole checkpoint in `folder` if there is one."""
@@ -142,7 +166,8 @@ def train(
         use_distributed_sampler=False,
     )
     resumed = newest_whole(checkpoints)
-    trainer.fit(module or Tiny(folder), datamodule=Data(), ckpt_path=resumed, weights_only=True)
+    data = Data(workers)
+    trainer.fit(module or Tiny(folder), datamodule=data, ckpt_path=resumed, weights_only=True)
     return trainer
 
 
@@ -172,6 +197,7 @@ class Ranks:
 
     def start(self) -> "Ranks":
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.before = len(read_seen(self.folder))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -179,7 +205,7 @@ class Ranks:
         context.set_forkserver_preload(["tiny_run"])
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # of the fork server
         self.processes = [
-            context.Process(target=self.run, args=(rank, port), daemon=True)
+            context.Process(target=self.run, args=(rank, port), daemon="workers" not in self.options)
             for rank in range(self.world)
         ]
         for process in self.processes:
@@ -202,9 +228,9 @@ class Ranks:
             os.kill(self.processes[rank].pid or 0, number)
 
     def wait_for_step(self, step: int) -> None:
-        """Until rank 0 has begun this optimizer step, counted from 0."""
+        """Until these ranks have begun the optimizer step, counted from 0."""
         end = time.monotonic() + 60
-        while not any(seen[0] >= step for seen in read_seen(self.folder)):
+        while len(seen := read_seen(self.folder)) == self.before or seen[-1][0] < step:
             assert time.monotonic() < end, self.said()
             assert any(process.is_alive() for process in self.processes), self.said()
             time.sleep(0.002)
@@ -214,6 +240,7 @@ class Ranks:
         return path.read_text() if path.is_file() else ""
 
     def run(self, rank: int, port: int) -> None:
+        os.setpgid(0, 0)
         log = os.open(self.folder / f"said-{rank}.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         os.dup2(log, 1)
         os.dup2(log, 2)
