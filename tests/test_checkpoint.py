@@ -1,6 +1,5 @@
 """Checkpoints are whole or absent, found when they are whole, and fit any number of ranks."""
 
-import logging
 import os
 import random
 import re
@@ -12,13 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import ADVICE, BATCHES, Ranks, Tiny, read_checkpoint, read_metrics, read_seen, train
+from tiny_run import BATCHES, Ranks, Tiny, read_checkpoint, read_metrics, read_seen, train
 
 from lightning_modules.checkpoint import BestCheckpoint, newest_whole
 from lightning_modules.checkpoint.position import rescale
 from lightning_modules.checkpoint.whole import MARKER, publish, remove_leftovers, what_is_wrong
-
-pytestmark = pytest.mark.filterwarnings(*ADVICE)
 
 
 def write(path: Path, step: int = 1) -> Path:
@@ -84,7 +81,7 @@ def test_a_damaged_last_one_falls_back_to_the_one_before(
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_without_a_whole_one_the_run_is_refused_in_one_line(damage, tmp_path):
     damage(write(tmp_path / "last.ckpt"))
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole .*resume=false") as caught:
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole .*resume=false") as caught:
         newest_whole(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -132,7 +129,7 @@ def test_a_folder_is_whole_with_its_marker_and_all_of_its_bytes(tmp_path):
     assert what_is_wrong(last) == "is damaged (__0_0.distcp has 4 of 5 bytes)"
     assert newest_whole(tmp_path) == previous
     (previous / MARKER).unlink()
-    with pytest.raises(ValueError, match="4 of 5 bytes.*no whole.json"):
+    with pytest.raises(ValueError, match=r"4 of 5 bytes.*no whole.json"):
         newest_whole(tmp_path)
 
 
@@ -186,7 +183,7 @@ def test_no_warnings_on_resume_after_a_move_and_without_validation_data(tmp_path
 
 def test_a_metric_that_is_not_logged_is_named(tmp_path):
     other = BestCheckpoint(tmp_path, monitor="val/accuracy")
-    with pytest.raises(ValueError, match="val/accuracy is not logged .*which logs .*val/loss"):
+    with pytest.raises(ValueError, match=r"val/accuracy is not logged .*which logs .*val/loss"):
         train(tmp_path, other, max_epochs=1)
 
 
@@ -280,7 +277,7 @@ def test_micro_batches_that_do_not_divide_are_refused_with_both_numbers(tmp_path
     train(tmp_path, max_steps=3)
     path = tmp_path / "checkpoints/last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
-    with pytest.raises(ValueError, match="after 3 micro-batches .1 ranks.*2 ranks cannot share"):
+    with pytest.raises(ValueError, match=r"after 3 micro-batches .1 ranks.*2 ranks cannot share"):
         rescale(checkpoint, 2)
 
 
@@ -356,12 +353,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_no_room_for_a_file_ends_in_one_line_of_all_ranks(sharded, tmp_path):
-    world = 2
-    first = Ranks(tmp_path, world, sharded, ballast=5, options={"max_steps": 3, "limit_val_batches": 0})
+    world, no_validation = 2, {"limit_val_batches": 0}
+    first = Ranks(tmp_path, world, sharded, ballast=5, options={"max_steps": 3} | no_validation)
     assert first.start().wait() == [0, 0], first.said()
     before = contents(tmp_path / "checkpoints")
     full = Ranks(tmp_path, world, sharded, every=1, ballast=5, file_limit=1_000_000)
-    full.options["limit_val_batches"] = 0
+    full.options = no_validation
     assert full.start().wait() == [1, 1]
     check_full(full, before, "5 MB")
 

@@ -7,15 +7,13 @@ import time
 
 import pytest
 import torch
-from tiny_run import ADVICE, Ranks, Tiny, read_checkpoint, read_metrics, read_seen, train
+from tiny_run import Ranks, Tiny, read_checkpoint, read_metrics, read_seen, train
 from torch.utils.data import DataLoader
 
 from datamodules.worker import outlive_stop_signals
 from lightning_modules import preemption
 from lightning_modules.checkpoint import newest_whole
 from lightning_modules.preemption import Preempted, StopSignals, signals, stops_at
-
-pytestmark = pytest.mark.filterwarnings(*ADVICE)
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
@@ -31,11 +29,15 @@ def send(number: int) -> None:
 def test_outside_of_a_training_a_signal_stops_at_once(number):
     before = [signal.getsignal(n) for n in NUMBERS]
     mine = StopSignals()
-    with pytest.raises((Preempted, KeyboardInterrupt)) as caught, mine.listen():
+
+    def run() -> None:
         try:
             send(number)
         finally:
             send(signal.SIGTERM)  # while it is leaving: it changes nothing
+
+    with pytest.raises((Preempted, KeyboardInterrupt)) as caught, mine.listen():
+        run()
     assert caught.type is (KeyboardInterrupt if number == signal.SIGINT else Preempted)
     assert mine.received == signal.Signals(number).name
     assert [signal.getsignal(n) for n in NUMBERS] == before
@@ -56,11 +58,14 @@ def test_in_a_training_a_signal_is_noted_alone():
 
 
 def test_lightnings_exit_is_a_ctrl_c_again():
-    with pytest.raises(KeyboardInterrupt), signals.listen():
+    def leave() -> None:
         try:
             raise KeyboardInterrupt
         except KeyboardInterrupt:
             raise SystemExit(1)  # noqa: B904 - as Lightning does
+
+    with pytest.raises(KeyboardInterrupt), signals.listen():
+        leave()
     with pytest.raises(SystemExit), signals.listen():
         raise SystemExit(1)
 
@@ -116,7 +121,7 @@ def test_slurms_end_counts_unless_it_is_over(monkeypatch):
     assert stops_at(None, 2000) == pytest.approx(now + 500, abs=2), "half of the time is used"
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now - 10)))
     assert stops_at(None, 120) is None
-    with pytest.raises(ValueError, match="walltime=tomorrow is not a duration.*24:00:00"):
+    with pytest.raises(ValueError, match=r"walltime=tomorrow is not a duration.*24:00:00"):
         stops_at("tomorrow", 120)
 
 
@@ -166,7 +171,7 @@ class Stopping(Tiny):
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize(
     ("batches", "validations", "step"),
-    [(1, 0, 1), (5, 0, 3), (6, 0, 3), (24, 0, 12), (48, 0, 24), (0, 2, 4), (0, 14, 12), (0, 32, 24)],
+    [(1, 0, 1), (5, 0, 3), (6, 0, 3), (24, 0, 12), (48, 0, 24), (0, 2, 4), (0, 32, 24)],
 )
 def test_the_step_ends_and_the_run_goes_on_from_there(
     number, batches, validations, step, whole, tmp_path, caplog

@@ -16,6 +16,7 @@ import yaml
 
 from datamodules.haystack import HaystackDataModule
 from experiments.report_data import load_run
+from lightning_modules.preemption import Preempted, signals
 from lightning_modules.video_llm import VideoLLMModule
 
 STEPS = 12
@@ -127,13 +128,15 @@ def test_a_killed_run_goes_on_to_the_same_end(batches, killed_at, run_train, tmp
     )
 
 
-def test_ctrl_c_ends_the_step_saves_and_resumes(whole, run_train, tmp_path, at_batch):
-    handler = signal.getsignal(signal.SIGINT)
-    at_batch(7, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises((SystemExit, KeyboardInterrupt)):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop_a_run_ends_the_step_saves_and_resumes(
+    number, whole, run_train, tmp_path, at_batch
+):
+    handler = signal.getsignal(number)
+    at_batch(7, lambda: os.kill(os.getpid(), number))
+    with pytest.raises((SystemExit, KeyboardInterrupt, Preempted)), signals.listen():
         run_train(tmp_path)
-    assert signal.getsignal(signal.SIGINT) in (handler, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, handler)
+    assert signal.getsignal(number) == handler
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 7
     assert not (tmp_path / "done.json").exists()

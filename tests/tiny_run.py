@@ -29,9 +29,6 @@ from lightning_modules.checkpoint import BestCheckpoint, LastCheckpoint, newest_
 from lightning_modules.loggers import ResumableCSVLogger
 from lightning_modules.preemption import Preempted, signals
 
-#: For `pytest.mark.filterwarnings`: advice of Lightning that depends on the machine.
-ADVICE = ("ignore:The `srun` command is available", "ignore:.*does not have many workers")
-
 BATCHES = 24  # micro-batches of an epoch, of all ranks together
 
 
@@ -205,7 +202,9 @@ class Ranks:
         context.set_forkserver_preload(["tiny_run"])
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # of the fork server
         self.processes = [
-            context.Process(target=self.run, args=(rank, port), daemon="workers" not in self.options)
+            context.Process(
+                target=self.run, args=(rank, port), daemon=not self.options.get("workers")
+            )
             for rank in range(self.world)
         ]
         for process in self.processes:
@@ -241,6 +240,7 @@ class Ranks:
 
     def run(self, rank: int, port: int) -> None:
         os.setpgid(0, 0)
+        multiprocessing.set_start_method("fork", force=True)  # of its workers, as in a program
         log = os.open(self.folder / f"said-{rank}.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         os.dup2(log, 1)
         os.dup2(log, 2)
