@@ -57,7 +57,7 @@ class NonFiniteGuard(Callback):
         step = trainer.global_step + 1
         if self.skipped > self.max_skipped:
             raise ValueError(
-                f"step {step}: loss or gradients are NaN or Inf for the {self.skipped}th time, "
+                f"step {step}: loss or gradients were NaN or Inf {self.skipped} times, "
                 f"callbacks.finite.max_skipped is {self.max_skipped}: lower optim.optimizer.lr, or "
                 "look at the samples of these steps (data.audit=true lists them)"
             )

@@ -149,7 +149,7 @@ class NeedleModule(LightningModule):
         counts = {"computed": self._prefixes.computed, "recomputed": self._prefixes.recomputed}
         self.scores.token_forwards = counts
         for name in self.scores.cells:
-            self.log(f"needle/{name}", self.scores.mean(name), rank_zero_only=True)
+            self.log(f"needle/{name}", self.scores.mean(name), sync_dist=True)
         if self.folder is not None and self.trainer.is_global_zero:
             text = json.dumps({**self.protocol, **self.scores.summary()}, indent=1)
             (self.folder / "needle.json").write_text(text)

@@ -1,14 +1,22 @@
 """Small runs: shards made here, the shipped configs at sizes that train in a second."""
 
 import json
+import multiprocessing
 import os
+import pickle
+import socket
+import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import experiments.run  # noqa: F401 - registers the resolver of run names
@@ -119,3 +127,72 @@ def run_train(tiny: list[str]) -> Callable[..., float | None]:
         return train.main.__wrapped__(config)
 
     return run
+
+
+#: Seconds after which ranks that wait for one another are ended.
+HANG = 240
+
+
+def run_ranks(world: int, function: Callable[[int], Any]) -> list[Any]:
+    """`function(rank)` in as many processes as torchrun would have started; what each returns.
+
+    They are forked from the test, so that nothing is imported again.
+
+    Raises:
+        RuntimeError: the tracebacks of ranks that failed, or that some never came back.
+    """
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [context.Pipe(duplex=False) for _ in range(world)]
+    ranks = [
+        context.Process(target=_rank, args=(rank, world, port, function, pipes[rank][1]))
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    for _, writing in pipes:
+        writing.close()  # here, so that a rank that dies is heard of
+    try:
+        results = [_receive(process, pipe) for process, (pipe, _) in zip(ranks, pipes, strict=True)]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    failures = [text for failed, text in results if failed]
+    if failures:
+        raise RuntimeError("\n".join(failures))
+    return [result for _, result in results]
+
+
+def _receive(process: Any, pipe: Connection) -> tuple[bool, Any]:
+    try:
+        return (
+            pickle.loads(pipe.recv_bytes()) if pipe.poll(HANG) else (True, f"{process.name} hangs")
+        )
+    except EOFError:
+        return True, f"{process.name} died"
+
+
+def _rank(rank: int, world: int, port: int, function: Callable, pipe: Connection) -> None:
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GROUP_RANK": "0",
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world)),
+        **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+    }
+    rank_zero_only.rank = fabric_rank_zero_only.rank = rank
+    try:
+        outcome = (False, function(rank))
+    except BaseException:  # whatever ends a rank is told to the test
+        outcome = (True, f"rank {rank}: {traceback.format_exc()}")
+    pipe.send_bytes(pickle.dumps(outcome))  # tensors by value: this process ends here
+    os._exit(0)  # what the test runner does at its end is not for this process
+
+
+@pytest.fixture(scope="session", name="run_ranks")
+def run_ranks_fixture() -> Callable[[int, Callable[[int], Any]], list[Any]]:
+    return run_ranks
