@@ -132,7 +132,7 @@ class SampleAudit(Callback):
     ) -> None:
         if not self._active:
             return
-        self._keys.append([_without_folder(key) for key in batch.keys])
+        self._keys.append([without_folder(key) for key in batch.keys])
         if trainer.global_step == self._step:
             return
         ranks: list[Any] = [self._keys] * trainer.world_size
@@ -157,7 +157,7 @@ def _end_of_step(file: BinaryIO, step: int) -> int:
     return end
 
 
-def _without_folder(key: str) -> str:
+def without_folder(key: str) -> str:
     """`shard.tar/sample` of a sample whose shard has a path or url before it."""
     return re.sub(r"^.*/(?=[^/]*\.tar/)", "", key)
 
