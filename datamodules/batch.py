@@ -30,10 +30,12 @@ VISUAL_SLOT = -200
 class BadSampleError(Exception):
     """A sample that cannot be used.
 
-    `reason` is a short, countable word for it (`"video_unreadable"`), `detail` the rest.
+    `reason` is a short, countable word for it (`"video_unreadable"`), `detail` the rest: one line,
+    cut where broken data made it long.
     """
 
     def __init__(self, reason: str, detail: str = "", *, shard: str = "", key: str = ""):
+        detail = " ".join(detail[:400].encode(errors="backslashreplace").decode().split())
         self.reason, self.detail, self.shard, self.key = reason, detail, shard, key
         where = f"{shard} [{key}]: " if key else f"{shard}: " if shard else ""
         super().__init__(f"{where}{reason}{': ' + detail if detail else ''}")

@@ -32,6 +32,7 @@ _ROLES = {
 _SLOT_WORD = re.compile(r"<(image|video)>")
 _GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 CLIP_CONTEXT = 77
+_MAX_JSON = 16 << 20  # bytes of a conversation; no text of that length is learnt
 _SLOT_MARK = "\ue000"  # stands for a visual while templates are applied; private use in Unicode
 
 
@@ -51,7 +52,8 @@ def read_turns(entry: Any) -> list[Turn]:
     """The turns of a LLaVA entry.
 
     Raises:
-        BadSampleError: missing_field, empty_conversation, unknown_role.
+        BadSampleError: missing_field, empty_conversation, unknown_role, bad_json (text that is no
+            Unicode).
     """
     conversations = entry.get("conversations") if isinstance(entry, dict) else None
     if conversations is None:
@@ -62,6 +64,7 @@ def read_turns(entry: Any) -> list[Turn]:
     for number, turn in enumerate(conversations):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise BadSampleError("missing_field", f"value of turn {number}")
+        _check_text(turn["value"], f"turn {number}")
         role = _ROLES.get(str(turn.get("from")))
         if role is None:
             raise BadSampleError("unknown_role", f"{turn.get('from')!r} in turn {number}")
@@ -71,14 +74,24 @@ def read_turns(entry: Any) -> list[Turn]:
     return turns
 
 
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write halves of a character
+        raise BadSampleError("bad_json", f"{where} is no Unicode: {error.reason}") from None
+
+
 def parse_sample(raw: dict[str, Any]) -> tuple[list[Turn], list[str]]:
     """The turns of a raw sample, and its visuals' suffixes in the order of their slots.
 
     Raises:
-        BadSampleError: missing_field, bad_json, slot_mismatch, not_a_video, and of `read_turns`.
+        BadSampleError: missing_field, bad_json, too_long, slot_mismatch, not_a_video, and of
+            `read_turns`.
     """
     if "json" not in raw:
         raise BadSampleError("missing_field", "no .json in the sample")
+    if len(raw["json"]) > _MAX_JSON:
+        raise BadSampleError("too_long", f"{len(raw['json'])} bytes of JSON of {_MAX_JSON}")
     try:
         entry = json.loads(raw["json"])
     except (ValueError, RecursionError) as error:
@@ -159,6 +172,8 @@ class ConversationEncoder:
         Raises:
             BadSampleError: too_long, chat_template (the template refuses these turns).
         """
+        if len(turns) > self.max_length:  # a turn takes a token at least
+            raise BadSampleError("too_long", f"{len(turns)} turns in {self.max_length} tokens")
         text, answers = self._render(turns)
         input_ids, labels = self._tokenize(text, answers)
         if len(input_ids) > self.max_length:

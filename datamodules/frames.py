@@ -7,11 +7,14 @@ decoder then jumps where a keyframe lies between where it stands and the frame w
 
 import io
 import math
+import resource
+import struct
 import warnings
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -30,6 +33,14 @@ IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 
 #: Pixels of the largest frame that is decoded: 8K video.
 MAX_PIXELS = 7680 * 4320
+
+#: Bytes that reading one visual may add to the process. Kilobytes can claim any number of frames.
+MAX_BYTES = 2 << 30
+
+# Pixels that may be decoded to reach the frames wanted: as many for any file, and more for each of
+# its bytes. Films stay far below; kilobytes that claim hours of large frames do not.
+_PIXELS_ANY, _PIXELS_A_BYTE = 20_000_000_000, 5_000
+_JPEG_SCANS = 200  # a progressive picture has about ten, and each is a pass over all of it
 
 # Formats that hold their own data. Others (playlists, concatenations, image sequences) name files
 # and addresses that the demuxer would open.
@@ -101,6 +112,7 @@ class FrameReader:
         """
         packets = _scan_packets(data, self.max_pixels)
         wanted = self.sampler(packets.times)
+        _check_work(packets, wanted, len(data))
         try:
             frames = self._frames(data, packets, wanted)
         except _JumpedTooFarError:
@@ -123,7 +135,8 @@ class FrameReader:
         self, data: bytes, packets: "_Packets", wanted: Sequence[int]
     ) -> dict[int, np.ndarray]:
         decoded = _decode(data, packets, wanted, self.max_pixels)
-        return {number: self._resize(frame) for number, frame in decoded}
+        with _as_bad_video(data):
+            return {number: self._resize(frame) for number, frame in decoded}
 
     def _resize(self, frame: VideoFrame) -> np.ndarray:
         small = frame.reformat(
@@ -144,6 +157,7 @@ class _Packets:
     times: list[float]  # seconds
     stamps: list[int] | None  # in units of the stream; None: there are none, so count instead
     keys: list[int]  # stamps at which decoding can start
+    pixels: int  # of a frame
 
 
 class _JumpedTooFarError(Exception):
@@ -154,17 +168,24 @@ def _scan_packets(data: bytes, max_pixels: int) -> _Packets:
     """Reads the list of frames without decoding one."""
     with open_video(data, max_pixels) as container:
         stream = container.streams.video[0]
-        found = [p for p in container.demux(stream) if p.size and not p.is_discard]
+        found, cut = [], False  # not the packets themselves: they hold the whole file once more
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                found.append((packet.pts, packet.is_keyframe))
+                cut = packet.is_corrupt
+            if len(found) > len(data):
+                raise BadSampleError("video_too_large", f"over {len(data)} frames in as many bytes")
         if not found:
             raise BadSampleError("video_empty", "no frame in it")
-        stamps = sorted(packet.pts for packet in found if packet.pts is not None)
+        stamps = sorted(stamp for stamp, _ in found if stamp is not None)
         unit, rate = float(stream.time_base or 1), float(stream.average_rate or 25)
+        pixels = stream.codec_context.width * stream.codec_context.height
         if len(set(stamps)) < len(found):
-            packets = _Packets([n / rate for n in range(len(found))], None, [])
+            packets = _Packets([n / rate for n in range(len(found))], None, [], pixels)
         else:
-            keys = sorted(p.pts for p in found if p.is_keyframe and p.pts is not None)
-            packets = _Packets([stamp * unit for stamp in stamps], stamps, keys)
-        _check_whole(container, packets.times, cut=found[-1].is_corrupt)
+            keys = sorted(stamp for stamp, is_key in found if is_key and stamp is not None)
+            packets = _Packets([stamp * unit for stamp in stamps], stamps, keys, pixels)
+        _check_whole(container, packets.times, cut)
         return packets
 
 
@@ -177,6 +198,23 @@ def _check_whole(container: InputContainer, times: list[float], cut: bool) -> No
     alone = len(container.streams) == 1  # a soundtrack may be longer than its video
     if alone and times[-1] - times[0] < 0.9 * seconds - 1:
         raise BadSampleError("video_truncated", f"{times[-1]:.1f} of {seconds:.1f} s")
+
+
+def _check_work(packets: _Packets, wanted: Sequence[int], size: int) -> None:
+    """Refuses what would take minutes, before it does. Counted and not timed, so that the verdict
+    is the same on every machine."""
+    stamps = packets.stamps or []
+    starts = [bisect_left(stamps, key) for key in packets.keys] or [0]
+    frames = at = 0
+    for number in sorted(set(wanted)):
+        at = max(at, starts[max(bisect_right(starts, number) - 1, 0)])
+        frames, at = frames + max(number + 1 - at, 0), number + 1
+    pixels, limit = frames * packets.pixels, _PIXELS_ANY + _PIXELS_A_BYTE * size
+    if pixels > limit:
+        what = f"{frames} frames of {packets.pixels} pixels to decode out of {size} bytes"
+        raise BadSampleError(
+            "video_too_large", f"{what}, the limit is {limit / packets.pixels:.0f}"
+        )
 
 
 def _decode(
@@ -192,7 +230,10 @@ def _decode(
             nearest = bisect_right(packets.keys, stamp) - 1
             jumped = nearest > 0 and packets.keys[nearest] > at
             if jumped:
-                container.seek(packets.keys[nearest], stream=stream)
+                try:
+                    container.seek(packets.keys[nearest], stream=stream)
+                except FFmpegError:
+                    raise _JumpedTooFarError from None
                 frames = enumerate(container.decode(stream))
             while jumped or at < stamp:
                 number, frame = next(frames, (-1, None))
@@ -211,22 +252,62 @@ def open_video(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[InputConta
     """A container with at least one video stream; what fails inside becomes a `BadSampleError`."""
     if not data:
         raise BadSampleError("video_empty", "0 bytes")
+    # Opening decodes a few frames too, so the limit has to be known before.
+    options = {**_CONTAINER_OPTIONS, "max_pixels": str(max_pixels)}
+    with (
+        _as_bad_video(data),
+        _memory_limit(),
+        av.open(
+            io.BytesIO(data), mode="r", options=options, metadata_errors="replace"
+        ) as container,
+    ):
+        if not container.streams.video:
+            raise BadSampleError("not_a_video", "no picture in it")
+        codec = container.streams.video[0].codec_context
+        if codec.width * codec.height > max_pixels:
+            size = f"{codec.width} x {codec.height}"
+            raise BadSampleError("video_too_large", f"{size}, the limit is {max_pixels} pixels")
+        codec.thread_count = 1
+        codec.options = {"max_pixels": str(max_pixels)}  # as the size may change on the way
+        yield container
+
+
+@contextmanager
+def _as_bad_video(data: bytes) -> Iterator[None]:
     try:
-        with av.open(io.BytesIO(data), mode="r", options=_CONTAINER_OPTIONS) as container:
-            if not container.streams.video:
-                raise BadSampleError("not_a_video", "no picture in it")
-            codec = container.streams.video[0].codec_context
-            if codec.width * codec.height > max_pixels:
-                size = f"{codec.width} x {codec.height}"
-                raise BadSampleError("video_too_large", f"{size}, the limit is {max_pixels} pixels")
-            codec.thread_count = 1
-            codec.options = {"max_pixels": str(max_pixels)}  # as the size may change on the way
-            yield container
-    except (FFmpegError, ValueError) as error:
+        yield
+    except MemoryError:
+        raise BadSampleError("video_too_large", f"it takes over {MAX_BYTES} bytes") from None
+    except (FFmpegError, ValueError, ArithmeticError) as error:
         if _is_image(data):
             raise BadSampleError("not_a_video", "it is an image") from None
         text = getattr(error, "strerror", None) or str(error)
         raise BadSampleError("video_unreadable", text) from None
+
+
+_DATA_LIMIT = resource.getrlimit(resource.RLIMIT_DATA)
+
+
+@contextmanager
+def _memory_limit() -> Iterator[None]:
+    """Lets the process grow by `MAX_BYTES` and no further, where the system counts that (Linux).
+
+    FFmpeg allocates what a file's tables claim, and has no limit of its own for it.
+    """
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+    except OSError:
+        yield
+        return
+    soft, hard = _DATA_LIMIT
+    limit = pages * resource.getpagesize() + MAX_BYTES
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, _DATA_LIMIT)
 
 
 def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
@@ -236,6 +317,7 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
         BadSampleError: as `FrameReader.video`.
     """
     packets = _scan_packets(data, max_pixels)
+    _check_work(packets, [len(packets.times) - 1], len(data))
     with open_video(data, max_pixels) as container:
         count = sum(1 for _ in container.decode(container.streams.video[0]))
     if not count:
@@ -251,24 +333,38 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def _open_image(data: bytes, max_pixels: int) -> Image.Image:
+    if data[:2] == b"\xff\xd8" and (scans := data.count(b"\xff\xda")) > _JPEG_SCANS:
+        raise BadSampleError("image_too_large", f"{scans} scans, the limit is {_JPEG_SCANS}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with warnings.catch_warnings(), _memory_limit():
+            warnings.simplefilter("ignore")  # of damaged metadata; the size is checked here
             # Named formats only: Pillow has others that start programs.
             picture = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
             width, height = picture.size
             if width * height > max_pixels:
                 raise BadSampleError("image_too_large", f"{width} x {height}")
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            return _turned(picture).convert("RGB")
+    except BadSampleError:
+        raise
+    except (MemoryError, Image.DecompressionBombError) as error:
         raise BadSampleError("image_too_large", str(error)) from None
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow's words for broken files
-        raise BadSampleError("image_unreadable", str(error).split("<")[0].strip()) from None
+    except Exception as error:  # Pillow's readers of broken files raise nearly anything
+        text = str(error).split("<")[0].strip()
+        raise BadSampleError("image_unreadable", f"{type(error).__name__}: {text}") from None
+
+
+def _turned(picture: Image.Image) -> Image.Image:
+    """As its camera was held. Metadata that cannot be read leave a good picture as it is."""
+    picture.load()
+    try:
+        return ImageOps.exif_transpose(picture)
+    except (ValueError, TypeError, KeyError, SyntaxError, struct.error):
+        return picture
 
 
 def _is_image(data: bytes) -> bool:
     try:
-        Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
-    except (OSError, ValueError, SyntaxError):
+        _open_image(data, MAX_PIXELS)
+    except BadSampleError:
         return False
     return True

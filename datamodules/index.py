@@ -25,7 +25,7 @@ import braceexpand
 import numpy as np
 
 from datamodules.batch import BadSampleError
-from datamodules.source import is_remote, open_source
+from datamodules.source import find_remote, is_remote, open_source
 from datamodules.tar import sample_offsets
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,8 @@ def read_manifest(
     """Lists the shards of `patterns` and reads or makes their indexes.
 
     Args:
-        patterns: paths, folders, globs, `http(s)://` and `pipe:` urls, all with {braces}.
+        patterns: paths, folders, globs, urls (http, s3, gs and others of fsspec) and `pipe:`
+            commands, all with {braces}.
         cache: folder for indexes that cannot lie beside their shard; default
             `$XDG_CACHE_HOME/ropelab/index`.
 
@@ -252,7 +253,7 @@ def expand_urls(patterns: str | Iterable[str]) -> list[str]:
     """Braces, folders and globs -> one url a shard, sorted within each pattern.
 
     Raises:
-        ValueError: nothing matches, unbalanced braces, or a scheme that is not read.
+        ValueError: nothing matches, unbalanced braces, or a scheme that cannot be read.
     """
     urls: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -260,10 +261,11 @@ def expand_urls(patterns: str | Iterable[str]) -> list[str]:
             parts = list(braceexpand.braceexpand(str(pattern)))
         except ValueError as error:
             raise ValueError(f"shards {pattern!r}: {error}") from None
-        if is_remote(parts[0]) or _names_files(str(pattern)):
+        if _names_files(str(pattern)):
             urls += parts
-        else:
-            urls += [path for part in parts for path in _local_paths(part)]
+            continue
+        for part in parts:
+            urls += find_remote(part) if is_remote(part) else _local_paths(part)
     if not urls:
         raise ValueError("no shards given; name a .tar file, a folder, a glob or a url")
     return urls
@@ -279,11 +281,6 @@ def _names_files(pattern: str) -> bool:
 
 
 def _local_paths(path: str) -> list[str]:
-    if "://" in path:
-        raise ValueError(
-            f"shards {path!r}: only http(s) is read directly; "
-            f"use a pipe, for instance 'pipe:aws s3 cp {path} -'"
-        )
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
@@ -323,7 +320,7 @@ def index_shard(url: str, timeout_s: float = 30.0) -> tuple[list[int], BadSample
     try:
         source = open_source(url, timeout_s)
         try:
-            offsets, fault = sample_offsets(source.whole(), seekable=not is_remote(url))
+            offsets, fault = sample_offsets(source.whole())
         finally:
             source.close()
     except BadSampleError as error:

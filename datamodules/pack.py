@@ -75,7 +75,7 @@ def read_annotations(path: Path) -> list[Any]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, absurd numbers, absurd nesting
         raise ValueError(f"{where}: {error}") from None
 
 
@@ -153,8 +153,11 @@ def _members(entry: Any, videos: Path, short_side: int | None) -> dict[str, byte
             check_image(data)
         suffix = name.rpartition(".")[2].lower()
         members[suffix if len(names) == 1 else f"{number}.{suffix}"] = data
-    text = json.dumps(entry, ensure_ascii=False, sort_keys=True)
-    return {**members, "json": text.encode()}
+    try:
+        text = json.dumps(entry, ensure_ascii=False, sort_keys=True).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise BadSampleError("bad_field", str(error)) from None
+    return {**members, "json": text}
 
 
 def _names(entry: dict, field_name: str) -> list[str]:
@@ -169,15 +172,18 @@ def _names(entry: dict, field_name: str) -> list[str]:
 
 
 def _read_visual(videos: Path, name: str) -> bytes:
-    path = (videos / name).resolve()
-    if not path.is_relative_to(videos.resolve()):
-        raise BadSampleError("unsafe_path", f"{name} is outside {videos}")
     try:
+        path = (videos / name).resolve()
+        if not path.is_relative_to(videos.resolve()):
+            raise BadSampleError("unsafe_path", f"{name} is outside {videos}")
+        if path.exists() and not path.is_file():  # a named pipe would be waited for
+            raise BadSampleError("file_unreadable", f"{name}: no file")
         return path.read_bytes()
     except FileNotFoundError:
         raise BadSampleError("file_missing", name) from None
-    except OSError as error:
-        raise BadSampleError("file_unreadable", f"{name}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # a name with a zero byte
+        text = getattr(error, "strerror", None) or str(error)
+        raise BadSampleError("file_unreadable", f"{name}: {text}") from None
 
 
 def reencode(data: bytes, short_side: int, gop: int = 8) -> bytes:

@@ -1,30 +1,34 @@
-"""Bytes a..b of one shard: by seek, by HTTP range, or by reading a pipe on.
+"""Bytes a..b of one shard: by seek, by range over HTTP or fsspec, or by reading a pipe on.
 
-Whatever goes wrong is a `BadSampleError` with one of five reasons: shard_missing,
-shard_unreadable, shard_stalled, shard_cut, tar_truncated. Nothing waits for ever.
+Whatever goes wrong is a `BadSampleError` with one of six reasons: shard_missing,
+shard_unreadable, shard_stalled, shard_cut, tar_truncated, index_stale. Nothing waits for ever.
 """
 
 import os
 import select
 import signal
+import stat
 import subprocess
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
 
+import fsspec
 import requests
+import urllib3
+from fsspec import AbstractFileSystem
 
 from datamodules.batch import BadSampleError
+from datamodules.tar import TarBytes
 
 _PIECE = 1 << 16
+_RANGE = 4 << 20  # a request where a remote shard is read as a whole
 _SLOWEST = 64 * 1024  # bytes a second; a server that dribbles below it counts as stalled
 _TRIES = 3
 
-
-@runtime_checkable
-class Readable(Protocol):
-    def read(self, size: int, /) -> bytes: ...
+T = TypeVar("T")
 
 
 class Source(ABC):
@@ -32,12 +36,22 @@ class Source(ABC):
 
     in_order = False
 
-    @abstractmethod
     def read(self, start: int, end: int) -> bytes:
         """Exactly the bytes from `start` to `end`."""
+        if not 0 <= start < end:
+            raise BadSampleError("index_stale", f"it asks for bytes {start} to {end}: delete it")
+        data = self._read(start, end)
+        if len(data) != end - start:
+            at = start + len(data)
+            raise BadSampleError("tar_truncated", f"the shard ends at {at}, the sample at {end}")
+        return data
 
     @abstractmethod
-    def whole(self) -> Readable:
+    def _read(self, start: int, end: int) -> bytes:
+        """The same, or fewer where the shard ends."""
+
+    @abstractmethod
+    def whole(self) -> TarBytes:
         """The shard from its first byte, to be read once."""
 
     @abstractmethod
@@ -66,31 +80,99 @@ class ForwardFile:
         self.position += size - missing
         return b"".join(parts)
 
-    def skip_to(self, position: int) -> None:
+    def seek(self, position: int) -> int:
         while self.position < position and self.read(min(_PIECE, position - self.position)):
             pass
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def seekable(self) -> bool:
+        return False
+
+    def push_back(self, data: bytes) -> None:
+        self._rest = data + self._rest
+        self.position -= len(data)
+
+
+class Patience:
+    """How long a source may be waited for: `timeout_s`, and longer by what it gives meanwhile."""
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s, self._lag_s = timeout_s, 0.0
+
+    def add(self, waited_s: float, received: int) -> None:
+        self._lag_s = max(0.0, self._lag_s + waited_s - received / _SLOWEST)
+        if self._lag_s > self._timeout_s:
+            raise self.lost()
+
+    def lost(self) -> BadSampleError:
+        return BadSampleError("shard_stalled", f"hardly anything came for {self._timeout_s:g} s")
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns or raises, where it knows no timeout of its own.
+
+    Raises:
+        BadSampleError: shard_stalled; the call is left behind in its thread.
+    """
+    outcome: list[tuple[T | None, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((call(), None))
+        except BaseException as error:  # handed over to the caller's thread
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise BadSampleError("shard_stalled", f"no answer for {seconds:g} s")
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return cast(T, value)
+
+
+def persistently(read: Callable[[], bytes]) -> bytes:
+    """Tries three times where the reason may pass."""
+    for attempt in range(_TRIES):
+        try:
+            return read()
+        except BadSampleError as error:
+            passing = error.reason in ("shard_unreadable", "shard_cut", "shard_stalled")
+            if not passing or attempt == _TRIES - 1:
+                raise
+            time.sleep(0.2 * 2**attempt)
+    raise AssertionError("not reached")
 
 
 class LocalFile(Source):
     def __init__(self, path: str):
         try:
-            self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
+            # A named pipe would wait here for its writer.
+            self._file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
         except FileNotFoundError:
             raise BadSampleError("shard_missing", "no such file", shard=path) from None
-        except OSError as error:
-            raise BadSampleError("shard_unreadable", error.strerror or "", shard=path) from None
-        self._path = path
+        except (OSError, ValueError) as error:  # a name with a zero byte
+            text = getattr(error, "strerror", None) or str(error)
+            raise BadSampleError("shard_unreadable", text, shard=path) from None
+        if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            self._file.close()
+            raise BadSampleError("shard_unreadable", f"no file; 'pipe:cat {path}'?", shard=path)
 
-    def read(self, start: int, end: int) -> bytes:
+    def _read(self, start: int, end: int) -> bytes:
         try:
-            self._file.seek(start)
-            data = self._file.read(end - start)
+            size = os.fstat(self._file.fileno()).st_size  # before memory is asked for
+            self._file.seek(min(start, size))
+            return self._file.read(min(end, size) - min(start, size))
         except OSError as error:
             raise BadSampleError("shard_unreadable", error.strerror or "") from None
-        return _exactly(data, start, end)
 
-    def whole(self) -> Readable:
-        return self._file
+    def whole(self) -> TarBytes:
+        return cast(TarBytes, self._file)
 
     def close(self) -> None:
         self._file.close()
@@ -106,63 +188,68 @@ class HttpFile(Source):
         self._url, self._timeout_s = url, timeout_s
         self._session = requests.Session()
 
-    def read(self, start: int, end: int) -> bytes:
-        for attempt in range(_TRIES):
-            try:
-                file = ForwardFile(self._pieces(start, end))
-                return _exactly(file.read(end - start), start, end)
-            except BadSampleError as error:
-                passing = error.reason in ("shard_unreadable", "shard_cut", "shard_stalled")
-                if not passing or attempt == _TRIES - 1:
-                    raise
-                time.sleep(0.2 * 2**attempt)
-        raise AssertionError("not reached")
+    def _read(self, start: int, end: int) -> bytes:
+        def read() -> bytes:
+            data = ForwardFile(self._pieces(start, end)).read(end - start)
+            if len(data) < end - start:
+                raise BadSampleError("tar_truncated", f"the shard ends at {start + len(data)}")
+            return data
 
-    def whole(self) -> Readable:
+        return persistently(read)
+
+    def whole(self) -> TarBytes:
         return ForwardFile(self._pieces(0, None))
 
     def _pieces(self, start: int, end: int | None) -> Iterator[bytes]:
-        headers = {"Accept-Encoding": "identity"}  # offsets are those of the stored bytes
-        if end is not None:
-            headers["Range"] = f"bytes={start}-{end - 1}"
-        began, received = time.monotonic(), 0
+        patience = Patience(self._timeout_s)
         try:
-            with self._session.get(
-                self._url, headers=headers, stream=True, timeout=self._timeout_s
-            ) as response:
-                _check_status(response)
-                skip = start if response.status_code == 200 else 0
-                for piece in response.iter_content(_PIECE):
-                    received += len(piece)
-                    if time.monotonic() - began > self._timeout_s + received / _SLOWEST:
-                        raise requests.Timeout
+            # requests counts its timeout anew at every byte of the head
+            with within(2 * self._timeout_s, lambda: self._request(start, end)) as response:
+                skip = _bytes_before(response, start)
+                while True:
+                    began = time.monotonic()
+                    piece = response.raw.read1(_PIECE, decode_content=False)
+                    if not piece:
+                        break
+                    patience.add(time.monotonic() - began, len(piece))
                     skipped, skip = piece[skip:], max(0, skip - len(piece))
                     if skipped:
                         yield skipped
-        except requests.RequestException as error:
-            raise _http_fault(error, self._timeout_s) from None
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise _http_fault(error, patience) from None
+
+    def _request(self, start: int, end: int | None) -> requests.Response:
+        headers = {"Accept-Encoding": "identity"}  # offsets are those of the stored bytes
+        if end is not None:
+            headers["Range"] = f"bytes={start}-{end - 1}"
+        return self._session.get(self._url, headers=headers, stream=True, timeout=self._timeout_s)
 
     def close(self) -> None:
         self._session.close()
 
 
-def _check_status(response: requests.Response) -> None:
-    status = f"status {response.status_code}"
-    if response.status_code in (404, 410):
-        raise BadSampleError("shard_missing", status)
-    if response.status_code == 416:
-        raise BadSampleError("tar_truncated", f"{status}: the shard is shorter than its index")
-    if response.status_code not in (200, 206):
-        raise BadSampleError("shard_unreadable", status)
+def _bytes_before(response: requests.Response, start: int) -> int:
+    """How many bytes a good response gives before those from `start`."""
+    code = response.status_code
+    if code in (404, 410):
+        raise BadSampleError("shard_missing", f"status {code}")
+    if code == 416:
+        raise BadSampleError("tar_truncated", f"status {code}: the shard is shorter than its index")
+    if code == 200:
+        return start
+    given = response.headers.get("Content-Range", f"bytes {start}-")
+    if code != 206 or not given.startswith(f"bytes {start}-"):
+        raise BadSampleError("shard_unreadable", f"status {code}, {given} for bytes {start}-")
+    return 0
 
 
-def _http_fault(error: requests.RequestException, timeout_s: float) -> BadSampleError:
-    # requests reports a body that stalls as ConnectionError with the text of urllib3's timeout
-    if isinstance(error, requests.Timeout) or "timed out" in str(error):
-        return BadSampleError("shard_stalled", f"nothing came for {timeout_s:g} s")
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+def _http_fault(error: Exception, patience: Patience) -> BadSampleError:
+    timeouts = (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)
+    if isinstance(error, timeouts) or "timed out" in str(error):
+        return patience.lost()
+    if isinstance(error, urllib3.exceptions.ProtocolError):
         return BadSampleError("shard_cut", "the connection ended before the data did")
-    return BadSampleError("shard_unreadable", str(error).split("\n")[0][:200])
+    return BadSampleError("shard_unreadable", str(error))
 
 
 class PipeFile(Source):
@@ -175,14 +262,14 @@ class PipeFile(Source):
         self._process: subprocess.Popen | None = None
         self._file: ForwardFile | None = None
 
-    def read(self, start: int, end: int) -> bytes:
+    def _read(self, start: int, end: int) -> bytes:
         if self._file is None or self._file.position > start:
             self.close()
             self._file = ForwardFile(self._pieces())
-        self._file.skip_to(start)
-        return _exactly(self._file.read(end - start), start, end)
+        self._file.seek(start)
+        return self._file.read(end - start)
 
-    def whole(self) -> Readable:
+    def whole(self) -> TarBytes:
         return ForwardFile(self._pieces())
 
     def _pieces(self) -> Iterator[bytes]:
@@ -195,14 +282,22 @@ class PipeFile(Source):
             start_new_session=True,  # so that close() reaches the shell's children
         )
         assert process.stdout is not None
+        patience = Patience(self._timeout_s)
         while True:
+            began = time.monotonic()
             if not select.select([process.stdout], [], [], self._timeout_s)[0]:
                 self.close()
-                raise BadSampleError("shard_stalled", f"nothing came for {self._timeout_s:g} s")
+                raise patience.lost()
             if not (piece := os.read(process.stdout.fileno(), _PIECE)):
                 break
+            patience.add(time.monotonic() - began, len(piece))
             yield piece
-        if code := process.wait():
+        try:
+            code = process.wait(self._timeout_s)
+        except subprocess.TimeoutExpired:
+            self.close()
+            raise BadSampleError("shard_stalled", "the command gives nothing and stays") from None
+        if code:
             raise BadSampleError("shard_unreadable", f"the command ended with status {code}")
 
     def close(self) -> None:
@@ -216,22 +311,83 @@ class PipeFile(Source):
             process.stdout.close()
 
 
+class FsspecFile(Source):
+    """A file of any store that fsspec knows: s3://, gs://, az://, hdfs://, sftp://, memory://."""
+
+    def __init__(self, url: str, timeout_s: float):
+        self._url, self._timeout_s = url, timeout_s
+
+    def _read(self, start: int, end: int) -> bytes:
+        return persistently(
+            lambda: self._ask(
+                lambda fs, path: cast(bytes, fs.cat_file(path, start, end)), end - start
+            )
+        )
+
+    def whole(self) -> TarBytes:
+        return ForwardFile(self._pieces())
+
+    def _pieces(self) -> Iterator[bytes]:
+        size = self._ask(lambda fs, path: fs.info(path)["size"])
+        for start in range(0, size, _RANGE):
+            yield self._read(start, min(start + _RANGE, size))
+
+    def _ask(self, call: Callable[[AbstractFileSystem, str], T], size: int = 0) -> T:
+        try:
+            seconds = self._timeout_s + size / _SLOWEST
+            # The file system is made where it is used: most cannot be taken along by a fork.
+            return within(seconds, lambda: call(*fsspec.url_to_fs(self._url)))
+        except BadSampleError:
+            raise
+        except FileNotFoundError:
+            raise BadSampleError("shard_missing", "no such file") from None
+        except TimeoutError:
+            raise BadSampleError("shard_stalled", "the store answers too late") from None
+        except Exception as error:  # every store has its own
+            what = f"{type(error).__name__}: {error}"
+            raise BadSampleError("shard_unreadable", what) from None
+
+    def close(self) -> None:
+        """Connections belong to fsspec, which keeps them for the next shard."""
+
+
+def find_remote(url: str, timeout_s: float = 30.0) -> list[str]:
+    """The shards of a url with `*` or of a folder `…/`, sorted; any other url is one shard.
+
+    Raises:
+        ValueError: no such scheme, its package is missing, nothing matches, or no answer.
+    """
+    if url.startswith(("pipe:", "http://", "https://")):
+        return [url]
+    try:
+        fs, path = fsspec.url_to_fs(url)
+    except ImportError as error:
+        advice = "with pip, or give a command that writes the shard: 'pipe:…'"
+        raise ValueError(f"shards {url!r}: {error} {advice}") from None
+    except ValueError as error:
+        raise ValueError(f"shards {url!r}: {error}") from None
+    if not (url.endswith("/") or "*" in url):
+        return [url]
+    pattern = path.rstrip("/") + "/*.tar" if url.endswith("/") else path
+    try:
+        found = within(timeout_s, lambda: sorted(fs.glob(pattern)))
+    except Exception as error:  # every store has its own
+        raise ValueError(f"shards {url!r}: {error}") from None
+    if not found:
+        raise ValueError(f"no file matches {url!r}")
+    return [fs.unstrip_protocol(path) for path in found]
+
+
 def open_source(url: str, timeout_s: float) -> Source:
     """Opens a shard. A local file is opened at once, the others at their first read."""
     if url.startswith("pipe:"):
         return PipeFile(url.removeprefix("pipe:"), timeout_s)
     if url.startswith(("http://", "https://")):
         return HttpFile(url, timeout_s)
+    if is_remote(url):
+        return FsspecFile(url, timeout_s)
     return LocalFile(url)
 
 
 def is_remote(url: str) -> bool:
-    return url.startswith(("pipe:", "http://", "https://"))
-
-
-def _exactly(data: bytes, start: int, end: int) -> bytes:
-    if len(data) != end - start:
-        raise BadSampleError(
-            "tar_truncated", f"the shard ends at byte {start + len(data)}, the sample at {end}"
-        )
-    return data
+    return url.startswith("pipe:") or "://" in url
