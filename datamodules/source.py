@@ -318,19 +318,30 @@ class FsspecFile(Source):
         self._url, self._timeout_s = url, timeout_s
 
     def _read(self, start: int, end: int) -> bytes:
-        return persistently(
-            lambda: self._ask(
-                lambda fs, path: cast(bytes, fs.cat_file(path, start, end)), end - start
-            )
-        )
+        def read() -> bytes:
+            def cat(fs: AbstractFileSystem, path: str) -> bytes:
+                return cast(bytes, fs.cat_file(path, start=start, end=end))
+
+            try:
+                return self._ask(cat, end - start)
+            except BadSampleError as error:
+                # Stores refuse a range behind the end, each in its own words.
+                if error.reason == "shard_unreadable" and self._size() <= start:
+                    return b""
+                raise
+
+        return persistently(read)
+
+    def _size(self) -> int:
+        return self._ask(lambda fs, path: fs.info(path)["size"])
 
     def whole(self) -> TarBytes:
         return ForwardFile(self._pieces())
 
     def _pieces(self) -> Iterator[bytes]:
-        size = self._ask(lambda fs, path: fs.info(path)["size"])
+        size = self._size()
         for start in range(0, size, _RANGE):
-            yield self._read(start, min(start + _RANGE, size))
+            yield self.read(start, min(start + _RANGE, size))
 
     def _ask(self, call: Callable[[AbstractFileSystem, str], T], size: int = 0) -> T:
         try:

@@ -26,6 +26,7 @@ _PIECE = 1 << 16
 # Headers that hold a long name or attributes for the next one; they are read into memory.
 _EXTENSIONS = (b"x", b"g", b"X", b"L", b"K")
 _LARGEST_EXTENSION = 1 << 20
+_MOST_EXTENSIONS = 8  # of one member
 
 
 @runtime_checkable
@@ -54,7 +55,11 @@ class StrictTarInfo(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "StrictTarInfo":
         start = tarfile_.offset == 0
+        depth = getattr(tarfile_, "extensions", 0)  # `tarfile` comes here again for what follows
+        tarfile_.extensions = depth + 1  # pyright: ignore[reportAttributeAccessIssue]
         try:
+            if depth > _MOST_EXTENSIONS:
+                raise tarfile.InvalidHeaderError("a chain of long names")  # pyright: ignore
             info = super().fromtarfile(tarfile_)
             if info.size < 0:  # as attributes may say otherwise than the header itself
                 raise tarfile.InvalidHeaderError("negative size")  # pyright: ignore
@@ -65,9 +70,11 @@ class StrictTarInfo(tarfile.TarInfo):
             empty = start and isinstance(error, tarfile.EmptyHeaderError)  # pyright: ignore
             reason = "tar_empty" if empty else "not_a_tar" if start else "tar_truncated"
             raise BadSampleError(reason, f"no header at byte {tarfile_.offset}") from None
-        except (tarfile.HeaderError, ValueError, OverflowError, RecursionError) as error:
+        except (tarfile.HeaderError, ValueError, OverflowError) as error:
             reason = "not_a_tar" if start else "tar_corrupt"
             raise BadSampleError(reason, f"{error} at byte {tarfile_.offset}") from None
+        finally:
+            tarfile_.extensions = depth  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def sample_offsets(file: TarBytes) -> tuple[list[int], BadSampleError | None]:
@@ -85,6 +92,8 @@ def sample_offsets(file: TarBytes) -> tuple[list[int], BadSampleError | None]:
             break
         except BadSampleError as error:
             found = _next_header(file, walk.payload)
+            if found == walk.end:  # whole, but not what it announces
+                found = _next_header(file, found + 1)
             if found is None:
                 fault = fault or error
                 break
@@ -103,6 +112,7 @@ class _Walk:
         self.end = 0  # of the last member that is whole
         self.payload = 0  # of the last member, where it starts: damage is behind that
         self._key: str | None = None
+        self._damaged = False  # since the last whole member
 
     def go(self, file: TarBytes) -> None:
         """To the end of the archive, or to what is wrong with it."""
@@ -113,6 +123,7 @@ class _Walk:
                     tar.members = []  # pyright: ignore - forget it, as webdataset does
                     self._take(member)
                     self.payload, self.end = member.offset_data, tar.offset
+                    self._damaged = False
                 if not _only_zeros(tar.fileobj):
                     raise BadSampleError("tar_corrupt", f"data after the end at byte {self.end}")
         except (tarfile.TarError, EOFError) as error:
@@ -130,9 +141,9 @@ class _Walk:
 
     def go_on_at(self, found: int) -> None:
         """Leaves a gap for damage; a member that reaches beyond `found` is part of it."""
-        if self.end < found and self.offsets[-1:] != [self.end]:
+        if self.end < found and not self._damaged and self.offsets[-1:] != [self.end]:
             self.offsets.append(self.end)
-        self.end, self.payload, self._key = found, found + 1, None
+        self.end, self.payload, self._key, self._damaged = found, found + 1, None, True
 
 
 def _next_header(file: TarBytes, start: int) -> int | None:

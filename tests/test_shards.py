@@ -153,7 +153,7 @@ def test_users_mistakes_are_one_line(videos, capsys, tmp_path):
           "--output", str(videos.parent / "out")], "--overwrite"),
         (["verify", str(tmp_path / "no-*.tar")], "no file matches"),
         (["verify", str(videos)], "no .tar file"),
-        (["verify", "s3://bucket/a.tar"], "pipe:"),
+        (["verify", "nowhere://bucket/a.tar"], "Protocol not known"),
     ):  # fmt: skip
         assert main(arguments) == 2
         error = capsys.readouterr().err

@@ -1,0 +1,482 @@
+"""Every way that data can be bad: its reason, and that all other samples keep their places."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules.batch import BadSampleError
+from datamodules.conversation import ConversationEncoder
+from datamodules.frames import FrameReader, UniformSampler, check_image
+from datamodules.index import read_manifest
+from datamodules.instruct import decode_sample
+from datamodules.order import ShuffledOrder, StreamOptions
+from datamodules.source import LocalFile
+from datamodules.stream import EpochStream, Faults, StreamLoader
+from datamodules.synthetic import draw_frames, encode_image, make_sample
+from datamodules.tar import untar_sample
+
+COUNT = 12  # samples of each of the two shards
+BAD = 4  # the one that is broken: a video
+CLIP = make_sample(BAD)["mp4"]
+
+
+def tar_bytes(samples: list[tuple[str, dict[str, bytes]]], **options) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", **options) as tar:
+        for key, members in samples:
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def shard_samples(shard: int) -> list[tuple[str, dict[str, bytes]]]:
+    return [(f"s{shard}-{n:02d}", make_sample(100 * shard + n)) for n in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[list[tuple[str, dict[str, bytes]]]]:
+    return [shard_samples(0), shard_samples(1)]
+
+
+@pytest.fixture(scope="module")
+def decode() -> Callable:
+    read = FrameReader(16, UniformSampler(2))
+    return partial(decode_sample, frames=read, conversation=ConversationEncoder(max_length=256))
+
+
+def stream_keys(paths: list, decode: Callable, **options) -> tuple[list[str], Faults]:
+    """Keys of an epoch in the order in which they are learnt."""
+    manifest = read_manifest([str(path) for path in paths], **options)
+    order = ShuffledOrder(manifest, 1, StreamOptions(seed=1, virtual_streams=1, window=6, chunk=3))
+    faults = Faults("skip")
+    loader = StreamLoader(
+        lambda epoch: EpochStream(manifest, order.epoch(epoch), decode, list, 5.0), order, faults
+    )
+    return [sample.key.rpartition("/")[2] for (sample,) in loader], faults
+
+
+def h264_sps(side: int) -> bytes:
+    """Header of a baseline stream of side * side pixels."""
+    numbers = [0, 0, 2, 1, side // 16 - 1, side // 16 - 1]
+    coded = ["0" * (len(f"{n + 1:b}") - 1) + f"{n + 1:b}" for n in numbers]
+    bits = "".join(
+        [f"{66:08b}{0:08b}{62:08b}", *coded[:4], "0", *coded[4:], "1", "1", "0", "0", "1"]
+    )
+    bits += "0" * (-len(bits) % 8)
+    return b"\x67" + int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\0\0", b"\0\0\3")
+
+
+def with_sps(side: int) -> bytes:
+    """A clip whose decoder is told of another size."""
+    data = bytearray(CLIP)
+    at = data.find(b"avcC") + 10
+    size = struct.unpack(">H", data[at : at + 2])[0]
+    data[at + 2 : at + 2 + size] = h264_sps(side).ljust(size, b"\0")
+    return bytes(data)
+
+
+def with_frames(count: int) -> bytes:
+    """A clip whose tables claim that many frames of one byte."""
+    data = bytearray(CLIP)
+    for box, offset, values in (
+        (b"stsz", 8, (1, count)),
+        (b"stsc", 16, (count,)),
+        (b"stts", 12, (count,)),
+    ):
+        struct.pack_into(f">{len(values)}I", data, data.find(box) + offset, *values)
+    return bytes(data)
+
+
+def png_in_mov(side: int) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mov") as out:
+        stream = out.add_stream("png", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "rgb24"
+        picture = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+        out.mux(stream.encode(picture))
+        out.mux(stream.encode())
+    data = bytearray(file.getvalue())
+    at = data.find(b"IHDR")
+    struct.pack_into(">II", data, at + 4, side, side)
+    struct.pack_into(">I", data, at + 17, zlib.crc32(data[at : at + 17]))
+    return bytes(data)
+
+
+def skipped_frames(count: int, side: int) -> bytes:
+    """Large frames of a few bytes each, none of which can be reached without those before."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+        stream.options = {"preset": "ultrafast", "g": "100000", "threads": "1"}
+        frame = av.VideoFrame.from_ndarray(np.zeros((side, side, 3), np.uint8), format="rgb24")
+        packets = []
+        for number in range(3):
+            frame.pts = number
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        unit = packets[-1].pts - packets[-2].pts
+        for packet in packets[:-1]:
+            out.mux(packet)
+        last = bytes(packets[-1])
+        for number in range(2, count):
+            packet = av.Packet(last)
+            packet.stream, packet.time_base = stream, packets[-1].time_base
+            packet.pts = packet.dts = number * unit
+            out.mux(packet)
+    return file.getvalue()
+
+
+def audio_alone() -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream("aac", rate=16000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        sound.sample_rate = 16000
+        out.mux(stream.encode(sound))
+        out.mux(stream.encode())
+    return file.getvalue()
+
+
+def gif_bomb() -> bytes:
+    file = io.BytesIO()
+    Image.new("P", (16, 16)).save(
+        file, "GIF", save_all=True, append_images=[Image.new("P", (9, 9))]
+    )
+    data = bytearray(file.getvalue())
+    struct.pack_into("<HH", data, 6, 65535, 65535)
+    return bytes(data)
+
+
+def jpeg_bomb(side: int) -> bytes:
+    data = bytearray(encode_image(draw_frames(0, 1)[0][0]))
+    struct.pack_into(">HH", data, data.find(b"\xff\xc0") + 5, side, side)
+    return bytes(data)
+
+
+def jpeg_of_scans(scans: int) -> bytes:
+    """A progressive picture whose last scan comes again and again."""
+    file = io.BytesIO()
+    Image.new("L", (64, 64)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data.rfind(b"\xff\xda")
+    return data[:-2] + (data[last:-2]) * scans + data[-2:]
+
+
+def png_bomb(side: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9)))
+
+
+def webp_bomb() -> bytes:
+    file = io.BytesIO()
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
+    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:])
+    data = bytearray(file.getvalue())
+    at = data.find(b"VP8X") + 12
+    data[at : at + 6] = (16382).to_bytes(3, "little") * 2
+    return bytes(data)
+
+
+def conversation(*turns, **fields) -> bytes:
+    return json.dumps({"conversations": list(turns), **fields}).encode()
+
+
+ASK = {"from": "human", "value": "<video>\nWhat?"}
+ANSWER = {"from": "gpt", "value": "That."}
+LONE = rb'{"conversations": [{"from": "human", "value": "<video>\ud800"}, '
+LONE += rb'{"from": "gpt", "value": "x"}]}'
+
+# what is put in the place of a good video or conversation, and the reason it is given
+VIDEOS = {
+    "empty": (b"", "video_empty"),
+    "cut in its head": (CLIP[:40], "video_unreadable"),
+    "cut": (CLIP[: len(CLIP) // 2], "video_unreadable"),
+    "zeroed head": (bytes(60) + CLIP[60:], "video_unreadable"),
+    "no video": (b"no video" * 100, "video_unreadable"),
+    "an image": (encode_image(draw_frames(0, 1)[0][0]), "not_a_video"),
+    "audio alone": (audio_alone(), "not_a_video"),
+    "a playlist": (b"#EXTM3U\n#EXTINF:9,\nfile:///etc/passwd\n", "video_unreadable"),
+    "a concatenation": (b"ffconcat version 1.0\nfile /etc/passwd\n", "video_unreadable"),
+    "zero frames": (with_frames(0), "video_empty"),
+    "60,000 x 60,000": (with_sps(60_000), "video_unreadable"),  # more than FFmpeg itself takes
+    "16,000 x 16,000": (with_sps(16_000), "video_too_large"),
+    "10,000 frames of nothing": (with_frames(10_000), "video_truncated"),
+    "a gif of 65,535 x 65,535": (gif_bomb(), "video_unreadable"),
+}
+JSONS = {
+    "no json": (b"", "bad_json"),
+    "cut json": (conversation(ASK, ANSWER)[:-9], "bad_json"),
+    "binary": (CLIP[:300], "bad_json"),
+    "no utf-8": (b'{"conversations": "\xff\xfe"}', "bad_json"),
+    "half a character": (LONE, "bad_json"),
+    "nested": (b"[" * 200_000, "bad_json"),
+    "a huge number": (b'{"conversations": ' + b"9" * 5000 + b"}", "bad_json"),
+    "17 MB": (b'{"conversations": [%s]}' % (b" " * (17 << 20)), "too_long"),
+    "3,000 turns": (conversation(ASK, *[ANSWER] * 3_000), "too_long"),
+    "null": (b"null", "missing_field"),
+    "a list": (b"[1]", "missing_field"),
+    "another type": (conversation(), "empty_conversation"),
+    "turns of another type": (b'{"conversations": {"a": 1}}', "empty_conversation"),
+    "a turn of another type": (conversation(7, ANSWER), "missing_field"),
+    "a text of another type": (conversation({"from": "human", "value": 7}), "missing_field"),
+    "a role of another type": (conversation({"from": {}, "value": ""}), "unknown_role"),
+    "no answer": (conversation(ASK), "empty_conversation"),
+    "no slot": (conversation({"from": "human", "value": "?"}, ANSWER), "slot_mismatch"),
+}
+
+
+@pytest.mark.parametrize("name", [*VIDEOS, *JSONS])
+def test_a_bad_member_has_a_reason_and_no_other_sample_moves(name, samples, decode, tmp_path):
+    suffix, (data, reason) = ("mp4", VIDEOS[name]) if name in VIDEOS else ("json", JSONS[name])
+    key, good = samples[0][BAD]
+    assert_only(samples, (key, {**good, suffix: data}), reason, decode, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lost", "reason"), [("mp4", "slot_mismatch"), ("json", "missing_field")], ids=lambda x: x
+)
+def test_a_missing_member_has_a_reason(lost, reason, samples, decode, tmp_path):
+    key, good = samples[0][BAD]
+    members = {suffix: data for suffix, data in good.items() if suffix != lost}
+    assert_only(samples, (key, members), reason, decode, tmp_path)
+
+
+def assert_only(samples, broken, reason: str, decode: Callable, folder: Path) -> None:
+    """With one sample broken, all others come in the places in which they come without that."""
+    paths = [folder / "0.tar", folder / "1.tar"]
+    for path, content in zip(paths, samples, strict=True):
+        path.write_bytes(tar_bytes(content))
+    whole, none = stream_keys(paths, decode)
+    assert sorted(whole) == [key for shard in samples for key, _ in shard]
+    assert not none.counts
+    content = [*samples[0][:BAD], broken, *samples[0][BAD + 1 :]]
+    (folder / "0.tar.idx").unlink()
+    paths[0].write_bytes(tar_bytes(content))
+    left, faults = stream_keys(paths, decode)
+    assert faults.counts == {reason: 1}
+    assert [b for a, b in zip(whole, left, strict=True) if a != broken[0]] == [
+        key for key in whole if key != broken[0]
+    ]
+    assert broken[0] not in left
+
+
+def test_nothing_of_a_shard_is_executed_or_followed(samples, decode, tmp_path):
+    """Pickles stay bytes, links and devices are no data, paths that lead out are refused."""
+    trap = tmp_path / "trap"
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (trap,))
+
+    evil = pickle.dumps(Trap())
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for suffix, data in {"pyd": evil, "pkl": evil, "pth": evil, **samples[0][0][1]}.items():
+            info = tarfile.TarInfo(f"a.{suffix}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            info = tarfile.TarInfo("a.0.jpg")
+            info.type, info.linkname = kind, str(tmp_path / "secret")
+            tar.addfile(info)
+        for name in ("/etc/b.json", "c/../../d.json"):
+            info = tarfile.TarInfo(name)
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"{}"))
+    (tmp_path / "0.tar").write_bytes(file.getvalue())
+    keys, faults = stream_keys([tmp_path / "0.tar"], decode)
+    assert set(keys) == {"a"}
+    assert faults.counts == {"unsafe_member": 2}
+    assert not trap.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "0.tar.idx"]
+
+
+def test_a_member_that_looks_compressed_is_not_decompressed(tmp_path):
+    """Its header is one of a tar and of gzip at once; the sample is what tar says."""
+    name = b"\x1f\x8b\x08\x04aaaaaa\xf0\x01"  # a gzip header with an extra field over the tar's own
+    bomb = zlib.compressobj(9, wbits=-15)
+    data = bomb.compress(tar_bytes([("b", {"json": bytes(50 << 20)})])) + bomb.flush()
+    header = bytearray(tarfile.TarInfo("x.bin").tobuf(tarfile.GNU_FORMAT))
+    header[:100] = (name + b".bin").ljust(100, b"\0")
+    header[124:136] = b"%011o\0" % len(data)
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    padded = data.ljust(-(-len(data) // 512) * 512, b"\0")
+    assert untar_sample(bytes(header) + padded, "u")["bin"] == data
+
+
+# --- shards --------------------------------------------------------------------------------------
+
+MIDDLE = 5  # the sample at which a shard is damaged
+
+
+def offsets_of(data: bytes) -> dict[str, int]:
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return {member.name: member.offset for member in tar}
+
+
+def flip_checksum(data: bytes, at: int) -> bytes:
+    return data[: at + 150] + b"x" + data[at + 151 :]
+
+
+def claim_more(data: bytes, at: int) -> bytes:
+    """A header with a right checksum that takes the next samples for its payload."""
+    info = tarfile.TarInfo.frombuf(data[at : at + 512], "utf-8", "strict")
+    info.size += 1 << 20
+    return data[:at] + info.tobuf(tarfile.GNU_FORMAT) + data[at + 512 :]
+
+
+def with_negative_size(data: bytes, at: int) -> bytes:
+    info = tarfile.TarInfo("x.json")
+    info.pax_headers = {"size": "-4096"}
+    return data[:at] + info.tobuf(tarfile.PAX_FORMAT) + data[at:]
+
+
+def with_long_names(data: bytes, at: int) -> bytes:
+    """Headers that each hold the name of the next."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2
+    return data[:at] + (info.tobuf(tarfile.GNU_FORMAT) + b"a\0".ljust(512, b"\0")) * 300 + data[at:]
+
+
+DAMAGE = {
+    "a header": (flip_checksum, "tar_corrupt"),
+    "zeros": (lambda data, at: data[:at] + bytes(2048) + data[at + 2048 :], "tar_corrupt"),
+    "noise": (lambda data, at: data[:at] + b"\xa5" * 999 + data[at + 999 :], "tar_corrupt"),
+    "noise between": (lambda data, at: data[:at] + b"\xa5" * 777 + data[at:], "tar_corrupt"),
+    "a lost piece": (lambda data, at: data[: at - 300] + data[at + 900 :], "tar_corrupt"),
+    "a claim": (claim_more, "tar_corrupt"),
+    "a negative size": (with_negative_size, "tar_corrupt"),
+    "long names": (with_long_names, "tar_corrupt"),
+    "another tar behind": (
+        lambda data, at: data[:at] + bytes(1024) + data[at:],
+        "tar_corrupt",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_in_a_shard_costs_only_what_it_touches(name, samples, decode, tmp_path):
+    """The samples before and behind come out, read through a pipe too."""
+    damage, reason = DAMAGE[name]
+    data = tar_bytes(samples[0])
+    key = samples[0][MIDDLE][0]
+    at = offsets_of(data)[f"{key}.{next(iter(samples[0][MIDDLE][1]))}"]
+    path = tmp_path / "0.tar"
+    path.write_bytes(damage(data, at))
+    touched = {key, samples[0][MIDDLE - 1][0] if name == "a lost piece" else key}
+    keys = {key for key, _ in samples[0]} - touched
+    for url in (str(path), f"pipe:cat {path}"):
+        if url != str(path) and name == "a claim":
+            continue  # a pipe is past what the claim covers when it turns out wrong
+        manifest = read_manifest(url)
+        assert [fault.reason for fault in manifest.faults] == [reason]
+        left, faults = stream_keys([url], decode)
+        assert keys <= set(left)
+        assert set(left) <= keys | touched
+        assert faults.counts.total() <= 3
+    assert not (tmp_path / "0.tar.idx").exists()
+
+
+def test_an_index_that_lies_is_no_crash(samples, decode, tmp_path):
+    """Kept offsets that go back, or far behind the end, cost their samples and no memory."""
+    path, index = tmp_path / "0.tar", tmp_path / "0.tar.idx"
+    path.write_bytes(tar_bytes(samples[0]))
+    read_manifest(str(path))
+    entries = np.fromfile(index, "<u8")
+    entries[3], entries[7] = 2**62, 0
+    index.write_bytes(entries.tobytes())
+    keys, faults = stream_keys([path], decode)
+    lost = {2, 3, 6, 7}
+    assert set(keys) >= {key for n, (key, _) in enumerate(samples[0]) if n not in lost}
+    assert set(faults.counts) == {"tar_truncated", "index_stale", "tar_corrupt"}
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "{}/folder.tar", "{}/fifo.tar", "{}/a\0b.tar"])
+def test_what_is_no_file_is_no_hang(path, tmp_path):
+    (tmp_path / "folder.tar").mkdir()
+    os.mkfifo(tmp_path / "fifo.tar")
+    with pytest.raises(BadSampleError) as caught:
+        LocalFile(path.format(tmp_path))
+    assert caught.value.reason == "shard_unreadable"
+
+
+# --- bombs ---------------------------------------------------------------------------------------
+
+BOMBS = {
+    "mp4 of 60,000 x 60,000": ("video", partial(with_sps, 60_000)),
+    "mp4 of 16,000 x 16,000": ("video", partial(with_sps, 16_000)),
+    "mov of 16,000 x 16,000": ("video", partial(png_in_mov, 16_000)),
+    "mp4 of 80 million frames": ("video", partial(with_frames, 80_000_000)),
+    "mp4 of an hour of large frames": ("video", partial(skipped_frames, 100_000, 2048)),
+    "gif": ("video", gif_bomb),
+    "png": ("image", partial(png_bomb, 60_000)),
+    "png of 16,000 x 16,000": ("image", partial(png_bomb, 16_000)),
+    "jpg": ("image", partial(jpeg_bomb, 60_000)),
+    "jpg of 16,000 x 16,000": ("image", partial(jpeg_bomb, 16_000)),
+    "jpg of scans": ("image", partial(jpeg_of_scans, 20_000)),
+    "webp": ("image", webp_bomb),
+}
+
+READ = """
+import resource, sys, time
+from datamodules.batch import BadSampleError
+from datamodules.frames import FrameReader, UniformSampler
+reader = FrameReader(32, UniformSampler(4))
+for kind, path in zip(sys.argv[1::2], sys.argv[2::2]):
+    data = open(path, "rb").read()
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    try:
+        getattr(reader, kind)(data)
+        reason = "none"
+    except BadSampleError as error:
+        reason = error.reason
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(reason, grown // 1024, round(time.process_time() - began, 1), len(data))
+"""
+
+
+def test_bombs_stay_within_memory_and_time(tmp_path):
+    """Some kilobytes that claim gigabytes or hours: refused, for a few megabytes and seconds."""
+    arguments = []
+    for number, (kind, make) in enumerate(BOMBS.values()):
+        (tmp_path / f"{number}").write_bytes(make())
+        arguments += [kind, str(tmp_path / f"{number}")]
+    lines = subprocess.run(
+        [sys.executable, "-c", READ, *arguments], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert len(lines) == len(BOMBS)
+    for name, line in zip(BOMBS, lines, strict=True):
+        reason, mib, seconds, _ = line.split()
+        assert reason != "none", name
+        assert int(mib) < 256, f"{name}: {line}"
+        assert float(seconds) < 10, f"{name}: {line}"
+
+
+def test_an_image_bomb_has_its_reason():
+    for data in (png_bomb(60_000), jpeg_bomb(60_000), jpeg_of_scans(20_000)):
+        with pytest.raises(BadSampleError) as caught:
+            check_image(data)
+        assert caught.value.reason == "image_too_large"
