@@ -1,15 +1,30 @@
 """Loggers that a resumed run goes on with."""
 
 import csv
+import logging
 import secrets
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lightning_modules.wandb_history import TRAINER_STEP, find_fragments, read_metrics, read_rows
+
+logger = logging.getLogger(__name__)
+
+#: Told with every row, and no reason to log one.
+_BESIDE = {"epoch"}
+
+#: Seconds that rows are kept back from the disk. By default W&B waits for 32 KiB, so that a kill
+#: leaves nothing of a small run.
+_FLUSH_S = 0.1
 
 
 class ResumableCSVLogger(CSVLogger):
@@ -46,10 +61,7 @@ class _ResumingWriter(ExperimentWriter):
         if self._rows and step is not None:
             earlier = self._before(step, metrics_dict.keys())
             if len(earlier) < len(self._rows):
-                with open(self.metrics_file_path, "w", newline="") as file:
-                    writer = csv.DictWriter(file, self.metrics_keys)
-                    writer.writeheader()
-                    writer.writerows(earlier)
+                self._write_all(earlier)
             self._rows = []
         super().log_metrics(metrics_dict, step)
 
@@ -66,24 +78,149 @@ class _ResumingWriter(ExperimentWriter):
                 return self._rows[:number]
         return self._rows
 
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with open(self.metrics_file_path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        self._write_all(rows)
+
+    def _write_all(self, rows: list[dict[str, str]]) -> None:
+        """Beside the file, so that a kill leaves the old one."""
+        partial = Path(f"{self.metrics_file_path}.partial")
+        with open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(self.metrics_file_path)
+
 
 class ResumableWandbLogger(WandbLogger):
-    """One W&B run for a run directory: its id lies there in `run_id`.
+    """One W&B run for a run directory, over all its interruptions: its id lies there in `run_id`.
 
-    `options` are those of Lightning's `WandbLogger`.
+    W&B's own step goes on, offline too, and a metric that was stored for a trainer step before
+    the interruption is not stored again when the step is taken again. What counts as stored is
+    what lies on the disk, so a resumed run first makes up for what a kill has lost: online, rows
+    that the server has not received, those of offline fragments included; and the last rows before
+    the kill, which `metrics.csv` in `save_dir` still has.
+
+    Args:
+        best: of metrics, which end of the run the summary keeps: `min` or `max`, as `name.min`.
+        init_timeout: seconds; a server that does not answer by then has the run go on offline.
+        finish_timeout: seconds that the end of a run waits for uploads. What is left is sent when
+            the run is resumed.
+        options: those of Lightning's `WandbLogger`.
     """
 
-    def __init__(self, save_dir: str | Path, **options: Any):
-        path = Path(save_dir) / "run_id"
-        if not path.is_file() and rank_zero_only.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(secrets.token_hex(4))
+    def __init__(
+        self,
+        save_dir: str | Path,
+        best: Mapping[str, str] | None = None,
+        init_timeout: int = 30,
+        finish_timeout: int = 60,
+        **options: Any,
+    ):
         super().__init__(
             save_dir=save_dir,
-            id=path.read_text() if path.is_file() else None,
+            id=_keep_id(Path(save_dir) / "run_id"),
             resume="allow",
-            settings=wandb.Settings(quiet=True, console="off"),
+            settings=wandb.Settings(
+                quiet=True,
+                console="off",
+                init_timeout=init_timeout,
+                finish_timeout=finish_timeout,
+                x_transaction_log_flush_interval=_FLUSH_S,
+            ),
             **options,
         )
         # Lightning hands on an argument that W&B has done away with, and W&B warns of it.
         self._wandb_init.pop("anonymous", None)
+        self._folder, self._best = Path(save_dir), dict(best or {})
+        self._stored: dict[str, int] = {}  # by metric, the last trainer step of earlier fragments
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            fragments = find_fragments(self._folder, str(self._id))
+            run = self._experiment = self._begin()
+            run.define_metric(TRAINER_STEP)
+            run.define_metric("*", step_metric=TRAINER_STEP, step_sync=True)
+            for name, end in self._best.items():  # no globs: `min` of a table breaks it
+                run.define_metric(name, step_metric=TRAINER_STEP, step_sync=True, summary=end)
+            self._go_on(run, fragments)
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        run = self.experiment  # knows what is stored
+        if step is not None:
+            again = {k: v for k, v in metrics.items() if step <= self._stored.get(k, -1)}
+            # The same end may be reached again, and another test be run there.
+            ends = again.keys() - self._best - _BESIDE
+            if newest := _numbers({k: again[k] for k in ends if step == self._stored[k]}):
+                run.summary.update(newest)
+            metrics = {k: v for k, v in metrics.items() if k not in again or k in _BESIDE}
+            if metrics.keys() <= _BESIDE:
+                return
+        super().log_metrics(metrics, step)
+        if len(_numbers(metrics)) < len(metrics):
+            time.sleep(3 * _FLUSH_S)  # media have no second copy in metrics.csv
+
+    def _begin(self) -> Any:
+        """Raises:
+        ValueError: W&B refuses the key, or there is none.
+        """
+        try:
+            return wandb.init(**self._wandb_init)
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            raise ValueError(
+                f"W&B refuses this run ({str(error).splitlines()[0]}): set WANDB_API_KEY, or keep "
+                "the run here with WANDB_MODE=offline"
+            ) from error
+        except wandb.errors.CommError as error:
+            reason = str(error).splitlines()[0]
+            logger.warning("W&B is not there, so this run is kept here, offline: %s", reason)
+            return wandb.init(**{**self._wandb_init, "mode": "offline"})
+
+    def _go_on(self, run: Any, fragments: list[Path]) -> None:
+        """Numbers the next row behind those in `fragments`; logs those that got lost."""
+        last, unsent = -1, {}
+        for row in read_rows(fragments):
+            last = max(last, row.wandb_step)
+            if row.trainer_step is not None:
+                self._note(row.keys(), row.trainer_step)
+            if not run.offline and row.wandb_step >= run.starting_step:
+                unsent[row.wandb_step] = row  # sent before, maybe, by a run that was killed too
+        for step, row in sorted(unsent.items()):
+            run.log(row.as_logged(), step=step)
+        run.log({}, step=max(last + 1, run.starting_step), commit=False)
+        for step, metrics in read_metrics(self._folder / "metrics.csv"):
+            self.log_metrics(metrics, step)
+            self._note(metrics, step)
+
+    def _note(self, metrics: Iterable[str], step: int) -> None:
+        self._stored |= {key: max(step, self._stored.get(key, -1)) for key in metrics}
+
+
+def finish_wandb(exit_code: int, preempted: bool = False) -> None:
+    """Ends the W&B run of this process, where there is one.
+
+    Args:
+        preempted: W&B shows the run as that instead of as failed until it goes on.
+    """
+    if wandb.run is not None and preempted:
+        wandb.run.mark_preempting()
+    wandb.finish(exit_code=exit_code)
+
+
+def _keep_id(path: Path) -> str | None:
+    """The id of the run directory, decided by rank 0 alone, which is the only one to need it."""
+    if not path.is_file() and rank_zero_only.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name("run_id.partial")  # a kill leaves no empty one
+        partial.write_text(secrets.token_hex(4))
+        partial.replace(path)
+    return path.read_text() if path.is_file() else None
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float, Tensor))}
