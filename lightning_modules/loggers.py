@@ -135,6 +135,8 @@ class ResumableWandbLogger(WandbLogger):
         self._wandb_init.pop("anonymous", None)
         self._folder, self._best = Path(save_dir), dict(best or {})
         self._stored: dict[str, int] = {}  # by metric, the last trainer step of earlier fragments
+        self._next = 0  # W&B's step of the first row, until that is logged
+        self._waiting: list[tuple[Mapping[str, Any], int | None]] = []  # for the server
 
     @property
     @rank_zero_experiment
@@ -161,9 +163,26 @@ class ResumableWandbLogger(WandbLogger):
             metrics = {k: v for k, v in metrics.items() if k not in again or k in _BESIDE}
             if metrics.keys() <= _BESIDE:
                 return
-        super().log_metrics(metrics, step)
-        if len(_numbers(metrics)) < len(metrics):
-            time.sleep(3 * _FLUSH_S)  # media have no second copy in metrics.csv
+        if self._next:
+            # Offline, W&B starts at 0 unless told; and a row that is only told of is a row.
+            run.log({}, step=self._next, commit=False)
+            self._next = 0
+        if len(_numbers(metrics)) == len(metrics):
+            super().log_metrics(metrics, step)
+        else:
+            self._log_media(metrics, step)
+
+    def _log_media(self, metrics: Mapping[str, Any], step: int | None) -> None:
+        """A table asks the server, and fails where that does not answer: it waits for the next."""
+        self._waiting.append((metrics, step))
+        try:
+            while self._waiting:
+                super().log_metrics(*self._waiting[0])
+                del self._waiting[0]
+        except wandb.errors.CommError as error:
+            reason = str(error).splitlines()[0]
+            logger.warning("W&B does not answer, %d tables wait: %s", len(self._waiting), reason)
+        time.sleep(3 * _FLUSH_S)  # media have no second copy in metrics.csv
 
     def _begin(self) -> Any:
         """Raises:
@@ -179,6 +198,7 @@ class ResumableWandbLogger(WandbLogger):
         except wandb.errors.CommError as error:
             reason = str(error).splitlines()[0]
             logger.warning("W&B is not there, so this run is kept here, offline: %s", reason)
+            wandb.teardown()  # what was begun holds the id
             return wandb.init(**{**self._wandb_init, "mode": "offline"})
 
     def _go_on(self, run: Any, fragments: list[Path]) -> None:
@@ -192,7 +212,7 @@ class ResumableWandbLogger(WandbLogger):
                 unsent[row.wandb_step] = row  # sent before, maybe, by a run that was killed too
         for step, row in sorted(unsent.items()):
             run.log(row.as_logged(), step=step)
-        run.log({}, step=max(last + 1, run.starting_step), commit=False)
+        self._next = max(last + 1, run.starting_step)
         for step, metrics in read_metrics(self._folder / "metrics.csv"):
             self.log_metrics(metrics, step)
             self._note(metrics, step)

@@ -1,0 +1,151 @@
+"""ropelab-runs: what has become of the runs below some folders, and what a sweep still lacks.
+
+ropelab-runs runs/vniah_d_tiny
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from experiments.run_states import RunState, differing_axes, read_runs
+
+_COLOURS = {
+    "done": "green",
+    "running": "cyan",
+    "queued": "blue",
+    "stale": "yellow",
+    "stopped": "yellow",
+    "failed": "red",
+    "damaged": "red",
+    "not started": "dim",
+}
+
+#: States that starting the same command again changes.
+_TO_GO = ("not started", "stopped", "failed", "damaged")
+
+#: The metric that is shown, unless one is named: the first of these that a run has.
+_METRICS = ("score", "val/loss", "train/loss")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        runs = read_runs(options.folders, options.stale)
+        metric = choose_metric(runs, options.metric)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    axes = differing_axes(runs)
+    if options.json:
+        print(json.dumps([as_json(run, n, axes) for n, run in enumerate(runs)], indent=1))
+        return 0
+    console = Console()
+    console.print(make_table(runs, axes, metric))
+    for line in what_is_missing(runs):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
+def choose_metric(runs: list[RunState], name: str | None) -> str:
+    """Raises:
+    ValueError: no run has the metric that was named.
+    """
+    known = dict.fromkeys(key for run in runs for key in run.metrics)
+    if name is not None and name not in known:
+        raise ValueError(f"no run has a metric {name!r}; there are: {', '.join(sorted(known))}")
+    return name or next((metric for metric in _METRICS if metric in known), _METRICS[0])
+
+
+def as_json(run: RunState, number: int, axes: dict[str, list[str | None]]) -> dict:
+    return {
+        "folder": str(run.folder),
+        "state": run.state,
+        "axes": {axis: values[number] for axis, values in axes.items()},
+        "step": run.step,
+        "total_steps": run.total_steps,
+        "metrics": run.metrics,
+        "last_sign": run.last_sign,
+        "resumes": max(0, run.starts - 1),
+        "reason": run.reason,
+    }
+
+
+def make_table(runs: list[RunState], axes: dict[str, list[str | None]], metric: str) -> Table:
+    table = Table("run", box=None, pad_edge=False, header_style="bold")
+    table.columns[0].overflow = "fold"
+    for axis in axes:
+        table.add_column(axis.rpartition(".")[2], style="magenta")
+    table.add_column("state")
+    for name in ("step", metric, "last sign", "resumes"):
+        table.add_column(name, justify="right")
+    now = time.time()
+    for number, run in enumerate(runs):
+        state = Text(run.state, style=_COLOURS[run.state])
+        if run.reason:
+            state.append(f" ({run.reason})", style="dim")
+        table.add_row(
+            Text(str(run.folder)),
+            *(Text(values[number] or "-") for values in axes.values()),
+            state,
+            _progress(run),
+            f"{run.metrics[metric]:.4g}" if metric in run.metrics else "-",
+            "-" if run.last_sign is None else as_age(now - run.last_sign),
+            str(max(0, run.starts - 1) or "-"),
+        )
+    return table
+
+
+def what_is_missing(runs: list[RunState]) -> list[str]:
+    """A line for every folder of several runs, and one on all together where that is none."""
+    sweeps: dict[Path, list[RunState]] = {}
+    for run in runs:
+        sweeps.setdefault(run.folder.parent, []).append(run)
+    lines = []
+    for folder, members in sweeps.items():
+        to_go = [run.folder.name for run in members if run.state in _TO_GO]
+        counts = Counter(run.state for run in members)
+        others = [f"{counts[s]} {s}" for s in ("running", "queued", "stale") if counts[s]]
+        if to_go:
+            named = ", ".join(to_go[:5]) + (", …" if len(to_go) > 5 else "")
+            line = f"{len(to_go)} of {len(members)} to go: {named}; the same command runs them"
+        else:
+            line = f"{counts['done']} of {len(members)} done"
+        if len(members) > 1:
+            lines.append(f"{folder}: {line}" + (f" ({', '.join(others)})" if others else ""))
+    return lines
+
+
+def as_age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+def _progress(run: RunState) -> str:
+    if run.step is None:
+        return "-"
+    return str(run.step) + (f"/{run.total_steps}" if run.total_steps else "")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ropelab-runs", description=__doc__.splitlines()[0])
+    folders = {"nargs": "*", "type": Path, "default": [Path("runs")], "metavar": "FOLDER"}
+    parser.add_argument("folders", **folders, help="folders that hold runs (default: runs)")
+    parser.add_argument("--metric", help="the metric that is shown (default: score, or a loss)")
+    parser.add_argument("--json", action="store_true", help="a list of runs instead of a table")
+    help_stale = "a running process that is silent for that long is stale (default: 600)"
+    parser.add_argument("--stale", type=float, default=600, metavar="SECONDS", help=help_stale)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

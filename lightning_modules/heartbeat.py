@@ -1,0 +1,89 @@
+"""The last sign of life of a run, for whoever looks at its directory."""
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class Heartbeat(Callback):
+    """Writes `status.json` in `folder`, at most every `every_s` seconds and at every end.
+
+    `state` is `training`, `validating`, `testing`, `trained`, `tested`, `stopped` or `failed`, and
+    the last two have a `reason`; `step` of `total_steps` optimizer steps (null where training is
+    endless), `time` of writing in seconds since 1970, `starts` of the run, `metrics` as last
+    logged. A process that was killed leaves the state that it was in. Rank 0 alone writes, and
+    without a disk it only warns.
+    """
+
+    def __init__(self, folder: str | Path, every_s: float = 10.0):
+        self.path, self.every_s = Path(folder) / "status.json", every_s
+        self._written, self._starts = -math.inf, 0
+        self._total: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        total = trainer.estimated_stepping_batches
+        self._total = int(total) if math.isfinite(total) else None
+        self._starts = self._count_starts() + 1
+        self._beat(trainer, "training", now=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._beat(trainer, "training")
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self._beat(trainer, "validating")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._beat(trainer, "trained", now=True)
+
+    def on_test_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self._beat(trainer, "testing")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._beat(trainer, "tested", now=True)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        failed = isinstance(exception, Exception)
+        lines = str(exception).strip().splitlines()
+        reason = ": ".join([type(exception).__name__, *lines[:1]])
+        self._beat(trainer, "failed" if failed else "stopped", now=True, reason=reason)
+
+    def _beat(self, trainer: Trainer, state: str, *, now: bool = False, **more: Any) -> None:
+        if not trainer.is_global_zero or not (now or self._due()):
+            return
+        self._written = time.monotonic()
+        metrics = {k: v.item() for k, v in trainer.callback_metrics.items()}
+        status = {
+            "state": state,
+            "step": trainer.global_step,
+            "total_steps": self._total,
+            "time": time.time(),
+            "starts": self._starts,
+            "metrics": {k: v for k, v in metrics.items() if math.isfinite(v)},
+            **more,
+        }
+        try:
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(status))
+            partial.replace(self.path)
+        except OSError as error:
+            logger.warning("no sign of life in %s: %s", self.path, error)
+
+    def _due(self) -> bool:
+        return time.monotonic() - self._written >= self.every_s
+
+    def _count_starts(self) -> int:
+        try:
+            return int(json.loads(self.path.read_text())["starts"])
+        except (OSError, ValueError, KeyError):  # none yet, or one that the disk lost
+            return 0
