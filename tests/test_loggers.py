@@ -141,25 +141,6 @@ def test_kills_leave_the_rows_of_an_undisturbed_run(whole, tmp_path):
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == len(cuts) + 1
 
 
-def test_a_metric_of_an_end_that_is_reached_again_is_summed_up_anew(tmp_path):
-    """A finished run is tested again with other lengths: one row, the newer number on top."""
-
-    def test_it(score: float) -> None:
-        logger = make_logger(tmp_path)
-        logger.log_metrics({"needle/plain": score}, 12)
-        logger.log_metrics({"val/loss": score}, 12)
-        finish_wandb(0)
-
-    assert in_child(lambda: test_it(0.25)) == 0
-    assert in_child(lambda: test_it(0.75)) == 0
-    first, second = rows_on_disk(tmp_path)
-    assert (first["needle/plain"], second["val/loss"]) == (0.25, 0.25)
-    newest = max(find_fragments(tmp_path, (tmp_path / "run_id").read_text()))
-    assert json.loads((newest.parent / "files" / "wandb-summary.json").read_text())[
-        "needle/plain"
-    ] == 0.75
-
-
 @pytest.fixture
 def server(monkeypatch) -> Iterator[WandbServer]:
     with WandbServer() as server:
@@ -186,6 +167,24 @@ def test_online_the_server_receives_every_row_once(server, whole, tmp_path):
     assert server.unknown == []
     tables = [body for name, body in server.files.items() if name.endswith(".table.json")]
     assert {json.loads(body)["data"][0][0] for body in tables} == {4, 9, 14, 19}
+
+
+def test_an_end_that_is_reached_again_is_summed_up_anew(server, tmp_path):
+    """A finished run is tested again with other lengths: one row, the newer number on top."""
+
+    def test_it(score: float) -> None:
+        logger = make_logger(tmp_path)
+        logger.log_metrics({"needle/plain": score}, 12)
+        logger.log_metrics({"val/loss": score}, 12)
+        finish_wandb(0)
+
+    for score in (0.25, 0.75):
+        assert in_child(partial(test_it, score)) == 0
+    (run,) = server.runs.values()
+    first, second = run.rows
+    assert (first["needle/plain"], second["val/loss"]) == (0.25, 0.25)
+    assert run.summary["needle/plain"] == 0.75
+    assert run.summary["val/loss"] == {"min": 0.25}
 
 
 @pytest.mark.slow  # 20 s of which W&B waits for an answer to a table
