@@ -38,7 +38,7 @@ def test_needles(
         picture = save_heatmap(needle, folder / "needle.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image("needle/heatmap", [str(picture)])
+                logger.log_image("needle/heatmap", [str(picture)], step=step)
     return module.scores.mean("plain") if "plain" in module.scores.cells else None
 
 

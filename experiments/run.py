@@ -25,6 +25,7 @@ from rich.syntax import Syntax
 from datamodules.batch import BadSampleError
 from datamodules.module import StepsDataModule
 from experiments import cluster
+from lightning_modules.loggers import finish_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
                 raise CompactHydraException(line) from None
             sys.exit(line if not rank_zero_only.rank else 1)
         except Preempted as stop:
+            finish_wandb(75, preempted=True)
             sys.exit(cluster.leave(stop.reason, rank_zero_only.rank))
         except (KeyboardInterrupt, SystemExit) as error:
             # Lightning turns a Ctrl-C in training into an exit with 1.

@@ -51,20 +51,27 @@ class RunState:
         """What an axis was, said on the command line or not."""
         if axis in self.overrides:
             return self.overrides[axis]
-        choices, node = self._composed
-        if axis in choices:
-            return str(choices[axis])
+        if axis in self.choices:
+            return self.choices[axis]
+        node: Any = self.config
         for key in axis.split("."):
             node = node.get(key) if isinstance(node, dict) else None
         return None if node is None else str(node)
 
     @cached_property
-    def _composed(self) -> tuple[dict[str, Any], Any]:
-        """The option of every group, and the config; only read where the command line is silent."""
-        frozen = _yaml(self.folder / _MARKS[0]) or {}
-        hydra = _yaml(self.folder / ".hydra" / "hydra.yaml") or frozen
+    def choices(self) -> dict[str, str]:
+        """The option of every config group."""
+        hydra = _yaml(self.folder / ".hydra" / "hydra.yaml") or self._frozen
         choices = hydra.get("hydra", {}).get("runtime", {}).get("choices", {})
-        return choices, _yaml(self.folder / "config.yaml") or frozen
+        return {group: str(option) for group, option in choices.items() if "hydra" not in group}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return _yaml(self.folder / "config.yaml") or self._frozen
+
+    @cached_property
+    def _frozen(self) -> dict[str, Any]:
+        return _yaml(self.folder / _MARKS[0]) or {}
 
 
 def read_runs(roots: Iterable[Path], stale_after_s: float = 600) -> list[RunState]:

@@ -59,7 +59,8 @@ class Generations(Callback):
             self._write([dict(zip(_COLUMNS, row, strict=True)) for row in rows])
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_table("val/generations", columns=_COLUMNS, data=rows)
+                step = trainer.global_step
+                logger.log_table("val/generations", columns=_COLUMNS, data=rows, step=step)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         """Appends to the file; a resumed run replaces the steps that it takes again."""
