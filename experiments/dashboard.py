@@ -18,9 +18,11 @@ from typing import Any
 from experiments.run_states import RunState, differing_axes, read_runs
 
 try:
-    import wandb
     import wandb_workspaces.reports.v2 as panels
     import wandb_workspaces.workspaces as ws
+    from wandb.errors import Error as WandbError
+    from wandb_workspaces.expr import And
+    from wandb_workspaces.reports.v2.interface import Layout, ParallelCoordinatesPlotColumn
 except ModuleNotFoundError:
     sys.exit("error: ropelab-dashboard needs wandb-workspaces: pip install 'ropelab[dashboard]'")
 
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workspace.save()
             print(workspace.url)
         output.write_text(json.dumps(json.loads(workspace._to_model().model_dump_json()), indent=1))
-    except (ValueError, OSError, wandb.errors.Error) as error:
+    except (ValueError, OSError, WandbError) as error:
         print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
     print(output)
@@ -121,8 +123,10 @@ def read_logged(runs: list[RunState]) -> list[str]:
 
 
 def choose_metric(logged: list[str], name: str | None) -> str:
-    """Raises:
-    ValueError: the metric was never logged.
+    """The metric that runs are ranked by.
+
+    Raises:
+        ValueError: it was never logged.
     """
     if name is not None and name not in logged:
         raise ValueError(f"no run has logged {name!r}; there are: {', '.join(logged)}")
@@ -163,7 +167,7 @@ def _ranking(
 ) -> list[Any]:
     """A bar a value of each axis, with the spread over seeds and the other axes; then all axes."""
     name = _summary(metric, best)
-    spread = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+    spread: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
     bars: list[Any] = [
         panels.BarPlot(
             title=f"{name} by {axis}, mean and deviation",
@@ -177,8 +181,8 @@ def _ranking(
         bars.append(panels.BarPlot(title=name, metrics=[name], **spread))
     if len(settings) > 1:
         keys = [panels.Config(_config_key(runs[0], axis)) for axis in settings]
-        columns = [panels.ParallelCoordinatesPlotColumn(k) for k in keys]
-        columns.append(panels.ParallelCoordinatesPlotColumn(panels.SummaryMetric(name)))
+        columns = [ParallelCoordinatesPlotColumn(k) for k in keys]
+        columns.append(ParallelCoordinatesPlotColumn(panels.SummaryMetric(name)))
         bars.append(panels.ParallelCoordinatesPlot(title="axes together", columns=columns))
     return bars
 
@@ -188,7 +192,7 @@ def _curves(logged: list[str], *prefixes: str) -> list[Any]:
 
 
 def _curve(name: str) -> Any:
-    spread = {"groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
+    spread: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
     return panels.LinePlot(title=name, x=_STEP, y=[name], **spread)
 
 
@@ -197,16 +201,17 @@ def _heatmaps() -> Any:
 
 
 def _generations() -> Any:
-    layout = panels.Layout(w=24, h=10)
+    layout = Layout(w=24, h=10)
     return panels.WeavePanelSummaryTable(table_name="val/generations", layout=layout)
 
 
-def _filters(runs: list[RunState]) -> list[Any]:
+def _filters(runs: list[RunState]) -> Any:
     """The group of the runs in W&B, and the kind of its runs that the folder shows."""
     group = _setting(runs[0], "logger.wandb.group") or _setting(runs[0], "name")
     kinds = {_setting(run, "job_type") for run in runs} - {None}
     filters = [ws.Metric("Group") == str(group)] if group else []
-    return filters + [ws.Metric("JobType") == str(kind) for kind in kinds if len(kinds) == 1]
+    filters += [ws.Metric("JobType") == str(kind) for kind in kinds if len(kinds) == 1]
+    return And(*filters) if filters else ""
 
 
 def _config_key(run: RunState, axis: str) -> str:
@@ -226,9 +231,8 @@ def _setting(run: RunState, key: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ropelab-dashboard", description=__doc__.splitlines()[0].partition(": ")[2]
-    )
+    what = "Writes a W&B workspace for an ablation."
+    parser = argparse.ArgumentParser(prog="ropelab-dashboard", description=what)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="holds the runs of an ablation")
     parser.add_argument("--metric", help="what runs are ranked by (default: needle/… or a loss)")
     parser.add_argument("--axis", action="append", help="default: all in which the runs differ")

@@ -17,7 +17,6 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from lightning_modules.preemption import Preempted, signals
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.syntax import Syntax
@@ -26,6 +25,7 @@ from datamodules.batch import BadSampleError
 from datamodules.module import StepsDataModule
 from experiments import cluster
 from lightning_modules.loggers import finish_wandb
+from lightning_modules.preemption import Preempted, signals
 
 logger = logging.getLogger(__name__)
 

@@ -179,8 +179,10 @@ def _live_jobs() -> set[str] | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Raises:
-    ValueError: it is not JSON.
+    """Empty where there is no such file.
+
+    Raises:
+        ValueError: it is not JSON.
     """
     if not path.is_file():
         return {}

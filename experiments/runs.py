@@ -5,6 +5,7 @@ ropelab-runs runs/vniah_d_tiny
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -55,8 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def choose_metric(runs: list[RunState], name: str | None) -> str:
-    """Raises:
-    ValueError: no run has the metric that was named.
+    """The metric that is shown.
+
+    Raises:
+        ValueError: no run has the one that was named.
     """
     known = dict.fromkeys(key for run in runs for key in run.metrics)
     if name is not None and name not in known:
@@ -79,7 +82,9 @@ def as_json(run: RunState, number: int, axes: dict[str, list[str | None]]) -> di
 
 
 def make_table(runs: list[RunState], axes: dict[str, list[str | None]], metric: str) -> Table:
-    table = Table("run", box=None, pad_edge=False, header_style="bold")
+    above = Path(os.path.commonpath([run.folder.parent for run in runs]))
+    table = Table("run", title=str(above), title_justify="left", title_style="dim")
+    table.box, table.pad_edge, table.header_style = None, False, "bold"
     table.columns[0].overflow = "fold"
     for axis in axes:
         table.add_column(axis.rpartition(".")[2], style="magenta")
@@ -92,7 +97,7 @@ def make_table(runs: list[RunState], axes: dict[str, list[str | None]], metric: 
         if run.reason:
             state.append(f" ({run.reason})", style="dim")
         table.add_row(
-            Text(str(run.folder)),
+            Text(str(run.folder.relative_to(above))),
             *(Text(values[number] or "-") for values in axes.values()),
             state,
             _progress(run),
@@ -119,7 +124,7 @@ def what_is_missing(runs: list[RunState]) -> list[str]:
         else:
             line = f"{counts['done']} of {len(members)} done"
         if len(members) > 1:
-            lines.append(f"{folder}: {line}" + (f" ({', '.join(others)})" if others else ""))
+            lines.append(f"{folder.name}: {line}" + (f" ({', '.join(others)})" if others else ""))
     return lines
 
 
@@ -137,9 +142,12 @@ def _progress(run: RunState) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ropelab-runs", description=__doc__.splitlines()[0])
-    folders = {"nargs": "*", "type": Path, "default": [Path("runs")], "metavar": "FOLDER"}
-    parser.add_argument("folders", **folders, help="folders that hold runs (default: runs)")
+    parser = argparse.ArgumentParser(prog="ropelab-runs", description="Lists run directories.")
+    help_folders = "folders that hold runs (default: runs)"
+    default = [Path("runs")]
+    parser.add_argument(
+        "folders", nargs="*", type=Path, default=default, metavar="FOLDER", help=help_folders
+    )
     parser.add_argument("--metric", help="the metric that is shown (default: score, or a loss)")
     parser.add_argument("--json", action="store_true", help="a list of runs instead of a table")
     help_stale = "a running process that is silent for that long is stale (default: 600)"

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import wandb
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from wandb.errors import AuthenticationError, CommError, UsageError
 
 from lightning_modules.wandb_history import TRAINER_STEP, find_fragments, read_metrics, read_rows
 
@@ -96,11 +97,11 @@ class _ResumingWriter(ExperimentWriter):
 class ResumableWandbLogger(WandbLogger):
     """One W&B run for a run directory, over all its interruptions: its id lies there in `run_id`.
 
-    W&B's own step goes on, offline too, and a metric that was stored for a trainer step before
-    the interruption is not stored again when the step is taken again. What counts as stored is
-    what lies on the disk, so a resumed run first makes up for what a kill has lost: online, rows
-    that the server has not received, those of offline fragments included; and the last rows before
-    the kill, which `metrics.csv` in `save_dir` still has.
+    W&B's own step goes on, offline too, and a metric is stored once for a trainer step, although
+    steps are taken again after an interruption. What counts as stored is what lies on the disk,
+    so a resumed run first makes up for what a kill has lost: online, rows that the server has not
+    received, those of offline fragments included; and the last rows before the kill, which
+    `metrics.csv` in `save_dir` still has.
 
     Args:
         best: of metrics, which end of the run the summary keeps: `min` or `max`, as `name.min`.
@@ -134,7 +135,8 @@ class ResumableWandbLogger(WandbLogger):
         # Lightning hands on an argument that W&B has done away with, and W&B warns of it.
         self._wandb_init.pop("anonymous", None)
         self._folder, self._best = Path(save_dir), dict(best or {})
-        self._stored: dict[str, int] = {}  # by metric, the last trainer step of earlier fragments
+        self._stored: dict[str, int] = {}  # by metric, the last trainer step
+        self._ends: dict[str, int] = {}  # the same when this process began
         self._next = 0  # W&B's step of the first row, until that is logged
         self._waiting: list[tuple[Mapping[str, Any], int | None]] = []  # for the server
 
@@ -157,12 +159,13 @@ class ResumableWandbLogger(WandbLogger):
         if step is not None:
             again = {k: v for k, v in metrics.items() if step <= self._stored.get(k, -1)}
             # The same end may be reached again, and another test be run there.
-            ends = again.keys() - self._best - _BESIDE
-            if newest := _numbers({k: again[k] for k in ends if step == self._stored[k]}):
+            ends = {k: v for k, v in again.items() if self._ends.get(k) == step}
+            if newest := _numbers({k: ends[k] for k in ends.keys() - self._best - _BESIDE}):
                 run.summary.update(newest)
             metrics = {k: v for k, v in metrics.items() if k not in again or k in _BESIDE}
             if metrics.keys() <= _BESIDE:
                 return
+            self._note(metrics, step)
         if self._next:
             # Offline, W&B starts at 0 unless told; and a row that is only told of is a row.
             run.log({}, step=self._next, commit=False)
@@ -179,23 +182,25 @@ class ResumableWandbLogger(WandbLogger):
             while self._waiting:
                 super().log_metrics(*self._waiting[0])
                 del self._waiting[0]
-        except wandb.errors.CommError as error:
+        except CommError as error:
             reason = str(error).splitlines()[0]
             logger.warning("W&B does not answer, %d tables wait: %s", len(self._waiting), reason)
         time.sleep(3 * _FLUSH_S)  # media have no second copy in metrics.csv
 
     def _begin(self) -> Any:
-        """Raises:
-        ValueError: W&B refuses the key, or there is none.
+        """The run of W&B, offline where the server does not answer.
+
+        Raises:
+            ValueError: W&B refuses the key, or there is none.
         """
         try:
             return wandb.init(**self._wandb_init)
-        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+        except (UsageError, AuthenticationError) as error:
             raise ValueError(
                 f"W&B refuses this run ({str(error).splitlines()[0]}): set WANDB_API_KEY, or keep "
                 "the run here with WANDB_MODE=offline"
             ) from error
-        except wandb.errors.CommError as error:
+        except CommError as error:
             reason = str(error).splitlines()[0]
             logger.warning("W&B is not there, so this run is kept here, offline: %s", reason)
             wandb.teardown()  # what was begun holds the id
@@ -215,7 +220,7 @@ class ResumableWandbLogger(WandbLogger):
         self._next = max(last + 1, run.starting_step)
         for step, metrics in read_metrics(self._folder / "metrics.csv"):
             self.log_metrics(metrics, step)
-            self._note(metrics, step)
+        self._ends = dict(self._stored)
 
     def _note(self, metrics: Iterable[str], step: int) -> None:
         self._stored |= {key: max(step, self._stored.get(key, -1)) for key in metrics}

@@ -52,19 +52,21 @@ class Row:
                 yield key.rpartition(".")[0]
 
     def as_logged(self) -> dict[str, Any]:
-        """What logs this row again: numbers, and of the media tables and images."""
+        """What logs this row again: numbers, and of the media those tables and images that are
+        still there."""
         kinds = {k[: -len("._type")]: v for k, v in self.values.items() if k.endswith("._type")}
         logged = {"_timestamp": self.values["_timestamp"]}
         for key, value in self.values.items():
             if not key.startswith("_") and not any(key.startswith(f"{kind}.") for kind in kinds):
                 logged[key] = float(value) if isinstance(value, str) else value  # "NaN"
         for key, kind in kinds.items():
-            if kind == "table-file":
-                content = json.loads((self.files / self.values[f"{key}.path"]).read_text())
+            names = self.values.get(f"{key}.filenames") or [self.values.get(f"{key}.path")]
+            paths = [self.files / name for name in names if name and (self.files / name).is_file()]
+            if kind == "table-file" and paths:
+                content = json.loads(paths[0].read_text())
                 logged[key] = wandb.Table(columns=content["columns"], data=content["data"])
-            elif kind == "images/separated":
-                names = self.values[f"{key}.filenames"]
-                logged[key] = [wandb.Image(str(self.files / name)) for name in names]
+            elif kind == "images/separated" and paths:
+                logged[key] = [wandb.Image(str(path)) for path in paths]
         return logged
 
 
@@ -84,7 +86,8 @@ def read_rows(fragments: Iterable[Path]) -> Iterator[Row]:
         command = [get_core_path(), "leet", "inspect", "--no-observability", "--json"]
         command += ["--run-file", str(path), str(path.parents[1])]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as shown:
-            assert shown.stdout and shown.stderr
+            assert shown.stdout is not None
+            assert shown.stderr is not None
             for line in shown.stdout:
                 if b'"type":"history"' in line:
                     yield Row(json.loads(line)["history"]["item"], path.parent / "files")

@@ -86,7 +86,7 @@ def train(
             table = {"columns": ["step", "text"], "data": [[step, "a"]]}
             logger.log_table("val/generations", **table, step=step)
             reach(step, "table")
-    finish_wandb(**({"exit_code": 0} | ending))
+    finish_wandb(**{"exit_code": 0, **ending})
 
 
 def parts_of(step: int) -> dict[str, dict[str, float]]:

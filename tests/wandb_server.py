@@ -33,6 +33,7 @@ class WandbServer:
     def __init__(self) -> None:
         self.runs: dict[str, ReceivedRun] = {}
         self.files: dict[str, bytes] = {}
+        self.views: dict[str, dict[str, Any]] = {}
         self.unknown: list[str] = []  # operations that have no answer here
         self.down = False  # every request is answered with 503
         self._lock = threading.Lock()
@@ -130,6 +131,12 @@ class WandbServer:
         latest = {"latestArtifact": {"id": "1", "versionIndex": 0}}
         artifact = {"id": "1", "state": "COMMITTED", "artifactSequence": latest}
         return {"createArtifact": {"artifact": artifact}}
+
+    def _UpsertView2(self, v: dict[str, Any]) -> dict[str, Any]:
+        self.views[v["name"]] = v
+        return {
+            "upsertView": {"view": {"id": f"id-{v['name']}", "name": v["name"]}, "inserted": True}
+        }
 
     def _bucket(self, v: dict[str, Any], run: ReceivedRun) -> dict[str, Any]:
         history = run.streams.get("wandb-history.jsonl", [])
