@@ -1,8 +1,6 @@
 """What the programs share: a composed config in, its objects out."""
 
-import hashlib
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,25 +21,11 @@ from rich.syntax import Syntax
 
 from datamodules.batch import BadSampleError
 from datamodules.module import StepsDataModule
-from experiments import cluster
+from experiments import cluster, launcher, names  # noqa: F401 - Hydra knows launchers and `run_name`
 from lightning_modules.loggers import finish_wandb
 from lightning_modules.preemption import Preempted, signals
 
 logger = logging.getLogger(__name__)
-
-_LONGEST_NAME = 150  # file systems end at 255 bytes, and W&B adds its own
-
-
-def name_run(rotary: str, seed: int, overrides: str) -> str:
-    """`videorope-seed0` and whatever else was overridden, as a folder that Hydra can be told."""
-    name = "-".join(part for part in (rotary, f"seed{seed}", overrides) if part)
-    name = re.sub(r"[^\w.+-]+", "_", name).strip("_")
-    if len(name) <= _LONGEST_NAME:
-        return name
-    return f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-OmegaConf.register_new_resolver("run_name", name_run, replace=True)
 
 
 def axes(config: DictConfig) -> dict[str, Any]:
@@ -111,6 +95,8 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
     def guarded(config: DictConfig) -> Any:
         # Lightning's own use of a class that PyTorch is renaming.
         warnings.filterwarnings("ignore", r".*LeafSpec.*", category=FutureWarning)
+        # On a login node, or in a job of a multirun that is started without srun.
+        warnings.filterwarnings("ignore", r"The `srun` command is available")
         # A run without validation data is what was asked for.
         warnings.filterwarnings("ignore", r"Total length of `list` across ranks is zero")
         failed = 1

@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import lock
+from experiments.launcher.job import FROZEN
 from experiments.report_data import leaves, read_curves
 from experiments.run import plain
 from lightning_modules.checkpoint import newest_whole
@@ -85,8 +86,7 @@ class RunDirectory:
             self._clear()
         self._former = self._read_former()
         write_whole(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        write_whole(self.path / "command.txt", command + "\n")
+        write_whole(self.path / "command.txt", typed_command() + "\n")
         write_whole(self.path / "versions.json", json.dumps(read_versions(), indent=1))
         # Not left to Hydra, which would write over those of a run that is refused here.
         hydra = HydraConfig.get()
@@ -151,6 +151,15 @@ def read_done(folder: Path) -> dict[str, Any] | None:
     """`done.json` of a run that came to its end: steps, samples, metrics, weights_sha256, …"""
     path = folder / "done.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def typed_command() -> str:
+    """As typed; for a job of a multirun, what runs it by itself."""
+    hydra = HydraConfig.get()
+    if hydra.job.config_name != FROZEN:
+        return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    folder = os.path.relpath(hydra.run.dir)
+    return shlex.join(["ropelab-train", *hydra.overrides.task, f"hydra.run.dir={folder}"])
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -10,7 +10,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig
 
 from experiments import CONFIG_DIR
-from experiments.run import build_all, name_run, plain
+from experiments.names import name_run
+from experiments.run import build_all, plain
 from lightning_modules.video_llm import VideoLLMModule
 
 STAGES = ("encoder", "pooler", "rotary", "llm")

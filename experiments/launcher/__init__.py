@@ -1,0 +1,10 @@
+"""Every job of a multirun is a process of its own: Hydra launchers, chosen by `launcher=`."""
+
+from hydra.core.plugins import Plugins
+
+from experiments.launcher.local import LocalLauncher
+from experiments.launcher.slurm import SlurmLauncher
+
+# Hydra takes plugins from the package `hydra_plugins` alone, and a class is not told it there.
+for _class in (LocalLauncher, SlurmLauncher):
+    Plugins.instance().class_name_to_class[f"hydra_plugins.ropelab.{_class.__name__}"] = _class

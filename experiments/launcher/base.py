@@ -1,0 +1,84 @@
+"""What launchers share: which jobs there are, which are left to do, and what became of them."""
+
+import logging
+import sys
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.utils import JobReturn, configure_log, setup_globals
+from hydra.errors import CompactHydraException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from experiments.launcher.job import Job, compose
+
+logger = logging.getLogger(__name__)
+
+
+class ProcessLauncher(Launcher):
+    """Starts the program that was called once for each job, with the frozen config of the job.
+
+    A job that fails does not stop the others. What is finished is not started, so that the same
+    command goes on where a sweep was stopped.
+    """
+
+    hydra_context: HydraContext
+    config: DictConfig
+    program: str  # module of the program
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.hydra_context, self.config = hydra_context, config
+        self.program = task_function.__module__
+        spec = sys.modules["__main__"].__spec__
+        if self.program == "__main__" and spec:
+            self.program = spec.name
+
+    @abstractmethod
+    def run(self, jobs: list[Job]) -> dict[Job, str]:
+        """Runs `jobs`, none of which is finished, and returns why those failed that did.
+
+        Raises:
+            ValueError: nothing can be started.
+            SystemExit: the sweep was stopped before its end.
+        """
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        shared = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
+        jobs = []
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+            own = [word for word in overrides if word not in shared]
+            name = f"#{number} {' '.join(own)}"
+            jobs.append(compose(self.hydra_context, self.config, list(overrides), number, name))
+        self._check_folders(jobs)
+        left = []
+        for job in jobs:
+            if job.done() is None:
+                left.append(job)
+            else:
+                logger.info("%s: finished before", job.name)
+        try:
+            failed = self.run(left) if left else {}
+        except ValueError as error:
+            raise CompactHydraException(f"error: {error}") from None
+        lines = [f"{len(failed)} of {len(jobs)} jobs failed:"]
+        lines += [f"  {job.name}: {why}; {job.folder}" for job, why in failed.items()]
+        failure = CompactHydraException("\n".join(lines))
+        return [job.outcome(failure if job in failed else None) for job in jobs]
+
+    def _check_folders(self, jobs: list[Job]) -> None:
+        taken: dict[Path, Job] = {}
+        for job in jobs:
+            other = taken.setdefault(job.folder, job)
+            if other is not job:
+                raise CompactHydraException(
+                    f"jobs {other.name} and {job.name} would both run in {job.folder}: "
+                    "name the directory by what is swept, with hydra.sweep.subdir="
+                )

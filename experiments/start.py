@@ -1,0 +1,42 @@
+"""ropelab-train: where the program begins, before the seconds that importing PyTorch takes.
+
+A multirun only needs Hydra here, since every job is a process of its own. A run that is told to go
+while it starts has nothing to save, and leaves like one that has.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import hydra
+
+from experiments import CONFIG_DIR, launcher, names  # noqa: F401 - Hydra knows them by now
+from experiments.cluster import leave, process_rank
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def main() -> None:
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        sweep()
+        return
+    for number in _SIGNALS:
+        signal.signal(number, _leave_at_once)
+    from experiments.train import main as train
+
+    train()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
+def sweep(config: Any) -> None:
+    raise NotImplementedError("a job of a multirun is a process of its own")
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> None:
+    os._exit(leave(signal.Signals(number).name, process_rank()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""A program with the manners of ropelab-train that starts in half a second: it counts."""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import CONFIG_DIR, launcher, names  # noqa: F401 - Hydra knows them by now
+from experiments.cluster import leave, process_rank
+
+received: list[int] = []
+
+
+def count(config: DictConfig, folder: Path) -> None:
+    """Each step once over all starts, as a run that resumes counts them."""
+    steps = folder / "steps.txt"
+    done = len(steps.read_text().split()) if steps.is_file() else 0
+    for step in range(done, config.steps):
+        time.sleep(config.step_s)
+        with steps.open("a") as file:
+            file.write(f"{step}\n")
+        if received:
+            name = signal.Signals(received[0]).name
+            sys.exit(130 if name == "SIGINT" else leave(name, process_rank()))
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="light")
+def main(config: DictConfig) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: config.stubborn or received.append(number))
+    folder = Path(config.paths.run)
+    start = {"time": time.time(), "pid": os.getpid(), "gpus": os.getenv("CUDA_VISIBLE_DEVICES")}
+    start |= {key: value for key, value in os.environ.items() if key.startswith("SLURM_")}
+    with (folder / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n")
+    with (folder / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+        if config.fails:
+            sys.exit("error: asked to fail")
+        count(config, folder)
+        done = {"metrics": {"score": float(config.seed)}, "time": time.time()}
+        (folder / "done.json").write_text(json.dumps(done))
+
+
+if __name__ == "__main__":
+    main()
