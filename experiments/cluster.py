@@ -1,9 +1,12 @@
 """What a process does last on a machine that may be taken away."""
 
 import logging
+import math
 import os
 import re
+import signal
 import subprocess
+from types import FrameType
 
 logger = logging.getLogger(__name__)
 
@@ -20,24 +23,46 @@ def leave(reason: str, rank: int) -> int:
     job = _slurm_job()
     if job and rank == 0:
         logger.warning("%s: %s", reason, requeue(job))
-    # Rank 0 is killed as soon as another rank ends with a code that is not 0, by Lightning which has
-    # started it or by srun --kill-on-bad-exit; torchrun starts only those again that have one.
+    # Rank 0 is killed as soon as another rank ends with a code that is not 0, by Lightning that has
+    # started it or by srun --kill-on-bad-exit; torchrun goes by the codes of all.
     return 0 if rank and "TORCHELASTIC_RUN_ID" not in os.environ else os.EX_TEMPFAIL
+
+
+def leave_on_signals() -> None:
+    """From now on, until other handlers are set: a process that starts has nothing to save."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, _leave_at_once)
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> None:
+    os._exit(leave(signal.Signals(number).name, process_rank()))
 
 
 def requeue(job: str) -> str:
     """Has the running batch job `job` queued again where that may be; says what became of it."""
     shown = _scontrol("show", "job", "-o", job)
-    state = dict(re.findall(r"(\w+)=(\S*)", shown.stdout))
-    if state.get("JobState") == "CANCELLED":
+    field = dict(re.findall(r"(\w+)=(\S*)", shown.stdout))
+    # A preempted job is RUNNING until its grace is over. One that was cancelled, or queued again by
+    # somebody else, is COMPLETING; so is one whose time is over, which has run as long as it may.
+    ending = field.get("JobState", "RUNNING") not in ("RUNNING", "SUSPENDED", "STOPPED", "TIMEOUT")
+    if ending and _seconds(field["RunTime"]) < _seconds(field["TimeLimit"]):
         return f"job {job} was cancelled, and stays so"
-    if state.get("BatchFlag") == "0":
+    if field.get("BatchFlag") == "0":
         return f"job {job} is interactive: the same command goes on"
     asked = _scontrol("requeue", job)
     if asked.returncode:
         why = asked.stderr.strip() or shown.stderr.strip()
         return f"job {job} is not queued again ({why}): submit it again with --requeue"
     return f"job {job} is queued again"
+
+
+def _seconds(duration: str) -> float:
+    """Of `[days-]hours:minutes:seconds`; anything else, such as UNLIMITED, never ends."""
+    parts = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", duration)
+    if parts is None:
+        return math.inf
+    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def process_rank() -> int:

@@ -4,26 +4,20 @@ A multirun only needs Hydra here, since every job is a process of its own. A run
 while it starts has nothing to save, and leaves like one that has.
 """
 
-import os
-import signal
 import sys
-from types import FrameType
 from typing import Any
 
 import hydra
 
 from experiments import CONFIG_DIR, launcher, names  # noqa: F401 - Hydra knows them by now
-from experiments.cluster import leave, process_rank
-
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+from experiments.cluster import leave_on_signals
 
 
 def main() -> None:
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         sweep()
         return
-    for number in _SIGNALS:
-        signal.signal(number, _leave_at_once)
+    leave_on_signals()
     from experiments.train import main as train
 
     train()
@@ -32,10 +26,6 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
 def sweep(config: Any) -> None:
     raise NotImplementedError("a job of a multirun is a process of its own")
-
-
-def _leave_at_once(number: int, frame: FrameType | None) -> None:
-    os._exit(leave(signal.Signals(number).name, process_rank()))
 
 
 if __name__ == "__main__":

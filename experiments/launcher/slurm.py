@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from experiments.cluster import leave_on_signals
 from experiments.launcher.base import ProcessLauncher
 from experiments.launcher.job import Job, arguments
 
@@ -155,6 +156,7 @@ class RunFrozen:
         self.program = program
 
     def __call__(self, folder: Path) -> None:
+        leave_on_signals()  # in the place of submitit's, which go past SIGTERM
         sys.argv = [self.program, *arguments(folder)]
         import_module(self.program).main()
 

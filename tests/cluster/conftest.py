@@ -5,7 +5,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from getpass import getuser
@@ -73,7 +72,10 @@ class Cluster:
         for node in ("n1", "n2"):
             (self.folder / f"spool-{node}").mkdir()
             self.start_node(node)
-        until(lambda: self.ask("sinfo", "-h", "-p", "low", "-N", "-o", "%T").split() == ["idle"] * 2, 60)
+        until(self.idle, 60)
+
+    def idle(self) -> bool:
+        return self.ask("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split() == ["idle"] * 2
 
     def start_node(self, node: str) -> None:
         self._start(node, "slurmd", "-D", "-N", node)
@@ -85,13 +87,19 @@ class Cluster:
         for daemon in self._daemons.values():
             daemon.wait(30)
 
-    def kill_node(self, node: str) -> None:
-        """As if somebody pulled the plug: the daemon, its steps and all that runs in them."""
-        daemon = self._daemons[node]
-        steps = self.ask("pgrep", "-f", f"slurmstepd: .*", check=False).split()
-        daemon.kill()
-        daemon.wait()
-        return steps
+    def lose_node(self, node: str) -> None:
+        """As if somebody pulled the plug: the daemon and all that runs there are gone at once."""
+        self._daemons[node].kill()
+        self._daemons[node].wait()
+        # The steps' own daemons go first, who would tell of the end of their tasks.
+        for pid in _steps_of(f"{self.folder}/slurm.conf", node):
+            os.kill(pid, signal.SIGKILL)
+        self.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+
+    def find_node(self, node: str) -> None:
+        self.start_node(node)
+        self.ask("scontrol", "update", f"nodename={node}", "state=resume")
+        until(self.idle)
 
     def ask(self, *command: str, check: bool = True) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=check).stdout.strip()
@@ -118,6 +126,22 @@ def until(happens: Callable[[], object], seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+def _steps_of(conf: str, node: str) -> list[int]:
+    """Process ids of all that runs on a node: the daemons of the steps, then their tasks."""
+    tasks, daemons = [], set()
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (path / "environ").read_text(errors="replace").split("\0")
+            parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            continue  # ended since
+        if {f"SLURM_CONF={conf}", f"SLURMD_NODENAME={node}"} <= set(environment):
+            tasks.append(int(path.name))
+            daemons.add(int(parent))
+    stepds = [pid for pid in daemons if "slurmstepd" in Path(f"/proc/{pid}/comm").read_text()]
+    return stepds + tasks
+
+
 def _free_ports(count: int) -> int:
     """The first of so many neighbours."""
     for base in range(20000 + os.getpid() % 20000, 60000, count):
@@ -132,6 +156,11 @@ def _free_ports(count: int) -> int:
             for each in sockets:
                 each.close()
     raise OSError("no free ports")
+
+
+@pytest.fixture(scope="session", name="until")
+def until_fixture() -> Callable[..., None]:
+    return until
 
 
 @pytest.fixture(scope="session")
