@@ -10,6 +10,8 @@ from types import FrameType
 
 logger = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
 
 def leave(reason: str, rank: int) -> int:
     """The exit code of a process that was told to go before it was finished.
@@ -20,6 +22,8 @@ def leave(reason: str, rank: int) -> int:
 
     `reason` goes into the log alone, `rank` is the global one.
     """
+    for number in _SIGNALS:  # a job that is queued again is killed, which is no news
+        signal.signal(number, signal.SIG_IGN)
     job = _slurm_job()
     if job and rank == 0:
         logger.warning("%s: %s", reason, requeue(job))
@@ -30,7 +34,7 @@ def leave(reason: str, rank: int) -> int:
 
 def leave_on_signals() -> None:
     """From now on, until other handlers are set: a process that starts has nothing to save."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in _SIGNALS:
         signal.signal(number, _leave_at_once)
 
 

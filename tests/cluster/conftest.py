@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from getpass import getuser
 from pathlib import Path
 
@@ -81,25 +82,29 @@ class Cluster:
         self._start(node, "slurmd", "-D", "-N", node)
 
     def stop(self) -> None:
-        subprocess.run(["scancel", "--full", "--user", getuser()], capture_output=True)
-        for daemon in reversed(self._daemons.values()):
-            daemon.terminate()
+        for node in ("n1", "n2"):
+            self._kill_steps(node)
         for daemon in self._daemons.values():
-            daemon.wait(30)
+            daemon.kill()
+            daemon.wait()
 
     def lose_node(self, node: str) -> None:
         """As if somebody pulled the plug: the daemon and all that runs there are gone at once."""
         self._daemons[node].kill()
         self._daemons[node].wait()
-        # The steps' own daemons go first, who would tell of the end of their tasks.
-        for pid in _steps_of(f"{self.folder}/slurm.conf", node):
-            os.kill(pid, signal.SIGKILL)
+        self._kill_steps(node)
         self.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
 
     def find_node(self, node: str) -> None:
         self.start_node(node)
         self.ask("scontrol", "update", f"nodename={node}", "state=resume")
         until(self.idle)
+
+    def _kill_steps(self, node: str) -> None:
+        # The steps' own daemons go first, who would tell of the end of their tasks.
+        for pid in _steps_of(f"{self.folder}/slurm.conf", node):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def ask(self, *command: str, check: bool = True) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=check).stdout.strip()
