@@ -187,9 +187,9 @@ def test_the_same_command_again_starts_what_is_not_finished(start, run):
 def test_sweepers_get_the_scores(start, run, tmp_path, monkeypatch):
     end(start("seed=3"))  # one that is there already, and one that is not
     monkeypatch.chdir(tmp_path)
-    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+    with hydra.initialize_config_dir(str(LIGHT / "configs"), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        words = [f"hydra.searchpath=[file://{LIGHT / 'configs'}]", "run_name=${seed}"]
+        words = [f"hydra.searchpath=[file://{CONFIG_DIR}]", "run_name=${seed}"]
         sweep = loader.load_configuration("light", words, RunMode.MULTIRUN)
         launcher = LocalLauncher()
         launcher.program = "light"
@@ -279,7 +279,12 @@ def test_the_exit_code_of_a_preempted_process(environment, rank, code, monkeypat
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert leave("SIGTERM", rank) == code
+    handlers = {number: signal.getsignal(number) for number in signal.Signals}
+    try:
+        assert leave("SIGTERM", rank) == code
+    finally:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, handlers[number])
 
 
 def test_a_run_that_is_told_to_go_while_it_starts_goes(tmp_path):

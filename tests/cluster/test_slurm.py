@@ -20,7 +20,7 @@ def start(cluster, tmp_path, monkeypatch) -> Iterator[Start]:
     """`start(*overrides)`: a multirun of the light program in a directory of the test's own."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{HERE}")
     command = [sys.executable, "-m", "light", "--config-dir", str(HERE / "configs"), "-m"]
-    command += ["hydra.launcher.time=10", "hydra.launcher.poll_s=0.2", "steps=40", "step_s=0.1"]
+    command += ["hydra.launcher.time=10", "hydra.launcher.poll_s=0.2", "steps=20", "step_s=0.1"]
     command += ["run_name=seed${seed}"]
     made: list[subprocess.Popen[str]] = []
 
@@ -42,8 +42,8 @@ def start(cluster, tmp_path, monkeypatch) -> Iterator[Start]:
         process.communicate()
 
 
-def end(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = process.communicate(timeout=120)
+def end(process: subprocess.Popen[str], code: int = 0, limit: float = 120) -> str:
+    output, _ = process.communicate(timeout=limit)
     assert process.returncode == code, output
     return output
 
@@ -70,13 +70,20 @@ def test_preempted_jobs_come_back_and_go_on(cluster, start, until, tmp_path):
     output = end(sweep)
     assert "PENDING (BeginTime)" in output
     for seed, run in enumerate(runs(tmp_path, 2)):
-        assert steps(run) == list(range(40))
+        assert steps(run) == list(range(20))
         assert [each.get("SLURM_RESTART_COUNT") for each in starts(run)] == [None, "1"]
         (job,) = {each["SLURM_ARRAY_JOB_ID"] for each in starts(run)}
         assert f"Requeuing JobId={job}_{seed}" in cluster.log()
 
 
-@pytest.mark.parametrize("name", ["USR1", "USR2", "TERM"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "USR2",
+        pytest.param("USR1", marks=pytest.mark.slow),
+        pytest.param("TERM", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_one_task_of_an_array_queues_that_one_again(
     name, cluster, start, until, tmp_path
 ):
@@ -88,7 +95,7 @@ def test_a_signal_to_one_task_of_an_array_queues_that_one_again(
     cluster.ask("scancel", f"--signal={name}", job)
     end(sweep)
     for run in runs(tmp_path, 2):
-        assert steps(run) == list(range(40))
+        assert steps(run) == list(range(20))
         assert len(starts(run)) == (2 if run == last else 1)
 
 
@@ -147,10 +154,21 @@ def test_jobs_of_a_lost_node_run_on_another(cluster, start, until, tmp_path):
         end(sweep)
     finally:
         cluster.find_node(node)
-    assert sorted(set(steps(run))) == list(range(40))
+    assert sorted(set(steps(run))) == list(range(20))
     nodes = [each["SLURM_NODELIST"] for each in starts(run)]
     assert nodes[0] == node
     assert nodes[1:] == [name for name in ("n1", "n2") if name != node]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before_s", [45, 0])
+def test_a_job_whose_time_is_over_goes_on_in_another(before_s, cluster, start, tmp_path):
+    """By the signal before the end of its minute, and by SIGTERM where that comes too late."""
+    limits = ["hydra.launcher.time=1", f"hydra.launcher.signal_delay_s={before_s}"]
+    end(start("launcher=slurm", *limits, "seed=0", "steps=90", "step_s=1"), limit=240)
+    (run,) = runs(tmp_path, 1)
+    assert steps(run) == list(range(90))
+    assert len(starts(run)) > 1
 
 
 def test_without_waiting_the_ids_are_printed(cluster, start, until, tmp_path):
