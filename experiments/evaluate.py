@@ -16,7 +16,8 @@ from omegaconf import DictConfig
 from experiments import CONFIG_DIR
 from experiments.needles import test_needles
 from experiments.run import build, build_all, plain, print_config, user_errors_in_one_line
-from experiments.rundir import RunDirectory, check_whole
+from experiments.rundir import RunDirectory
+from lightning_modules.checkpoint import newest_whole
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.weights import read_checkpoint
 
@@ -91,11 +92,9 @@ def load(run: Path, rotary: dict[str, Any] | None) -> tuple[VideoLanguageModel, 
     if (run / "config.json").is_file():
         named: dict[str, Any] = {"rotary": rotary} if rotary else {}
         return VideoLanguageModel.from_pretrained(run, **named).eval(), 0
-    path = run / "checkpoints" / "last.ckpt"
-    if not path.exists():
-        raise ValueError(f"no checkpoint in {run}: set run= to a run directory with {path.name}")
-    if path.is_file():
-        check_whole(path)
+    path = newest_whole(run / "checkpoints")
+    if path is None:
+        raise ValueError(f"no checkpoint in {run}: set run= to a run directory with one")
     checkpoint = read_checkpoint(path)
     stages = checkpoint["stages"]
     if rotary and rotary != stages["rotary"]:
