@@ -27,9 +27,16 @@ def leave(reason: str, rank: int) -> int:
     job = _slurm_job()
     if job and rank == 0:
         logger.warning("%s: %s", reason, requeue(job))
-    # Rank 0 is killed as soon as another rank ends with a code that is not 0, by Lightning that has
-    # started it or by srun --kill-on-bad-exit; torchrun goes by the codes of all.
-    return 0 if rank and "TORCHELASTIC_RUN_ID" not in os.environ else os.EX_TEMPFAIL
+    return exit_code(os.EX_TEMPFAIL, rank)
+
+
+def exit_code(code: int, rank: int) -> int:
+    """`code`, or 0 where it would do harm.
+
+    Rank 0 is killed as soon as another rank ends with a code that is not 0, by Lightning that has
+    started it or by srun --kill-on-bad-exit; torchrun goes by the codes of all.
+    """
+    return 0 if rank and "TORCHELASTIC_RUN_ID" not in os.environ else code
 
 
 def leave_on_signals() -> None:

@@ -120,7 +120,7 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
         except (KeyboardInterrupt, SystemExit) as error:
             # Lightning turns a Ctrl-C in training into an exit with 1.
             if isinstance(error, KeyboardInterrupt) or signals.received == "SIGINT":
-                sys.exit(130)
+                sys.exit(cluster.exit_code(130, rank_zero_only.rank))
             raise
         finally:
             wandb.finish(exit_code=failed)
