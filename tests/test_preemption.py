@@ -168,17 +168,23 @@ class Stopping(Tiny):
         super().validation_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize(
-    ("batches", "validations", "step"),
-    [(1, 0, 1), (5, 0, 3), (6, 0, 3), (24, 0, 12), (48, 0, 24), (0, 2, 4), (0, 32, 24)],
+    ("number", "batches", "validations", "step"),
+    [
+        (signal.SIGTERM, 1, 0, 1),
+        (signal.SIGINT, 5, 0, 3),
+        (signal.SIGUSR1, 6, 0, 3),
+        (signal.SIGTERM, 24, 0, 12),
+        (signal.SIGUSR2, 48, 0, 24),
+        (signal.SIGINT, 0, 2, 4),
+        (signal.SIGTERM, 0, 14, 12),
+        (signal.SIGTERM, 0, 32, 24),
+    ],
 )
 def test_the_step_ends_and_the_run_goes_on_from_there(
     number, batches, validations, step, whole, tmp_path, caplog
 ):
     """At either micro-batch of a step, before and within validations, at the end of an epoch."""
-    if number != signal.SIGTERM and batches != 5:
-        pytest.skip("the moment is one matter, the signal another")
     module = Stopping(tmp_path)
     module.number, module.batches, module.validations = number, batches, validations
     before = [signal.getsignal(n) for n in NUMBERS]

@@ -153,15 +153,25 @@ class BestCheckpoint(Checkpoint):
         mode: `min` or `max`.
     """
 
-    def __init__(self, dirpath: str | Path, monitor: str = "val/loss", mode: str = "min"):
+    def __init__(
+        self,
+        dirpath: str | Path,
+        monitor: str = "val/loss",
+        mode: str = "min",
+        filename: str = "best.ckpt",
+    ):
         if mode not in ("min", "max"):
             raise ValueError(f"mode={mode} must be min or max")
-        self.path = Path(dirpath) / "best.ckpt"
+        self.path = Path(dirpath) / filename
         self.monitor, self._sign = monitor, 1 if mode == "max" else -1
         self.best: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = DiskCheckpointIO()
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(monitor=self.monitor)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
