@@ -33,8 +33,11 @@ def main() -> None:
     asking = any(word.startswith("-") and word not in ("-m", "--multirun") for word in typed)
     if not asking and not any(word.startswith("run=") for word in typed):
         sys.exit("error: which run? ropelab-evaluate run=FOLDER")
+    replayed = training_overrides(typed)
+    if typed[: len(replayed)] == replayed:  # a rank that Lightning started gets them with the rest
+        typed = typed[len(replayed) :]
     named = any(word.lstrip("+").startswith(("rotary=", "model.rotary.")) for word in typed)
-    sys.argv[1:] = [*training_overrides(typed), *typed]
+    sys.argv[1:] = [*replayed, *typed]
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="evaluate")
     @user_errors_in_one_line

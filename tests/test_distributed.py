@@ -1,7 +1,11 @@
 """DDP and FSDP2 on CPU ranks take the steps that one process takes."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -301,6 +305,22 @@ def test_a_sharded_run_is_trained_tested_and_evaluated(tiny, compose, run_ranks,
     hashes = run_ranks(2, test_again)
     assert load_run(tmp_path / "again").needle.cells == before.needle.cells
     assert hashes == [sha256(evaluate.load(tmp_path, None)[0])] * 2
+
+
+@pytest.mark.slow
+def test_the_programs_start_their_ranks_and_one_process_finds_the_same(tiny, tmp_path):
+    def program(name, *words):
+        command = [sys.executable, "-m", f"experiments.{name}", *words, "logger=csv"]
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    program("train", *tiny, "trainer=fsdp_sim", "hydra.run.dir=run")
+    program("evaluate", "run=run", "hydra.run.dir=two")
+    program("evaluate", "run=run", "hydra.run.dir=one", "trainer=cpu")
+    run, two, one = (load_run(tmp_path / name).needle.cells for name in ("run", "two", "one"))
+    assert run == two
+    assert [c.correct for c in run["plain"]] == [c.correct for c in one["plain"]]
 
 
 def test_a_sharded_checkpoint_runs_no_code(tmp_path):
