@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 import traceback
 import urllib.request
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 import wandb
+import wandb.sdk.launch  # by every `init`: a second that each forked child would take again
 from lightning.pytorch.utilities import rank_zero_only
 from wandb_server import WandbServer
 
@@ -167,6 +170,20 @@ def test_online_the_server_receives_every_row_once(server, whole, tmp_path):
     assert server.unknown == []
     tables = [body for name, body in server.files.items() if name.endswith(".table.json")]
     assert {json.loads(body)["data"][0][0] for body in tables} == {4, 9, 14, 19}
+
+
+def test_offline_fragments_are_one_run_once_synced(server, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert in_child(partial(train, tmp_path, die_at=(13, "loss"), pause=0.5)) == -signal.SIGKILL
+    assert in_child(partial(train, tmp_path, 10)) == 0
+    monkeypatch.setenv("WANDB_MODE", "online")
+    fragments = sorted(map(str, tmp_path.glob("wandb/offline-run-*")))
+    command = [sys.executable, "-m", "wandb", "sync", *fragments]
+    synced = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert synced.returncode == 0, synced.stderr
+    (run,) = server.runs.values()
+    assert [flat(row) for row in run.rows] == whole
+    assert run.config["choice"]["value"] == {"seed": 0}
 
 
 def test_an_end_that_is_reached_again_is_summed_up_anew(server, tmp_path):
