@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test fuzz check format bench clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -43,6 +43,12 @@ test: export WANDB_MODE := offline
 test: export HF_HUB_OFFLINE := 1
 test: install  ## every test but the slow ones (ARGS="-k rotary" passes options on)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+fuzz: export FUZZ_CASES ?= 2400
+fuzz: export FUZZ_SEED ?= $(shell date +%Y%m%d)
+fuzz: export HF_HUB_OFFLINE := 1
+fuzz: install  ## damaged shards by the thousand, other ones every day (FUZZ_CASES, FUZZ_SEED)
+	$(BIN)/python -m pytest tests/test_fuzz.py -q -s
 
 check: install  ## lint, format, types and import layers: what CI checks
 	$(BIN)/ruff check

@@ -264,6 +264,8 @@ def open_video(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[InputConta
         if not container.streams.video:
             raise BadSampleError("not_a_video", "no picture in it")
         codec = container.streams.video[0].codec_context
+        if codec is None:
+            raise BadSampleError("video_unreadable", "a codec that is not known")
         if codec.width * codec.height > max_pixels:
             size = f"{codec.width} x {codec.height}"
             raise BadSampleError("video_too_large", f"{size}, the limit is {max_pixels} pixels")

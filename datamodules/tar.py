@@ -46,8 +46,7 @@ class StrictTarInfo(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "StrictTarInfo":
         info = super().frombuf(buf, encoding, errors)
-        if info.size < 0:  # would send the reader backwards for ever
-            raise tarfile.InvalidHeaderError("negative size")  # pyright: ignore
+        _check_size(info)
         if info.type in _EXTENSIONS and info.size > _LARGEST_EXTENSION:
             raise tarfile.InvalidHeaderError("an absurdly long name")  # pyright: ignore
         return info
@@ -61,8 +60,7 @@ class StrictTarInfo(tarfile.TarInfo):
             if depth > _MOST_EXTENSIONS:
                 raise tarfile.InvalidHeaderError("a chain of long names")  # pyright: ignore
             info = super().fromtarfile(tarfile_)
-            if info.size < 0:  # as attributes may say otherwise than the header itself
-                raise tarfile.InvalidHeaderError("negative size")  # pyright: ignore
+            _check_size(info)  # again, as attributes may say otherwise than the header itself
             return info
         except tarfile.EOFHeaderError:  # pyright: ignore - the regular end: a block of zeros
             raise
@@ -75,6 +73,12 @@ class StrictTarInfo(tarfile.TarInfo):
             raise BadSampleError(reason, f"{error} at byte {tarfile_.offset}") from None
         finally:
             tarfile_.extensions = depth  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _check_size(info: tarfile.TarInfo) -> None:
+    """A negative size would send the reader backwards for ever, a huge one beyond any file."""
+    if not 0 <= info.size < 1 << 60:
+        raise tarfile.InvalidHeaderError(f"a size of {info.size}")  # pyright: ignore
 
 
 def sample_offsets(file: TarBytes) -> tuple[list[int], BadSampleError | None]:
@@ -174,10 +178,10 @@ def _go_back(file: TarBytes, data: bytes) -> None:
 
 def _is_header(block: bytes) -> bool:
     try:
-        StrictTarInfo.frombuf(block, "utf-8", "surrogateescape")
+        # A header that slid into the zeros before it keeps its checksum, but not its name.
+        return StrictTarInfo.frombuf(block, "utf-8", "surrogateescape").name != ""
     except (tarfile.HeaderError, ValueError):
         return False
-    return True
 
 
 def _only_zeros(file: Any) -> bool:

@@ -1,6 +1,7 @@
 """Frames: which are chosen, that jumps change nothing, and what is refused."""
 
 import io
+import resource
 import struct
 import zlib
 
@@ -177,3 +178,32 @@ def test_images():
     shown = reader.image(file.getvalue())[0, 0]
     assert shown[8, 14] > 250  # white at the right
     assert shown[8, 1] < 5
+
+
+def test_metadata_that_cannot_be_read_cost_no_picture():
+    """Titles in an old encoding, and an Exif block of noise."""
+    titled = io.BytesIO()
+    with av.open(io.BytesIO(ramp_video(12)), "r") as source, av.open(titled, "w", "mp4") as target:
+        target.metadata["title"] = "TITLE"
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    data = titled.getvalue()
+    assert data.count(b"TITLE") == 1
+    reader = FrameReader(16, UniformSampler(4))
+    old = reader.video(data.replace(b"TITLE", b"T\xecTL\xe9"))
+    assert (old == reader.video(data)).all()
+    noisy = jpeg(exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xa5" * 99)
+    assert (reader.image(noisy) == reader.image(jpeg())).all()
+
+
+def test_the_memory_limit_ends_with_the_visual():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    reader = FrameReader(16, UniformSampler(4))
+    reader.video(ramp_video(12))
+    for data in (b"no video", ramp_video(30)[:900]):
+        assert reason_of(reader.video, data) == "video_unreadable"
+    reader.image(jpeg())
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
