@@ -97,7 +97,7 @@ def sample_offsets(file: TarBytes) -> tuple[list[int], BadSampleError | None]:
         except BadSampleError as error:
             found = _next_header(file, walk.payload)
             if found == walk.end:  # whole, but not what it announces
-                found = _next_header(file, found + 1)
+                found = _next_header(file, walk.end + 1)
             if found is None:
                 fault = fault or error
                 break
