@@ -6,6 +6,7 @@ Kept by chunk and never by sample, so that a place is found fast in a set of any
 import copy
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -206,8 +207,7 @@ class ShuffledOrder(FileOrder):
 
     def locate(self, stream: int, row: int) -> tuple[int, int]:
         block, width = self._block(row)
-        seed = [self._seed, self.part, self.number, stream, block]
-        shuffled = np.random.RandomState(seed).permutation(width)
+        shuffled = _shuffle((self._seed, self.part, self.number, stream, block), width)
         first = stream * self.stream_length + block * self._window
         return self._at(first + int(shuffled[row % self._window]))
 
@@ -219,6 +219,11 @@ class ShuffledOrder(FileOrder):
     def _block(self, row: int) -> tuple[int, int]:
         block = row // self._window
         return block, min(self._window, self.stream_length - block * self._window)
+
+
+@lru_cache(maxsize=1024)  # a stream comes back to its window after all others
+def _shuffle(seed: tuple[int, ...], width: int) -> np.ndarray:
+    return np.random.RandomState(seed).permutation(width)
 
 
 def _chunk_sizes(manifest: Manifest, chunk: int) -> np.ndarray:

@@ -30,6 +30,7 @@ from experiments.launcher.job import FROZEN
 from experiments.report_data import leaves, read_curves
 from experiments.run import plain
 from lightning_modules.checkpoint import newest_whole
+from lightning_modules.heartbeat import read_status
 
 #: What a finished run must agree in with a run that is asked for, to stand for it,
 _MADE_OF = ("model", "data", "optim", "trainer", "seed", "test")
@@ -76,6 +77,7 @@ class RunDirectory:
     def __init__(self, config: DictConfig):
         self.path = Path(config.paths.run)
         self._started = time.monotonic()
+        self._wall_before = 0.0
         self._config: dict[str, Any] = plain(config)
         self._former = None
         if rank_zero_only.rank:
@@ -84,6 +86,7 @@ class RunDirectory:
         lock.take(self.path)
         if not config.resume:
             self._clear()
+        self._wall_before = float(read_status(self.path / "status.json").get("wall_s", 0.0))
         self._former = self._read_former()
         write_whole(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         write_whole(self.path / "command.txt", typed_command() + "\n")
@@ -122,7 +125,8 @@ class RunDirectory:
             "steps": steps,
             **facts,
             "metrics": metrics if score is None else metrics | {"score": score},
-            "wall_s": round(time.monotonic() - self._started, 1),
+            # of all starts; what a kill took is known to the last sign of life
+            "wall_s": round(self._wall_before + time.monotonic() - self._started, 1),
             **read_versions(),
         }
         write_whole(self.path / "done.json", json.dumps(done, indent=1))

@@ -17,20 +17,23 @@ class Heartbeat(Callback):
 
     `state` is `training`, `validating`, `testing`, `trained`, `tested`, `stopped` or `failed`, and
     the last two have a `reason`; `step` of `total_steps` optimizer steps (null where training is
-    endless), `time` of writing in seconds since 1970, `starts` of the run, `metrics` as last
-    logged. A process that was killed leaves the state that it was in. Rank 0 alone writes, and
-    without a disk it only warns.
+    endless), `time` of writing in seconds since 1970, `starts` of the run, `wall_s` of all of
+    them, `metrics` as last logged. A process that was killed leaves the state that it was in.
+    Rank 0 alone writes, and without a disk it only warns.
     """
 
     def __init__(self, folder: str | Path, every_s: float = 10.0):
         self.path, self.every_s = Path(folder) / "status.json", every_s
         self._written, self._starts = -math.inf, 0
+        self._began, self._wall_before = time.monotonic(), 0.0
         self._total: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = trainer.estimated_stepping_batches
         self._total = int(total) if math.isfinite(total) else None
-        self._starts = self._count_starts() + 1
+        before = read_status(self.path)
+        self._starts = int(before.get("starts", 0)) + 1
+        self._wall_before = float(before.get("wall_s", 0.0))
         self._beat(trainer, "training", now=True)
 
     def on_train_batch_end(
@@ -69,6 +72,7 @@ class Heartbeat(Callback):
             "total_steps": self._total,
             "time": time.time(),
             "starts": self._starts,
+            "wall_s": round(self._wall_before + self._written - self._began, 1),
             "metrics": {k: v for k, v in metrics.items() if math.isfinite(v)},
             **more,
         }
@@ -82,8 +86,10 @@ class Heartbeat(Callback):
     def _due(self) -> bool:
         return time.monotonic() - self._written >= self.every_s
 
-    def _count_starts(self) -> int:
-        try:
-            return int(json.loads(self.path.read_text())["starts"])
-        except (OSError, ValueError, KeyError):  # none yet, or one that the disk lost
-            return 0
+
+def read_status(path: Path) -> dict[str, Any]:
+    """Empty where there is none yet, or one that the disk lost."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
