@@ -1,6 +1,8 @@
 """FSDP2: every rank keeps a piece of each weight, gradient and moment."""
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -26,6 +28,14 @@ class ShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        if Path(checkpoint_path).is_file():
+            raise ValueError(
+                f"{checkpoint_path} was saved as one file: go on with trainer=ddp or a single "
+                "process, on any number of ranks, or start anew with resume=false"
+            )
+        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:

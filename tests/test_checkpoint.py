@@ -16,6 +16,8 @@ from tiny_run import BATCHES, Ranks, Tiny, read_checkpoint, read_metrics, read_s
 from lightning_modules.checkpoint import BestCheckpoint, newest_whole
 from lightning_modules.checkpoint.position import rescale
 from lightning_modules.checkpoint.whole import MARKER, publish, remove_leftovers, what_is_wrong
+from lightning_modules.checkpoint.write import DiskCheckpointIO
+from lightning_modules.sharding import ShardedStrategy
 
 
 def write(path: Path, step: int = 1) -> Path:
@@ -395,3 +397,12 @@ def test_a_full_disk_leaves_what_was_saved(sharded, tmp_path):
         check_full(again, before, "5 MB")
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_the_other_kind_of_checkpoint_is_refused_in_a_line_that_says_what_reads_it(tmp_path):
+    (tmp_path / "shards.ckpt").mkdir()
+    (tmp_path / "one.ckpt").touch()
+    with pytest.raises(ValueError, match="saved in shards: go on with trainer=fsdp"):
+        DiskCheckpointIO().load_checkpoint(tmp_path / "shards.ckpt")
+    with pytest.raises(ValueError, match="saved as one file: go on with trainer=ddp"):
+        ShardedStrategy().load_checkpoint(tmp_path / "one.ckpt")

@@ -30,6 +30,14 @@ class DiskCheckpointIO(TorchCheckpointIO):
             file.flush()
             os.fsync(file.fileno())
 
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if Path(path).is_dir():
+            raise ValueError(
+                f"{path} was saved in shards: go on with trainer=fsdp or trainer=fsdp_sim, on any "
+                "number of ranks (trainer.devices=1), or start anew with resume=false"
+            )
+        return super().load_checkpoint(path, *args, **kwargs)
+
 
 def save_whole(
     trainer: Trainer, target: Path, previous: Path | None = None, weights_only: bool = False
