@@ -1,11 +1,12 @@
 """What the programs share: a composed config in, its objects out."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import rich
 import wandb
@@ -105,7 +106,17 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
                 score = main(config)
             failed = 0
             return score
-        except (ValueError, OSError, BadSampleError, OmegaConfBaseException) as error:
+        except Preempted as stop:
+            _leave(stop.reason)
+        except KeyboardInterrupt:
+            sys.exit(cluster.exit_code(130, rank_zero_only.rank))
+        except Exception as error:
+            if signals.received not in (None, "SIGINT"):
+                # A scheduler tells all processes of a job, and W&B's own may go first.
+                logger.warning("after %s: %r", signals.received, error)
+                _leave(signals.received)
+            if not isinstance(error, (ValueError, OSError, BadSampleError, OmegaConfBaseException)):
+                raise
             logger.debug("where it came from", exc_info=True)
             line = f"error: {str(error).strip().splitlines()[0]}"
             if isinstance(error, MissingMandatoryValue):
@@ -114,15 +125,22 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
                 logger.error(line)
                 raise CompactHydraException(line) from None
             sys.exit(line if not rank_zero_only.rank else 1)
-        except Preempted as stop:
-            finish_wandb(75, preempted=True)
-            sys.exit(cluster.leave(stop.reason, rank_zero_only.rank))
-        except (KeyboardInterrupt, SystemExit) as error:
-            # Lightning turns a Ctrl-C in training into an exit with 1.
-            if isinstance(error, KeyboardInterrupt) or signals.received == "SIGINT":
-                sys.exit(cluster.exit_code(130, rank_zero_only.rank))
-            raise
         finally:
-            wandb.finish(exit_code=failed)
+            if wandb.run is not None:
+                _finish_wandb(failed)
 
     return guarded
+
+
+def _leave(reason: str) -> NoReturn:
+    _finish_wandb(os.EX_TEMPFAIL, preempted=True)  # before the scheduler is asked, who then kills
+    sys.exit(cluster.leave(reason, rank_zero_only.rank))
+
+
+def _finish_wandb(exit_code: int, preempted: bool = False) -> None:
+    try:
+        finish_wandb(exit_code, preempted)
+    except (OSError, wandb.Error) as error:
+        if signals.received is None:
+            raise
+        logger.warning("W&B has gone before: %r", error)

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from wandb.errors import AuthenticationError, CommError, UsageError
 
+from lightning_modules.preemption import signals
 from lightning_modules.wandb_history import TRAINER_STEP, find_fragments, read_metrics, read_rows
 
 logger = logging.getLogger(__name__)
@@ -170,10 +171,16 @@ class ResumableWandbLogger(WandbLogger):
             # Offline, W&B starts at 0 unless told; and a row that is only told of is a row.
             run.log({}, step=self._next, commit=False)
             self._next = 0
-        if len(_numbers(metrics)) == len(metrics):
-            super().log_metrics(metrics, step)
-        else:
-            self._log_media(metrics, step)
+        try:
+            if len(_numbers(metrics)) == len(metrics):
+                super().log_metrics(metrics, step)
+            else:
+                self._log_media(metrics, step)
+        except OSError as error:
+            # A scheduler tells W&B's own process to go as well. The resumed run makes up for it.
+            if signals.received is None:
+                raise
+            logger.warning("W&B has gone before: %r", error)
 
     def _log_media(self, metrics: Mapping[str, Any], step: int | None) -> None:
         """A table asks the server, and fails where that does not answer: it waits for the next."""

@@ -285,7 +285,7 @@ def test_sharded_ranks_generate_though_one_has_no_visual_and_one_ends_early(
 
 def test_a_sharded_run_is_trained_tested_and_evaluated(tiny, compose, run_ranks, tmp_path):
     """The program's own main, its callbacks and its test; then the test of what it has saved."""
-    words = [*tiny, "logger=csv", "trainer=fsdp_sim"]
+    words = [*tiny, "logger=csv", "trainer=fsdp_sim", "data.batch_size=2"]
 
     def run(rank):
         train.main.__wrapped__(compose(words, tmp_path))

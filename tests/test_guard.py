@@ -8,7 +8,6 @@ from lightning import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datamodules.haystack import HaystackDataModule
 from lightning_modules.callbacks import without_folder
 from lightning_modules.guard import NonFiniteGuard
 from lightning_modules.randomness import SeedByPosition
@@ -170,8 +169,11 @@ def weights(folder):
 
 def test_dropout_and_audit_of_a_killed_run(run_train, tmp_path, monkeypatch):
     """What was written of steps behind the checkpoint goes, a torn line too."""
-    monkeypatch.setattr(HaystackDataModule, "audit", True, raising=False)
-    options = ["+model.llm.config.attention_dropout=0.3", "callbacks.checkpoint.every_n_steps=5"]
+    options = [
+        "data.audit=true",
+        "+model.llm.config.attention_dropout=0.3",
+        "callbacks.checkpoint.every_n_steps=5",
+    ]
     options += ["test=false", "callbacks.generations=null"]
     run_train(tmp_path / "whole", *options)
 

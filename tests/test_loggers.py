@@ -33,6 +33,7 @@ VOLATILE = ("_runtime", "_timestamp", "artifact_path", ".path", ".filenames")
 
 def in_child(act: Callable[[], None]) -> int:
     """Runs `act` in a forked process, which may kill itself; its exit status or minus a signal."""
+    wandb.teardown()  # what another test has left of it does not survive a fork
     pid = os.fork()
     if pid == 0:
         code = 1

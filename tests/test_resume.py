@@ -1,5 +1,6 @@
 """A run that is killed, whenever and however, ends in what it would have ended in."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from lightning_modules.weights import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60
@@ -56,7 +59,8 @@ def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
 
 
 def kill(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
@@ -106,25 +110,37 @@ def test_kill_9_at_random_moments(moments, whole, tmp_path):
     assert samples(folder) == samples(whole)
 
 
-def test_a_killed_rank_and_a_resume_on_more_and_fewer(whole, tmp_path):
-    """2 ranks, one of them killed; then 4, killed too; then 1 to the end."""
+@pytest.mark.parametrize("trainer", ["ddp_sim", pytest.param("fsdp_sim", marks=pytest.mark.slow)])
+def test_a_killed_rank_and_a_resume_on_more_and_fewer(trainer, whole, tmp_path):
+    """One of 2 ranks is killed, then one of 4; then one process goes on to the end."""
     folder = tmp_path / "run"
     for devices, step in ((2, 12), (4, 33)):
-        process = start(folder, "trainer=ddp_sim", f"trainer.devices={devices}")
+        process = start(folder, f"trainer={trainer}", f"trainer.devices={devices}")
         wait_for_step(folder, process, step)
+        os.kill(child(process, f"train_ddp_process_{devices - 1}"), signal.SIGKILL)
+        shown = process.communicate(timeout=120)[0]  # the others end by themselves
+        assert process.returncode != 0, shown
         kill(process)
-    finish(folder)
+    finish(folder, *(["trainer=fsdp_sim", "trainer.devices=1"] if trainer == "fsdp_sim" else []))
     assert samples(folder) == samples(whole)
     assert distance(folder, whole) < 1e-6
 
 
+def child(process: subprocess.Popen, name: str) -> int:
+    """The rank that Lightning has started with this name."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        command = path.read_bytes()
+        if f"hydra.job.name={name}".encode() in command and os.getpgid(int(path.parent.name)) == (
+            process.pid
+        ):
+            return int(path.parent.name)
+    raise AssertionError(f"no {name}")
+
+
 def distance(a: Path, b: Path) -> float:
     """Largest difference of any weight."""
-    import torch
-
     first, second = (
-        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for folder in (a, b)
+        read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (a, b)
     )
     assert first.keys() == second.keys()
     return max((first[name] - second[name]).abs().max().item() for name in first)
