@@ -228,9 +228,11 @@ class PipeFile(Source):
         )
         assert process.stdout is not None
         patience = Patience(self._timeout_s)
+        arrival = select.poll()  # select() ends at 1024 open files
+        arrival.register(process.stdout, select.POLLIN)
         while True:
             began = time.monotonic()
-            if not select.select([process.stdout], [], [], self._timeout_s)[0]:
+            if not arrival.poll(1000 * self._timeout_s):
                 self.close()
                 raise patience.lost()
             if not (piece := os.read(process.stdout.fileno(), _PIECE)):

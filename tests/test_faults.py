@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import struct
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from datamodules.frames import FrameReader, UniformSampler, check_image
 from datamodules.index import read_manifest
 from datamodules.instruct import decode_sample
 from datamodules.order import ShuffledOrder, StreamOptions
-from datamodules.source import LocalFile
+from datamodules.source import LocalFile, PipeFile
 from datamodules.stream import EpochStream, Faults, StreamLoader
 from datamodules.synthetic import draw_frames, encode_image, make_sample
 from datamodules.tar import untar_sample
@@ -480,3 +481,19 @@ def test_an_image_bomb_has_its_reason():
         with pytest.raises(BadSampleError) as caught:
             check_image(data)
         assert caught.value.reason == "image_too_large"
+
+
+def test_a_pipe_is_read_though_a_thousand_files_are_open(tmp_path):
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(256)))
+    former = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, former[1]), former[1]))
+    descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    pipe = PipeFile(f"cat {path}", timeout_s=5.0)
+    try:
+        assert pipe.read(10, 20) == bytes(range(10, 20))
+    finally:
+        pipe.close()
+        for descriptor in descriptors:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, former)

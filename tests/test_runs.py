@@ -81,7 +81,8 @@ def states(*roots: Path) -> dict[str, str]:
     return {run.folder.name: run.state for run in read_runs(roots)}
 
 
-def test_every_state_is_told_apart(tmp_path, hold):
+def test_every_state_is_told_apart(tmp_path, hold, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", "none")  # of the cluster that other tests have started
     make_run(tmp_path / "done", status={"state": "trained"}, done={})
     make_run(tmp_path / "running", status={"state": "training"})
     make_run(tmp_path / "stale", status={"state": "training", "time": time.time() - 3600})
