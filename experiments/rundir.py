@@ -88,6 +88,9 @@ class RunDirectory:
             self._clear()
         self._wall_before = float(read_status(self.path / "status.json").get("wall_s", 0.0))
         self._former = self._read_former()
+        if self._former is not None and _differences(self._former, self._config):
+            # It is of what was asked for before; a kill from here on must not leave it to this.
+            (self.path / "done.json").unlink(missing_ok=True)
         write_whole(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         write_whole(self.path / "command.txt", typed_command() + "\n")
         write_whole(self.path / "versions.json", json.dumps(read_versions(), indent=1))

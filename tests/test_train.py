@@ -107,6 +107,17 @@ def test_a_finished_run_with_another_grid_is_tested_again(whole, run_train, tmp_
     torch.testing.assert_close(weights(folder), weights(whole), rtol=0, atol=0)
 
 
+def test_a_killed_second_test_is_not_taken_for_the_first(whole, run_train, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    subprocess.run(["cp", "-r", whole, folder], check=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(HaystackDataModule, "setup", None)  # dies before the test
+        with pytest.raises(TypeError):
+            run_train(folder, "data.grid.needles=3")
+    run_train(folder, "data.grid.needles=3")
+    assert {c.needle for c in load_run(folder).needle.cells["plain"]} == {0, 1, 2}
+
+
 @pytest.mark.parametrize(("batches", "killed_at"), [(1, 7), (2, 7), (3, 11)])
 def test_a_killed_run_goes_on_to_the_same_end(batches, killed_at, run_train, tmp_path, at_batch):
     options = [f"data.global_batch_size={4 * batches}", "callbacks.checkpoint.every_n_steps=2"]
