@@ -24,7 +24,8 @@ def submit(cluster, tiny, monkeypatch):
         "GLOO_SOCKET_IFNAME": "lo",
     }.items():
         monkeypatch.setenv(name, value)
-    options = ["trainer=ddp_sim", "data.training.samples=320", "test=false"]
+    options = ["trainer=ddp_sim", "data.global_batch_size=8", "data.training.samples=320"]
+    options += ["test=false"]
     command = ["python", "-m", "experiments.start", *tiny, *options]
     quoted = " ".join(f"'{word}'" for word in command)
 
