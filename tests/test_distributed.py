@@ -315,7 +315,7 @@ def test_the_programs_start_their_ranks_and_one_process_finds_the_same(tiny, tmp
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    program("train", *tiny, "trainer=fsdp_sim", "hydra.run.dir=run")
+    program("train", *tiny, "trainer=fsdp_sim", "data.batch_size=2", "hydra.run.dir=run")
     program("evaluate", "run=run", "hydra.run.dir=two")
     program("evaluate", "run=run", "hydra.run.dir=one", "trainer=cpu")
     run, two, one = (load_run(tmp_path / name).needle.cells for name in ("run", "two", "one"))
