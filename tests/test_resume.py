@@ -22,10 +22,12 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
     """`ropelab-train experiment=resume_probe` as a process group of its own."""
     command = [sys.executable, "-m", "experiments.train", "experiment=resume_probe"]
     quiet = ["print_config=false", "callbacks.progress=null", "+trainer.enable_progress_bar=false"]
+    # Not the W&B process of other tests, in which the id of a killed run would stay in use.
+    env = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     return subprocess.Popen(
         [*command, *quiet, f"hydra.run.dir={folder}", *overrides],
         cwd=folder.parent,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
