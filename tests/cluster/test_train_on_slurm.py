@@ -1,6 +1,7 @@
 """ropelab-train itself as a batch job of two ranks."""
 
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def submit(cluster, tiny, monkeypatch):
         monkeypatch.setenv(name, value)
     options = ["trainer=ddp_sim", "data.global_batch_size=8", "data.training.samples=320"]
     options += ["test=false"]
-    command = ["python", "-m", "experiments.start", *tiny, *options]
+    command = [sys.executable, "-m", "experiments.start", *tiny, *options]
     quoted = " ".join(f"'{word}'" for word in command)
 
     def begin(folder: Path, partition: str) -> str:
