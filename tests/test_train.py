@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from datamodules.haystack import HaystackDataModule
+from experiments import train
 from experiments.report_data import load_run
 from lightning_modules.preemption import Preempted, signals
 from lightning_modules.video_llm import VideoLLMModule
@@ -110,9 +111,13 @@ def test_a_finished_run_with_another_grid_is_tested_again(whole, run_train, tmp_
 def test_a_killed_second_test_is_not_taken_for_the_first(whole, run_train, tmp_path, monkeypatch):
     folder = tmp_path / "copy"
     subprocess.run(["cp", "-r", whole, folder], check=True)
+
+    def die(*arguments):
+        raise RuntimeError("killed")
+
     with monkeypatch.context() as patch:
-        patch.setattr(HaystackDataModule, "setup", None)  # dies before the test
-        with pytest.raises(TypeError):
+        patch.setattr(train, "test_needles", die)
+        with pytest.raises(RuntimeError, match="killed"):
             run_train(folder, "data.grid.needles=3")
     run_train(folder, "data.grid.needles=3")
     assert {c.needle for c in load_run(folder).needle.cells["plain"]} == {0, 1, 2}
