@@ -6,7 +6,7 @@ ropelab-train -m experiment=vniah_d_tiny rotary=vanilla,tad,mrope,videorope seed
 
 import hydra
 import lightning
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import CONFIG_DIR
 from experiments.needles import test_needles
@@ -59,7 +59,7 @@ def main(config: DictConfig) -> float | None:
     if config.test:
         score = test_needles(config, trainer, module.network, datamodule, steps)
     samples, digest = steps * datamodule.global_batch_size, weights.sha256(module.network)
-    if config.callbacks.checkpoint:  # a debugging run keeps nothing
+    if OmegaConf.select(config, "callbacks.checkpoint"):  # a debugging run keeps nothing
         folder.finish(steps, score, samples=samples, weights_sha256=digest)
     return score
 
