@@ -36,7 +36,8 @@ $(VENV)/.installed: pyproject.toml
 
 demo: install  ## train four rotary schemes on real video, test them on V-NIAH-D, write the report
 	$(BIN)/ropelab-shards demo data/vniah
-	$(BIN)/ropelab-train -m experiment=vniah_d_tiny rotary=$(SCHEMES)
+	OMP_NUM_THREADS=1 $(BIN)/ropelab-train -m experiment=vniah_d_tiny rotary=$(SCHEMES) \
+		launcher=local_parallel hydra.launcher.n_jobs=$$(getconf _NPROCESSORS_ONLN)
 	$(BIN)/ropelab-report runs/vniah_d_tiny
 
 test: export WANDB_MODE := offline
