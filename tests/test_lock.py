@@ -67,6 +67,7 @@ def test_looking_does_not_keep_a_run_from_starting(tmp_path):
             lock.take(tmp_path)
             held = os.open(tmp_path / "run.lock", os.O_RDONLY)
             os.close(held)  # closing any of its files ends a process's lock
+        assert looking.poll() is None
     finally:
         looking.kill()
         looking.wait()
