@@ -4,7 +4,7 @@ config.yaml  command.txt  versions.json     what runs
 .hydra/                                     what was overridden, and the option of every group
 run.lock                                    held by the process that trains here
 checkpoints/last.ckpt  run_id               what a resumed run goes on from
-metrics.csv  generations.jsonl  wandb/      what was seen
+metrics.csv  tables.jsonl  wandb/  …        what was seen
 needle.json  needle.png  done.json          what came out; done.json is the last file written
 """
 
@@ -61,6 +61,7 @@ _LEFTOVERS = (
     "run_id",
     "samples.jsonl",
     "status.json",
+    "tables.jsonl",
     "wandb",
 )
 

@@ -3,7 +3,6 @@
 import csv
 import logging
 import secrets
-import time
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,15 @@ from torch import Tensor
 from wandb.errors import AuthenticationError, CommError, UsageError
 
 from lightning_modules.preemption import signals
-from lightning_modules.wandb_history import TRAINER_STEP, find_fragments, read_metrics, read_rows
+from lightning_modules.wandb_history import (
+    TRAINER_STEP,
+    Table,
+    append_table,
+    find_fragments,
+    read_metrics,
+    read_rows,
+    read_tables,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +109,7 @@ class ResumableWandbLogger(WandbLogger):
     steps are taken again after an interruption. What counts as stored is what lies on the disk,
     so a resumed run first makes up for what a kill has lost: online, rows that the server has not
     received, those of offline fragments included; and the last rows before the kill, which
-    `metrics.csv` in `save_dir` still has.
+    `metrics.csv` and `tables.jsonl` in `save_dir` still have.
 
     Args:
         best: of metrics, which end of the run the summary keeps: `min` or `max`, as `name.min`.
@@ -182,6 +189,20 @@ class ResumableWandbLogger(WandbLogger):
                 raise
             logger.warning("W&B has gone before: %r", error)
 
+    @rank_zero_only
+    def log_table(
+        self,
+        key: str,
+        columns: list[str] | None = None,
+        data: list[list[Any]] | None = None,
+        dataframe: Any = None,
+        step: int | None = None,
+    ) -> None:
+        """Keeps a copy in `tables.jsonl` first: W&B writes its own when it finds the time."""
+        if columns is not None and data is not None and step is not None:
+            append_table(self._folder, Table(key, columns, data, step))
+        super().log_table(key, columns, data, dataframe, step)
+
     def _log_media(self, metrics: Mapping[str, Any], step: int | None) -> None:
         """A table asks the server, and fails where that does not answer: it waits for the next."""
         self._waiting.append((metrics, step))
@@ -192,7 +213,6 @@ class ResumableWandbLogger(WandbLogger):
         except CommError as error:
             reason = str(error).splitlines()[0]
             logger.warning("W&B does not answer, %d tables wait: %s", len(self._waiting), reason)
-        time.sleep(3 * _FLUSH_S)  # media have no second copy in metrics.csv
 
     def _begin(self) -> Any:
         """The run of W&B, offline where the server does not answer.
@@ -225,8 +245,13 @@ class ResumableWandbLogger(WandbLogger):
         for step, row in sorted(unsent.items()):
             run.log(row.as_logged(), step=step)
         self._next = max(last + 1, run.starting_step)
-        for step, metrics in read_metrics(self._folder / "metrics.csv"):
-            self.log_metrics(metrics, step)
+        rows: list[tuple[int, Any]] = list(read_metrics(self._folder / "metrics.csv"))
+        rows += [(table.step, table) for table in read_tables(self._folder)]
+        for step, row in sorted(rows, key=lambda row: row[0]):
+            if isinstance(row, Table):
+                super().log_table(row.key, row.columns, row.data, step=step)
+            else:
+                self.log_metrics(row, step)
         self._ends = dict(self._stored)
 
     def _note(self, metrics: Iterable[str], step: int) -> None:

@@ -9,11 +9,12 @@ than a second each, and tell the server of it.
 import csv
 import json
 import logging
+import os
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import wandb
 from wandb.util import get_core_path
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 #: What W&B's rows are plotted over, as Lightning names it.
 TRAINER_STEP = "trainer/global_step"
+
+#: Copies of the tables that were logged, a line each; numbers have theirs in `metrics.csv`.
+_TABLES = "tables.jsonl"
 
 
 @dataclass(frozen=True)
@@ -104,3 +108,36 @@ def read_metrics(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
                 if row.get("step"):
                     step = int(float(row.pop("step")))
                     yield step, {key: float(text) for key, text in row.items() if text}
+
+
+class Table(NamedTuple):
+    """A table as it was logged."""
+
+    key: str
+    columns: list[str]
+    data: list[list[Any]]
+    step: int
+
+
+def append_table(folder: Path, table: Table) -> None:
+    """Beyond what a kill of this process can take when it returns."""
+    with open(folder / _TABLES, "ab") as file:
+        if file.tell() and not _ends_whole(folder / _TABLES):
+            file.write(b"\n")  # behind what a kill has torn
+        file.write(json.dumps(table._asdict()).encode() + b"\n")
+
+
+def _ends_whole(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+def read_tables(folder: Path) -> Iterator[Table]:
+    """Every table that is whole, in the order in which they were logged."""
+    if (folder / _TABLES).is_file():
+        for line in (folder / _TABLES).read_bytes().splitlines():
+            try:
+                yield Table(**json.loads(line))
+            except (ValueError, TypeError):
+                logger.debug("a kill has torn a table in %s", folder / _TABLES)
