@@ -1,0 +1,76 @@
+"""What every stage of training shares: the network, when it is built, and its optimizer."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import torch
+from lightning import LightningModule
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_modules.sharding import shard
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class TrainingModule(LightningModule, Generic[Network]):
+    """Builds one network from the specs of its stages, and optimises what of it is trained.
+
+    Args:
+        model: `encoder`, `pooler`, `rotary` and `llm`, a spec each; built in `configure_model`.
+        optimizer: takes parameters.
+        scheduler: takes the optimizer and the steps of the whole training; one step a batch.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        optimizer: Callable[[Any], Optimizer],
+        scheduler: Callable[[Optimizer, int], Any] | None = None,
+    ):
+        super().__init__()
+        self.spec = {stage: dict(spec) for stage, spec in model.items()}
+        self._make_optimizer, self._make_scheduler = optimizer, scheduler
+        self.model: Network | None = None
+
+    @abstractmethod
+    def build(self) -> Network:
+        """A new network of `spec`, on whatever device and with whatever dtype torch is set to."""
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The units of the network to shard, in the order in which they run."""
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = self.build()
+        if self.device_mesh is not None:
+            shard(self.model, self.blocks(), self.device_mesh["data_parallel"])
+
+    def check(self) -> None:
+        """Finds mistakes in the stages on the meta device, before weights or data are read.
+
+        Raises:
+            ValueError: names the stage and what to change. A stage with a `source` is left out.
+        """
+        if not any(spec.get("source") for spec in self.spec.values()):
+            with torch.device("meta"):
+                self.build()
+
+    @property
+    def network(self) -> Network:
+        """The model, once it is there."""
+        if self.model is None:
+            self.configure_model()
+        assert self.model is not None
+        return self.model
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = self._make_optimizer(trained)
+        if self._make_scheduler is None:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = {"scheduler": self._make_scheduler(optimizer, steps), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
