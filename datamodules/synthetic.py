@@ -21,6 +21,7 @@ _COLORS = {
     "blue": (50, 80, 220),
     "yellow": (230, 210, 50),
 }
+_KINDS = ("video", "images", "video", "text")
 
 
 def draw_frames(seed: int, num_frames: int, size: int = 64) -> tuple[list[Image.Image], str, int]:
@@ -61,17 +62,22 @@ def encode_image(frame: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def make_sample(seed: int, num_frames: int = 12, size: int = 64) -> dict[str, Any]:
-    """Members of one sample by suffix; in turn a video, two images, and text alone."""
+def make_sample(
+    seed: int, num_frames: int = 12, size: int = 64, kinds: Sequence[str] = _KINDS
+) -> dict[str, Any]:
+    """Members of one sample by suffix; `kinds` take turns with the seed."""
     frames, color, digit = draw_frames(seed, num_frames, size)
-    kind = seed % 4
-    if kind in (0, 2):
+    kind = kinds[seed % len(kinds)]
+    if kind == "video":
         members = {"mp4": encode_video(frames)}
         turns = ["<video>\nWhat color is the square?", color, "Which digit is on it?", str(digit)]
-    elif kind == 1:
+    elif kind == "image":
+        members = {"jpg": encode_image(frames[0])}
+        turns = ["<image>\nWhat color is the square?", color]
+    elif kind == "images":
         members = {"0.jpg": encode_image(frames[0]), "1.jpg": encode_image(frames[-1])}
         turns = ["<image>\n<image>\nWhich digit is in both images?", str(digit)]
-    else:
+    else:  # text
         members = {}
         turns = [f"Which number comes after {digit}?", str(digit + 1)]
     roles = ["human", "gpt"] * (len(turns) // 2)
@@ -87,6 +93,7 @@ def write_shards(
     seed: int = 0,
     num_frames: int = 12,
     size: int = 64,
+    kinds: Sequence[str] = _KINDS,
 ) -> list[Path]:
     """One shard for each count, with its index; (paths of the shards)."""
     paths = []
@@ -94,7 +101,8 @@ def write_shards(
         path = Path(folder) / f"shard-{number:06d}.tar"
         first = seed + sum(counts[:number])
         samples = [
-            (f"{n:09d}", make_sample(n, num_frames, size)) for n in range(first, first + count)
+            (f"{n:09d}", make_sample(n, num_frames, size, kinds))
+            for n in range(first, first + count)
         ]
         write_shard(path, samples)
         assert index_path(path).is_file()
@@ -103,10 +111,11 @@ def write_shards(
 
 
 @rank_zero_only
-def prepare_shards(
-    folder: str | Path, counts: Mapping[str, Sequence[int]], *, num_frames: int = 12, size: int = 64
-) -> None:
-    """A folder of shards for each split, all of them or none; those that are there stay."""
+def prepare_shards(folder: str | Path, counts: Mapping[str, Sequence[int]], **options: Any) -> None:
+    """A folder of shards for each split, all of them or none; those that are there stay.
+
+    `options` are those of `write_shards`.
+    """
     folder = Path(folder)
     if folder.is_dir():
         return
@@ -114,5 +123,5 @@ def prepare_shards(
     shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
     for number, (split, of_shards) in enumerate(counts.items()):
         seed = 1_000_000 * number  # no sample is in two splits
-        write_shards(partial / split, of_shards, seed=seed, num_frames=num_frames, size=size)
+        write_shards(partial / split, of_shards, seed=seed, **options)
     partial.rename(folder)
