@@ -184,6 +184,26 @@ class ConversationEncoder:
             input_ids, labels = input_ids[: self.max_length], kept
         return EncodedConversation(input_ids, labels, self.prompt(turns))
 
+    def ask(self, turns: Sequence[Turn]) -> EncodedConversation:
+        """Ids up to where the next answer begins, without any label.
+
+        Raises:
+            BadSampleError: too_long, chat_template.
+        """
+        try:
+            text, _ = self._apply(self._messages(turns), ask=True)
+        except TemplateError as error:
+            raise BadSampleError("chat_template", str(error)) from None
+        input_ids, labels = self._tokenize(text, [])
+        if len(input_ids) > self.max_length:
+            raise BadSampleError("too_long", f"{len(input_ids)} tokens of {self.max_length}")
+        return EncodedConversation(input_ids, labels, self.prompt(turns))
+
+    @staticmethod
+    def count_slots(turn: Turn) -> int:
+        """Visuals that a turn asks for; what an answer says asks for none."""
+        return 0 if turn.role == "assistant" else len(_slots(turn.text))
+
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """What guides the pooler, with the text tower's own special tokens."""
         asked = [t for t in turns if t.role == "user" or self.prompt_with_answers]
@@ -193,18 +213,22 @@ class ConversationEncoder:
 
     def _render(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """The text of the whole conversation, and where in it the answers stand."""
-        messages = [
-            {"role": turn.role, "content": turn.text}
-            if turn.role == "assistant"
-            else {"role": turn.role, "content": _SLOT_WORD.sub(_SLOT_MARK, turn.text)}
-            for turn in turns
-        ]
+        messages = self._messages(turns)
         marked = _GENERATION_MARK.search(self._template) is not None
         try:
             text, spans = self._apply(messages, marks=marked)
             return text, spans if marked else self._find_answers(text, messages)
         except TemplateError as error:
             raise BadSampleError("chat_template", str(error)) from None
+
+    @staticmethod
+    def _messages(turns: Sequence[Turn]) -> list[dict]:
+        return [
+            {"role": turn.role, "content": turn.text}
+            if turn.role == "assistant"
+            else {"role": turn.role, "content": _SLOT_WORD.sub(_SLOT_MARK, turn.text)}
+            for turn in turns
+        ]
 
     @property
     def _template(self) -> str:

@@ -86,8 +86,12 @@ def training_overrides(typed: list[str]) -> list[str]:
     return [*replayed, f"paths.data='{Path(cwd) / data}'"]
 
 
-def load(run: Path, rotary: dict[str, Any] | None) -> tuple[VideoLanguageModel, int]:
+def load(
+    run: Path, rotary: dict[str, Any] | None, name: str | None = None
+) -> tuple[VideoLanguageModel, int]:
     """The trained model and its steps; `rotary` takes the place of the scheme it has learnt.
+
+    `name` is that of a checkpoint, by default the newest one that is whole.
 
     Raises:
         ValueError: there is no checkpoint, or its weights are not those of its stages.
@@ -95,9 +99,9 @@ def load(run: Path, rotary: dict[str, Any] | None) -> tuple[VideoLanguageModel, 
     if (run / "config.json").is_file():
         named: dict[str, Any] = {"rotary": rotary} if rotary else {}
         return VideoLanguageModel.from_pretrained(run, **named).eval(), 0
-    path = newest_whole(run / "checkpoints")
-    if path is None:
-        raise ValueError(f"no checkpoint in {run}: set run= to a run directory with one")
+    path = run / "checkpoints" / name if name else newest_whole(run / "checkpoints")
+    if path is None or not path.exists():
+        raise ValueError(f"no checkpoint {name or ''} in {run}: name a run directory with one")
     checkpoint = read_checkpoint(path)
     stages = checkpoint["stages"]
     if rotary and rotary != stages["rotary"]:

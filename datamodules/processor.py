@@ -1,0 +1,130 @@
+"""What a saved model needs to read a question about a file, beside its weights.
+
+processor = Processor.from_pretrained(folder)
+model = VideoLanguageModel.from_pretrained(folder)
+batch = processor([[{"role": "user", "content": "<video>\\nWhat is it?"}]], [["clip.mp4"]])
+print(processor.decode(model.generate(batch, **processor.generation)))
+"""
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from jaxtyping import Int
+from torch import Tensor
+
+from datamodules.batch import VideoBatch
+from datamodules.conversation import ConversationEncoder, Turn, is_video
+from datamodules.frames import FrameReader
+from datamodules.instruct import Sample, collate
+
+_FILE = "processor.json"
+_PROMPT_TOKENIZER = "prompt_tokenizer"
+
+
+class Processor:
+    """Conversations and files in, a `VideoBatch` out, as the model was trained to read them.
+
+    Args:
+        frames, conversation: specs, as the nodes `data.frames` and `data.conversation` of a run
+            hold them: class paths under `_target_`, and arguments.
+
+    Attributes:
+        generation: token ids that `VideoLanguageModel.generate` is to be given.
+    """
+
+    def __init__(self, frames: Mapping[str, Any], conversation: Mapping[str, Any]):
+        self._spec = {"frames": dict(frames), "conversation": dict(conversation)}
+        self._frames: FrameReader = _build(frames)
+        self.conversation: ConversationEncoder = _build(conversation)
+        tokenizer = self.conversation.tokenizer
+        self.generation = {
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+
+    def __call__(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        visuals: Sequence[Sequence[str | Path]] = (),
+    ) -> VideoBatch:
+        """One row for each conversation; where it ends with a question, an answer is due.
+
+        Args:
+            conversations: messages, `{"role": "user", "content": "<video>\\n…"}`, with the word
+                <video> or <image> wherever a file of `visuals` is shown.
+            visuals: the files of each conversation, in the order of those words.
+
+        Raises:
+            ValueError: files and words do not match. BadSampleError: a file cannot be read.
+        """
+        files = visuals or [()] * len(conversations)
+        samples = [
+            self._read([Turn(m["role"], m["content"]) for m in messages], list(map(Path, paths)))
+            for messages, paths in zip(conversations, files, strict=True)
+        ]
+        return collate(
+            samples,
+            image_size=self._frames.image_size,
+            pad_id=cast(int, self.conversation.tokenizer.pad_token_id),
+            prompt_pad_id=cast(int, self.conversation.prompt_tokenizer.pad_token_id),
+        )
+
+    def decode(self, ids: Int[Tensor, "b l"]) -> list[str]:
+        texts = self.conversation.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """`processor.json`, the tokenizer, and that of the guide prompt in a folder of its own."""
+        folder = Path(folder)
+        self.conversation.tokenizer.save_pretrained(folder)
+        self.conversation.prompt_tokenizer.save_pretrained(folder / _PROMPT_TOKENIZER)
+        (folder / _FILE).write_text(json.dumps(self._spec, indent=1))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Processor":
+        """What `save_pretrained` wrote; only classes of this package are built.
+
+        Raises:
+            ValueError: it is not there, or names other classes.
+        """
+        folder = Path(folder)
+        if not (folder / _FILE).is_file():
+            raise ValueError(f"no {_FILE} in {folder}: ropelab-export writes one")
+        spec = json.loads((folder / _FILE).read_text())
+        own = {"tokenizer": str(folder), "prompt_tokenizer": str(folder / _PROMPT_TOKENIZER)}
+        return cls(spec["frames"], spec["conversation"] | own)
+
+    def _read(self, turns: Sequence[Turn], paths: Sequence[Path]) -> Sample:
+        words = sum(self.conversation.count_slots(turn) for turn in turns)
+        if words != len(paths):
+            raise ValueError(f"{words} words <video> or <image> in the text, {len(paths)} files")
+        visuals = [
+            (self._frames.video if is_video(path.name) else self._frames.image)(path.read_bytes())
+            for path in paths
+        ]
+        ends_with_answer = bool(turns) and turns[-1].role == "assistant"
+        encode = self.conversation if ends_with_answer else self.conversation.ask
+        return Sample(" ".join(path.name for path in paths), encode(turns), visuals)
+
+
+def _build(spec: Mapping[str, Any]) -> Any:
+    """The object of a spec, nested ones first.
+
+    Raises:
+        ValueError: a class that is not one of `datamodules`.
+    """
+    arguments = {
+        key: _build(value) if isinstance(value, Mapping) and "_target_" in value else value
+        for key, value in spec.items()
+        if key not in ("_target_", "_partial_")
+    }
+    module, _, name = spec["_target_"].rpartition(".")
+    if not module.startswith("datamodules."):
+        raise ValueError(f"{spec['_target_']!r} refused: only classes under datamodules are built")
+    found = getattr(importlib.import_module(module), name, None)
+    if not isinstance(found, type) or not found.__module__.startswith("datamodules."):
+        raise ValueError(f"{spec['_target_']!r} is no class that datamodules defines")
+    return found(**arguments)

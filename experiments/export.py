@@ -1,0 +1,115 @@
+"""ropelab-export: a trained model as a folder that `from_pretrained` opens.
+
+ropelab-export runs/ppllava_vicuna7b_video/vanilla-seed0 models/ppllava --dtype bfloat16
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from transformers import GenerationConfig
+
+from datamodules.batch import BadSampleError
+from datamodules.processor import Processor
+from experiments.evaluate import load
+from experiments.rundir import read_done, read_versions, write_whole
+from lightning_modules.model import VideoLanguageModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("ropelab-export", description=__doc__)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("out", type=Path, help="folder to write, which is not there yet")
+    parser.add_argument("--checkpoint", help="file in checkpoints/, such as best.ckpt; else newest")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; as trained if left out")
+    options = parser.parse_args(arguments)
+    try:
+        export(options.run, options.out, options.checkpoint, options.dtype)
+    except (ValueError, OSError, BadSampleError) as error:
+        sys.exit(f"ropelab-export: {str(error).splitlines()[0]}")
+    print(options.out.resolve())
+
+
+def export(
+    run: Path, out: Path, checkpoint: str | None = None, dtype: str | None = None
+) -> VideoLanguageModel:
+    """Writes `out` whole or not at all.
+
+    Returns:
+        The model that was written.
+
+    Raises:
+        ValueError: `out` is there already, or `run` is no run directory with a checkpoint.
+    """
+    if out.exists():
+        raise ValueError(f"{out} is there already: name another folder, or remove it")
+    config_file = run / "config.yaml"
+    if not config_file.is_file():
+        raise ValueError(f"{run} is no run directory: it has no config.yaml")
+    config = yaml.safe_load(config_file.read_text())
+    processor = Processor(config["data"]["frames"], config["data"]["conversation"])
+    model, steps = load(run, None, checkpoint)
+    if dtype:
+        model = model.to(DTYPES[dtype])
+
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
+    model.save_pretrained(partial, max_shard_size="5GB")
+    processor.save_pretrained(partial)
+    GenerationConfig(**processor.generation, do_sample=False).save_pretrained(partial)
+    write_whole(partial / "README.md", model_card(run, config, model, steps))
+    partial.rename(out)
+    return model
+
+
+def model_card(run: Path, config: dict[str, Any], model: VideoLanguageModel, steps: int) -> str:
+    """How the model was made and what it scored, in Markdown with the hub's metadata."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["json"] = json.dumps
+    command = run / "command.txt"
+    sources = [config["model"][stage].get("source") for stage in ("llm", "encoder")]
+    return environment.get_template("model_card.md.j2").render(
+        name=config["name"],
+        run_name=config["run_name"],
+        base_models=[source for source in sources if source],
+        command=command.read_text().strip() if command.is_file() else "",
+        stages={stage: getattr(model.config, stage) for stage in ("pooler", "rotary")},
+        encoder=describe(model.config.encoder),
+        llm=describe(model.config.llm),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        recipe={key: config[key] for key in ("optim", "trainer", "seed")},
+        data=config["data"],
+        steps=steps,
+        done=read_done(run) or {},
+        **read_versions(),
+    )
+
+
+def describe(spec: dict[str, Any]) -> str:
+    """`CausalLM (qwen2, 3 layers)`"""
+    name = spec["_target_"].rpartition(".")[2]
+    sizes = spec.get("config", {})
+    facts = [sizes.get("model_type"), *_layers(sizes), *_layers(sizes.get("vision", {}))]
+    known = ", ".join(str(fact) for fact in facts if fact)
+    return f"{name} ({known})" if known else name
+
+
+def _layers(sizes: dict[str, Any]) -> list[str]:
+    return [f"{sizes['num_hidden_layers']} layers"] if "num_hidden_layers" in sizes else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""ropelab-export: what it writes opens elsewhere, reads the same question, gives the same logits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from datamodules.batch import IGNORE_INDEX
+from datamodules.processor import Processor
+from datamodules.synthetic import draw_frames, encode_image, encode_video
+from experiments.export import export, main
+from experiments.run import plain
+from lightning_modules.model import VideoLanguageModel
+from lightning_modules.video_llm import VideoLLMModule
+
+RECIPE = "ppllava_vicuna7b_multi_image_tiny"
+QUESTIONS = [
+    [{"role": "user", "content": "<video>\nWhat color is the square?"}],
+    [{"role": "user", "content": "<image>\nand <image>\nWhich digit is in both images?"}],
+    [{"role": "user", "content": "Which number comes after 3?"}],
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[list[Path]]:
+    """A clip, and two images."""
+    folder = tmp_path_factory.mktemp("files")
+    frames, _, _ = draw_frames(1, 12)
+    (folder / "clip.mp4").write_bytes(encode_video(frames))
+    for name, frame in zip("ab", frames, strict=False):
+        (folder / f"{name}.jpg").write_bytes(encode_image(frame))
+    return [[folder / "clip.mp4"], [folder / "a.jpg", folder / "b.jpg"], []]
+
+
+@pytest.fixture
+def run(compose, tmp_path) -> Path:
+    """A run directory as a training leaves it; its weights are random."""
+    config = compose([f"experiment={RECIPE}", "name=a", "run_name=b"], tmp_path / "run")
+    torch.manual_seed(0)
+    module = VideoLLMModule(plain(config.model), optimizer=list)
+    module.configure_model()
+    checkpoint = {"global_step": 7, "state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain(config)))
+    (folder / "command.txt").write_text(f"ropelab-train experiment={RECIPE}\n")
+    done = {"steps": 7, "samples": 112, "metrics": {"val/loss": 1.5}}
+    (folder / "done.json").write_text(json.dumps(done))
+    return folder
+
+
+def logits_of(model: VideoLanguageModel, processor: Processor, files) -> torch.Tensor:
+    with torch.no_grad():
+        output = model.eval()(processor(QUESTIONS, files))
+        return model.llm.head(output.hidden[output.inputs.mask])
+
+
+def test_loading_it_elsewhere_gives_the_same_logits(run, files, tmp_path):
+    """In a process that starts in another directory and knows the folder alone."""
+    model = export(run, tmp_path / "out")
+    expected = logits_of(model, Processor.from_pretrained(tmp_path / "out"), files)
+    program = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from datamodules.processor import Processor
+from lightning_modules.model import VideoLanguageModel
+from test_export import logits_of
+folder = {str(tmp_path / "out")!r}
+files = [list(map(Path, row)) for row in {[[str(p) for p in row] for row in files]!r}]
+processor = Processor.from_pretrained(folder)
+logits = logits_of(VideoLanguageModel.from_pretrained(folder), processor, files)
+torch.save(logits, "logits.pt")
+"""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "run").rename(tmp_path / "gone")
+    env = {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    subprocess.run([sys.executable, "-c", program], cwd=elsewhere, env=env, check=True)
+    assert torch.equal(torch.load(elsewhere / "logits.pt"), expected)
+
+
+def test_what_is_written_names_its_stages_and_its_recipe(run, tmp_path):
+    export(run, tmp_path / "out", dtype="bfloat16")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rotary"]["_target_"].endswith("VanillaRope")
+    assert config["pooler"]["_target_"].endswith("PromptGuidedPooler")
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "ropelab"
+    assert f"ropelab-train experiment={RECIPE}" in card
+    assert "| val/loss | 1.5 |" in card
+    assert "7 steps, 112 samples" in card
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+def test_a_question_is_read_as_it_was_in_training(run, files, tmp_path):
+    """Up to the answer, the ids are those of a conversation that has one."""
+    export(run, tmp_path / "out")
+    processor = Processor.from_pretrained(tmp_path / "out")
+    asked = processor(QUESTIONS, files)
+    answers = [[*question, {"role": "assistant", "content": "7"}] for question in QUESTIONS]
+    answered = processor(answers, files).questions()
+    for row in range(len(asked)):
+        assert torch.equal(
+            asked.input_ids[row][asked.attention_mask[row]],
+            answered.input_ids[row][answered.attention_mask[row]],
+        )
+    assert (asked.labels == IGNORE_INDEX).all()
+    assert torch.equal(asked.frames, answered.frames)
+    model = VideoLanguageModel.from_pretrained(tmp_path / "out").eval()
+    texts = processor.decode(model.generate(asked, max_new_tokens=3, **processor.generation))
+    assert len(texts) == len(QUESTIONS)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda run, out: out.mkdir(), "is there already"),
+        (lambda run, out: (run / "config.yaml").unlink(), "no config.yaml"),
+        (lambda run, out: (run / "checkpoints" / "last.ckpt").unlink(), "no checkpoint"),
+        (lambda run, out: (run / "config.yaml").write_text(HOSTILE), "refused"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(spoil, says, run, tmp_path, capsys):
+    out = tmp_path / "out"
+    spoil(run, out)
+    with pytest.raises(SystemExit, match=says) as stop:
+        main([str(run), str(out)])
+    assert "\n" not in str(stop.value.code)
+    assert not out.exists() or not any(out.iterdir())
+
+
+HOSTILE = """
+data:
+  frames: {_target_: os.system, command: "true"}
+  conversation: {_target_: datamodules.conversation.ConversationEncoder}
+"""
+
+
+def test_files_and_words_must_match(run, files, tmp_path):
+    export(run, tmp_path / "out")
+    processor = Processor.from_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"1 words .* 2 files"):
+        processor(QUESTIONS[:1], files[1:2])
