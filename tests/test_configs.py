@@ -7,7 +7,8 @@ import hydra
 import pytest
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from experiments import CONFIG_DIR
 from experiments.names import name_run
@@ -22,6 +23,7 @@ OPTIONS = sorted(
     if path.parent.name not in ("experiment", "hydra", "local")
 )
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
+TWINS = [name for name in EXPERIMENTS if name.removesuffix("_tiny") in set(EXPERIMENTS) - {name}]
 
 
 def targets(node) -> list[str]:
@@ -77,6 +79,18 @@ def test_every_experiment_composes_and_builds(name, program, compose, tmp_path):
     assert "# ropelab-" in recipe, "a recipe states its command"
 
 
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twin_has_the_stages_of_its_recipe(name, compose, tmp_path):
+    """Smaller classes stand nowhere: the twin tries out what the recipe will run."""
+    pair = (name, name.removesuffix("_tiny"))
+    twin, whole = (compose([f"experiment={each}"], tmp_path) for each in pair)
+    classes = [
+        [config.module._target_, *(config.model[stage]._target_ for stage in STAGES)]
+        for config in (twin, whole)
+    ]
+    assert classes[0] == classes[1]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_is_one_word(stage):
     for path in (CONFIG_DIR / stage).glob("*.yaml"):
@@ -121,3 +135,14 @@ def test_runs_are_named_by_what_was_overridden():
     long = [name_run("tad", 1, f"key={'x' * 300}{n}") for n in range(2)]
     assert long[0] != long[1]
     assert all(len(name.encode()) <= 200 for name in long)
+
+
+def test_a_file_of_a_package_is_found_or_how_to_get_it_is_said():
+    node = OmegaConf.create({"there": "${installed:pytest,__init__.py}"})
+    assert node.there == pytest.__file__
+    for missing, says in (
+        ("no_such_pkg,a", "pip install .* no-such-pkg"),
+        ("pytest,a", "has no a"),
+    ):
+        with pytest.raises(InterpolationResolutionError, match=says):
+            _ = OmegaConf.create({"a": f"${{installed:{missing}}}"}).a

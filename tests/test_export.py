@@ -1,4 +1,4 @@
-"""ropelab-export: what it writes opens elsewhere, reads the same question, gives the same logits."""
+"""ropelab-export: it opens elsewhere, reads the same question and gives the same logits."""
 
 import json
 import subprocess
