@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Grid, VideoBatch
 from lightning_modules.encoder.base import Encoder
 from lightning_modules.llm.base import LanguageModel
+from lightning_modules.lora import add_lora
 from lightning_modules.loss import next_token_loss
 from lightning_modules.pooler.base import Pooler
 from lightning_modules.projector import Projector
@@ -26,7 +27,8 @@ class VideoLanguageModelConfig(PreTrainedConfig):
     """One spec (`_target_` and arguments) for each stage; saved with the weights.
 
     So a checkpoint runs with the rotary scheme and the pooler that it was trained with; another
-    one has to be asked for by name: `from_pretrained(folder, rotary={"_target_": …})`.
+    one has to be asked for by name: `from_pretrained(folder, rotary={"_target_": …})`. `lora` is no
+    stage but what stands beside one's linears: the arguments of `add_lora`, rank and alpha included.
     """
 
     model_type = "ropelab"
@@ -37,9 +39,11 @@ class VideoLanguageModelConfig(PreTrainedConfig):
         pooler: dict | None = None,
         rotary: dict | None = None,
         llm: dict | None = None,
+        lora: dict | None = None,
         **kwargs: Any,
     ):
         self.encoder, self.pooler, self.rotary, self.llm = encoder, pooler, rotary, llm
+        self.lora = lora
         super().__init__(**kwargs)
 
 
@@ -91,6 +95,8 @@ class VideoLanguageModel(PreTrainedModel):
             self.pooler.grid(Grid(frames, *self.encoder.grid))
         self.llm.replace_rotary(lambda original: RotaryEmbedding(self.rotary, original))
         self.projector = Projector(self.encoder.width, self.llm.width)
+        if config.lora:
+            add_lora(self, **config.lora)
         if not self.pooler.uses_prompt:  # what no loss depends on is not trained
             for module in self.encoder.prompt_modules():
                 module.requires_grad_(False)

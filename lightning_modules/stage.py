@@ -9,6 +9,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import PreTrainedModel
+
 PACKAGE = "lightning_modules"
 
 
@@ -48,3 +50,16 @@ def build(spec: Mapping[str, Any]) -> Any:
         return cls(**arguments)
     except TypeError as error:
         raise ValueError(f"{spec['_target_']}: {error}") from error
+
+
+def set_attention(model: PreTrainedModel, stage: str, attention: str) -> None:
+    """Has `model` use one of transformers' implementations: sdpa, eager, flash_attention_2, …
+
+    Raises:
+        ValueError: the word, the package that is missing, or what the model does not support.
+    """
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        reason = str(error).splitlines()[0].removeprefix("Specified ")
+        raise ValueError(f"model.{stage}.attention={attention} cannot be used: {reason}") from None

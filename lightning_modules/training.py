@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_modules.sharding import shard
+from lightning_modules.tuning import Tuning
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -21,6 +22,7 @@ class TrainingModule(LightningModule, Generic[Network]):
         model: `encoder`, `pooler`, `rotary` and `llm`, a spec each; built in `configure_model`.
         optimizer: takes parameters.
         scheduler: takes the optimizer and the steps of the whole training; one step a batch.
+        tuning: what is trained; None: all of it.
     """
 
     def __init__(
@@ -28,9 +30,13 @@ class TrainingModule(LightningModule, Generic[Network]):
         model: Mapping[str, Any],
         optimizer: Callable[[Any], Optimizer],
         scheduler: Callable[[Optimizer, int], Any] | None = None,
+        tuning: Tuning | None = None,
     ):
         super().__init__()
+        self.tuning = tuning or Tuning()
         self.spec = {stage: dict(spec) for stage, spec in model.items()}
+        if self.tuning.lora:
+            self.spec["lora"] = dict(self.tuning.lora)
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self.model: Network | None = None
 
@@ -45,6 +51,7 @@ class TrainingModule(LightningModule, Generic[Network]):
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self.build()
+            self.tuning.prepare(self.model)
         if self.device_mesh is not None:
             shard(self.model, self.blocks(), self.device_mesh["data_parallel"])
 
@@ -56,7 +63,7 @@ class TrainingModule(LightningModule, Generic[Network]):
         """
         if not any(spec.get("source") for spec in self.spec.values()):
             with torch.device("meta"):
-                self.build()
+                self.tuning.prepare(self.build())
 
     @property
     def network(self) -> Network:
@@ -67,8 +74,8 @@ class TrainingModule(LightningModule, Generic[Network]):
         return self.model
 
     def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = self._make_optimizer(trained)
+        optimizer = self._make_optimizer(self.tuning.parameter_groups(self.network))
+        self.tuning.spare_norms_and_biases(optimizer)
         if self._make_scheduler is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)

@@ -39,15 +39,15 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         checkpoint["stages"] = {stage: getattr(config, stage) for stage in self.spec}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses weights that were trained with another rotary scheme or pooler.
+        """Refuses weights that were trained with another rotary scheme, pooler or LoRA.
 
         Raises:
             ValueError: names the stage that differs and both specs.
         """
-        for stage in ("rotary", "pooler"):
-            trained = checkpoint.get("stages", {}).get(stage)
-            asked = getattr(self.network.config, stage)
-            if trained is not None and trained != asked:
+        stages = checkpoint.get("stages", {})
+        for stage in ("rotary", "pooler", "lora"):
+            trained, asked = stages.get(stage), getattr(self.network.config, stage)
+            if stages and trained != asked:
                 raise ValueError(
                     f"the checkpoint was trained with {stage} {trained}, this run has {asked}: "
                     f"choose that {stage}, or another run directory"

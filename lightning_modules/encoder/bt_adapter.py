@@ -13,6 +13,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 
 
@@ -23,7 +24,7 @@ class BranchState(NamedTuple):
     patches: Float[Tensor, "v t p d"]
 
 
-class TemporalLayer(nn.Module):
+class TemporalLayer(GradientCheckpointingLayer):
     """Attention of each patch to the same place in the visual's other frames."""
 
     def __init__(self, config: CLIPVisionConfig):

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, PretrainedConfig
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from lightning_modules.stage import set_attention
+
 from .base import Encoder
 from .bt_adapter import BTAdapter
 from .prompt import extend_context
@@ -31,6 +33,7 @@ class ClipEncoder(Encoder):
         bt_adapter: `{"depth": ..., "max_frames": ...}`: BT-Adapter beside the last `depth`
             layers of the whole tower, for visuals of up to `max_frames`.
         image_size: side of a frame in pixels, for the data to read; that of `source` or `config`.
+        attention: implementation that transformers knows: sdpa, eager, flash_attention_2, …
 
     Raises:
         ValueError: the arguments do not fit together; the message says which and what would.
@@ -45,15 +48,18 @@ class ClipEncoder(Encoder):
         kept_positions: int = 20,
         bt_adapter: Mapping[str, int] | None = None,
         image_size: int | None = None,
+        attention: str = "sdpa",
     ):
         super().__init__()
         clip = _load(source, config)
+        set_attention(clip, "encoder", attention)
         if image_size not in (None, clip.vision_model.config.image_size):
             raise ValueError(
                 f"model.encoder.image_size is {image_size}, but the tower reads frames of "
                 f"{clip.vision_model.config.image_size} pixels: set it to that"
             )
         self.feature_layer, self.kept_positions = feature_layer, kept_positions
+        self.attention = attention
         self.stretched = context_length is not None
         self.bt_adapter = dict(bt_adapter) if bt_adapter else None
 
@@ -149,6 +155,7 @@ class ClipEncoder(Encoder):
             "kept_positions": self.kept_positions,
             "bt_adapter": self.bt_adapter,
             "image_size": self.image_size,
+            "attention": self.attention,
         }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GgufConfig, PreTrainedModel
 
 from lightning_modules.llm.base import LanguageModel
+from lightning_modules.stage import set_attention
 
 
 class CausalLM(LanguageModel):
@@ -35,7 +36,8 @@ class CausalLM(LanguageModel):
         if (source is None) == (config is None):
             raise ValueError("model.llm needs either `source` (weights to load) or `config`")
         self.attention = attention
-        self.lm: Any = _load(source, attention, dtype) if source else _make(config or {}, attention)
+        self.lm: Any = _load(source, dtype) if source else _make(config or {})
+        set_attention(self.lm, "llm", attention)
         if not hasattr(self.decoder, "rotary_emb"):
             raise ValueError(
                 f"model.llm: {type(self.decoder).__name__} has no `rotary_emb` to replace; "
@@ -101,8 +103,8 @@ class CausalLM(LanguageModel):
         return {f"lm.{a}": f"lm.{b}" for a, b in self.lm.all_tied_weights_keys.items()}
 
 
-def _load(source: str, attention: str, dtype: str | None) -> PreTrainedModel:
-    options: dict[str, Any] = {"attn_implementation": attention, "dtype": dtype or "auto"}
+def _load(source: str, dtype: str | None) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": dtype or "auto"}
     if source.endswith(".gguf"):
         path = Path(source).expanduser()
         # Dequantised weights are plain floats, which can be trained and saved.
@@ -115,7 +117,7 @@ def _load(source: str, attention: str, dtype: str | None) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(source, **options)
 
 
-def _make(config: dict[str, Any], attention: str) -> PreTrainedModel:
+def _make(config: dict[str, Any]) -> PreTrainedModel:
     fields = dict(config)
     if "model_type" not in fields:
         raise ValueError("model.llm.config needs `model_type`, such as qwen2 or llama")
@@ -125,7 +127,7 @@ def _make(config: dict[str, Any], attention: str) -> PreTrainedModel:
             f"model.llm.config.hidden_size {width} is no multiple of num_attention_heads {heads}"
         )
     made = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    return AutoModelForCausalLM.from_config(made, attn_implementation=attention)
+    return AutoModelForCausalLM.from_config(made)
 
 
 def _take_axis_positions(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -1,0 +1,111 @@
+"""LoRA (arXiv 2106.09685) as part of a model: peft's layers in the place of a stage's linears.
+
+Injected, not wrapped around: every other module keeps its name, so blocks are sharded, checkpointed
+and compiled as without it, and a checkpoint differs only below the linears that it stands in for.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def add_lora(
+    network: nn.Module,
+    *,
+    targets: Sequence[str] | str,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    stage: str = "llm",
+) -> None:
+    """Puts low-rank weights beside linears of one stage of `network`, and freezes its others.
+
+    A fresh one changes nothing. The new weights are of torch's default dtype: bfloat16 where all of
+    the model is built so, float32 beside weights that were loaded in bfloat16.
+
+    Args:
+        targets: the linears: ends of their names, or one regular expression for the whole name.
+        alpha: the low-rank part counts alpha / rank.
+
+    Raises:
+        ValueError: there is no such stage, or nothing in it that `targets` name.
+    """
+    part = getattr(network, stage, None)
+    if not isinstance(part, nn.Module):
+        raise ValueError(
+            f"tuning.lora.stage={stage} is not in the model, which has "
+            + ", ".join(name for name, _ in network.named_children())
+        )
+    names = targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)  # pyright: ignore[reportArgumentType] - the ratio may be any number
+    try:
+        inject_adapter_in_model(config, part)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"tuning.lora, targets={names} of {stage}: {reason}") from None
+    for _, layer in lora_layers(part):
+        layer.register_load_state_dict_pre_hook(_take_plain_names)
+    for name, parameter in part.named_parameters():
+        if is_lora(name):
+            parameter.data = parameter.data.to(torch.get_default_dtype())
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter of this name is one of LoRA's own."""
+    return "lora_" in name
+
+
+def lora_layers(network: nn.Module) -> list[tuple[str, Any]]:
+    return [(n, m) for n, m in network.named_modules() if isinstance(m, BaseTunerLayer)]
+
+
+def merge_lora(model: Network) -> Network:
+    """Folds the low-rank weights into those that they stand beside: `model` is as without LoRA.
+
+    In place; parameters have their plain names again, and `config.lora` is gone.
+    """
+    for name, layer in lora_layers(model):
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    if getattr(model, "config", None) is not None:
+        model.config.lora = None  # pyright: ignore[reportAttributeAccessIssue]
+    return model
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """`model` as it was before LoRA, for as long as the context lasts.
+
+    Raises:
+        ValueError: it has none, so what comes out would be no reference.
+    """
+    layers = [layer for _, layer in lora_layers(model)]
+    if not layers:
+        raise ValueError("the model has no LoRA to leave out: choose tuning=lora")
+    # Not peft's `enable_adapters`: that also turns `requires_grad` off, and a sharded weight that
+    # is first gathered inside this context would then never be trained.
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+def _take_plain_names(
+    module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Weights that were saved without LoRA find the linears which now stand behind it."""
+    for leaf in ("weight", "bias"):
+        if prefix + leaf in state:
+            state[f"{prefix}base_layer.{leaf}"] = state.pop(prefix + leaf)
