@@ -21,8 +21,8 @@ def add_lora(
     *,
     targets: Sequence[str] | str,
     rank: int,
-    alpha: float,
-    dropout: float = 0.0,
+    alpha: int | float,
+    dropout: int | float = 0.0,
     stage: str = "llm",
 ) -> None:
     """Puts low-rank weights beside linears of one stage of `network`, and freezes its others.

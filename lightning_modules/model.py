@@ -95,14 +95,17 @@ class VideoLanguageModel(PreTrainedModel):
             self.pooler.grid(Grid(frames, *self.encoder.grid))
         self.llm.replace_rotary(lambda original: RotaryEmbedding(self.rotary, original))
         self.projector = Projector(self.encoder.width, self.llm.width)
-        if config.lora:
-            add_lora(self, **config.lora)
-        if not self.pooler.uses_prompt:  # what no loss depends on is not trained
-            for module in self.encoder.prompt_modules():
-                module.requires_grad_(False)
         # What came from a hub or folder is part of this model now: keep its config, not its name.
         config.encoder, config.llm = self.encoder.to_spec(), self.llm.to_spec()
         self.post_init()
+        if config.lora:  # not before: transformers would give its weights those of a fresh linear
+            try:
+                add_lora(self, **config.lora)
+            except TypeError as error:
+                raise ValueError(f"tuning.lora: {error}") from error
+        if not self.pooler.uses_prompt:  # what no loss depends on is not trained
+            for module in self.encoder.prompt_modules():
+                module.requires_grad_(False)
 
     def forward(self, batch: VideoBatch) -> Output:
         patches = self.encoder(batch.frames, batch.frame_counts)  # n p d

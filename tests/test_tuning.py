@@ -1,0 +1,425 @@
+"""What is trained: frozen parts, LoRA, groups with rates of their own, recomputed and compiled blocks."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+import yaml
+from test_model import COUNTS, MIXED, make_batch, specs
+from torch import nn
+
+from experiments import evaluate
+from experiments.run import build, plain
+from lightning_modules.lora import add_lora, is_lora, lora_layers, merge_lora, without_lora
+from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
+from lightning_modules.optim import schedule
+from lightning_modules.tuning import Tuning
+from lightning_modules.video_llm import VideoLLMModule
+from lightning_modules.weights import sha256
+
+LORA = {"targets": ["q_proj", "v_proj", "down_proj"], "rank": 4, "alpha": 32, "dropout": 0.0}
+BATCH = make_batch(MIXED, COUNTS)
+
+
+def make_module(tuning=None, optimizer=None, scheduler=None, **options):
+    torch.manual_seed(0)
+    optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    return VideoLLMModule(specs(**options), optimizer, scheduler, tuning)
+
+
+def train(module, steps=3, **options):
+    """The shipped way of training, over one batch again and again."""
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, datamodule=Again(steps))
+    return trainer
+
+
+class Again(lightning.LightningDataModule):
+    def __init__(self, steps):
+        super().__init__()
+        self._steps = steps
+
+    def __len__(self):
+        return self._steps
+
+    def __iter__(self):
+        return iter([BATCH] * self._steps)
+
+    def train_dataloader(self):
+        return self
+
+    def val_dataloader(self):
+        return self
+
+
+def trained_lora(**changes):
+    """A model whose LoRA does something."""
+    module = make_module(Tuning(lora=LORA | changes))
+    for name, parameter in module.network.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return module.network.eval()
+
+
+def hidden(network):
+    with torch.no_grad():
+        return network.eval()(BATCH).hidden
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+def test_frozen_parts_have_no_gradient_and_no_optimizer_state():
+    parts = ["encoder", "llm.lm.model.embed_tokens", "llm.lm.*norm.weight"]
+    module = make_module(Tuning(freeze=parts))
+    before = {name: p.detach().clone() for name, p in module.network.named_parameters()}
+    trainer = train(module)
+    (optimizer,) = trainer.optimizers
+    moments = {id(parameter) for parameter in optimizer.state}
+    frozen = set()
+    for name, parameter in module.network.named_parameters():
+        is_frozen = name.startswith(tuple(parts[:2])) or name.endswith("norm.weight")
+        assert parameter.requires_grad != is_frozen, name
+        assert (id(parameter) in moments) != is_frozen, name
+        assert torch.equal(parameter, before[name]) == is_frozen, name
+        assert parameter.grad is None or not is_frozen
+        frozen |= {name.partition(".")[0]} if is_frozen else set()
+    assert frozen == {"encoder", "llm"}
+
+
+@pytest.mark.parametrize(
+    ("tuning", "says"),
+    [
+        ({"freeze": ["encoder.txt"]}, r"tuning\.freeze names 'encoder\.txt', .*: encoder has .*text"),
+        ({"freeze": ["lm"]}, r"tuning\.freeze names 'lm', .* it has encoder, pooler, llm"),
+        ({"freeze": ["*"]}, r"tuning\.freeze=\['\*'\] leaves nothing to train"),
+        ({"groups": {"projektor": {"lr": 1.0}}}, r"tuning\.groups names 'projektor'"),
+        ({"checkpointing": ["projector"]}, r"tuning\.checkpointing names projector, .* encoder, llm"),
+        ({"compile": ["decoder"]}, r"tuning\.compile names decoder, .* encoder, llm"),
+        ({"lora": LORA | {"targets": ["wq"]}}, r"tuning\.lora, targets=\['wq'\] of llm: .*wq"),
+        ({"lora": LORA | {"stage": "decoder"}}, r"tuning\.lora\.stage=decoder .* llm, projector"),
+        ({"lora": LORA | {"rank": 0}}, r"tuning\.lora, .*positive integer"),
+        ({"lora": LORA | {"ranks": 1}}, r"tuning\.lora.*ranks"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_read(tuning, says):
+    module = make_module(Tuning(**tuning))
+    with pytest.raises(ValueError, match=says) as caught:
+        module.check()
+        module.tuning.parameter_groups(module.network)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pattern_may_name_a_part_without_parameters():
+    make_module(Tuning(freeze=["pooler"])).check()
+
+
+def test_groups_get_their_rate_through_the_schedule():
+    """The last part that holds a parameter decides; what no part holds keeps the optimizer's."""
+    groups = {"encoder": {"lr": 1e-3}, "projector": {"lr": 0.1, "weight_decay": 0.5}}
+    groups |= {"encoder.vision.encoder.layers.1": {"lr": 1e-4}}
+    seen = []
+
+    class Rates(lightning.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            seen.append({g["name"]: (g["lr"], g["weight_decay"]) for g in trainer.optimizers[0].param_groups})
+
+    optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    scheduler = partial(schedule, name="linear", warmup=0.5)
+    module = make_module(Tuning(groups=groups, decay_norms_and_biases=True), optimizer, scheduler)
+    trainer = train(module, 4, callbacks=[Rates()])
+    names = ["rest", *groups]
+    assert [list(step) for step in seen] == [names] * 4
+    for step, share in zip(seen, (0, 0.5, 1, 0.5), strict=True):
+        rates = [rate for rate, _ in step.values()]
+        assert rates == pytest.approx([1e-2 * share, 1e-3 * share, 0.1 * share, 1e-4 * share])
+        assert [decay for _, decay in step.values()] == [0, 0, 0.5, 0]
+    held = {g["name"]: {id(p) for p in g["params"]} for g in trainer.optimizers[0].param_groups}
+    for name, parameter in module.network.named_parameters():
+        part = max((p for p in groups if name.startswith(p)), key=len, default="rest")
+        assert (id(parameter) in held[part]) == parameter.requires_grad
+    total = sum(p.requires_grad for p in module.network.parameters())
+    assert sum(map(len, held.values())) == total, "each is in one group alone"
+
+
+def test_norms_and_biases_are_spared_from_decay_unless_asked():
+    def decayed(module):
+        optimizer = module.configure_optimizers()
+        names = {id(p): name for name, p in module.network.named_parameters()}
+        return {
+            names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]
+        }
+
+    adamw = partial(torch.optim.AdamW, weight_decay=0.1)
+    every = {n for n, p in make_module().network.named_parameters() if p.requires_grad}
+    flat = {n for n in every if n.endswith("bias") or "norm" in n or "class_embedding" in n}
+    assert decayed(make_module(Tuning(), adamw)) == every - flat
+    assert decayed(make_module(Tuning(decay_norms_and_biases=True), adamw)) == every
+    own = Tuning(groups={"projector": {"weight_decay": 0.0}})
+    assert decayed(make_module(own, adamw)) == {n for n in every - flat if "projector" not in n}
+    (group,) = make_module(Tuning()).configure_optimizers().param_groups
+    assert "name" not in group, "where nothing decays nothing is split"
+
+
+@pytest.mark.parametrize("option", ["full", "frozen_encoder", "projector", "lora"])
+def test_every_option_trains_what_it_says(option, compose, tmp_path):
+    config = compose([f"tuning={option}"], tmp_path)
+    module = build(config.module, "module")(model=plain(config.model))
+    trained = {n.split(".")[0] for n, p in module.network.named_parameters() if p.requires_grad}
+    expected = {"full": {"encoder", "projector", "llm"}, "projector": {"projector"}}
+    assert trained == expected.get(option, {"projector", "llm"})
+    if option == "lora":
+        llm = [n for n, p in module.network.llm.named_parameters() if p.requires_grad]
+        assert all(map(is_lora, llm))
+        assert len(lora_layers(module.network)) == 3 * 7
+
+
+# ---------------------------------------------------------------- LoRA is part of the model
+
+
+def test_a_fresh_lora_changes_nothing_and_can_be_left_out_later():
+    stock = make_module().network
+    network = make_module(Tuning(lora=LORA)).network
+    missing = network.load_state_dict(stock.state_dict(), strict=False).missing_keys
+    assert missing
+    assert all(map(is_lora, missing)), "weights saved without LoRA find their place"
+    assert torch.equal(hidden(network), hidden(stock))
+    network = trained_lora()
+    network.load_state_dict(stock.state_dict(), strict=False)
+    assert not torch.allclose(hidden(network), hidden(stock), atol=0.1)
+    grads = [p.requires_grad for p in network.parameters()]
+    with without_lora(network):
+        assert torch.equal(hidden(network), hidden(stock))
+        assert [p.requires_grad for p in network.parameters()] == grads
+    assert not torch.allclose(hidden(network), hidden(stock), atol=0.1)
+    with pytest.raises(ValueError, match="no LoRA to leave out"), without_lora(stock):
+        pass
+
+
+def test_lora_saved_and_opened_again_is_the_same(tmp_path):
+    network = trained_lora()
+    network.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["lora"] == LORA
+    again, report = VideoLanguageModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert torch.equal(hidden(again), hidden(network))
+
+
+def test_merged_weights_do_the_same_and_have_their_plain_names(tmp_path):
+    network = trained_lora()
+    before = hidden(network)
+    merged = merge_lora(network)
+    assert merged.config.lora is None
+    assert merged.state_dict().keys() == make_module().network.state_dict().keys()
+    torch.testing.assert_close(hidden(merged), before, atol=1e-5, rtol=0)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(hidden(VideoLanguageModel.from_pretrained(tmp_path)), hidden(merged))
+
+
+def test_lora_trains_and_nothing_else_of_its_stage_does(tmp_path):
+    module = make_module(Tuning(lora=LORA, freeze=["encoder", "llm"]))
+    before = {name: p.detach().clone() for name, p in module.network.named_parameters()}
+    train(module)
+    changed = {n for n, p in module.network.named_parameters() if not torch.equal(p, before[n])}
+    assert {n for n in changed if not n.startswith("projector")} == set(filter(is_lora, before))
+
+
+def test_lora_of_another_stage():
+    stage = LORA | {"stage": "encoder", "targets": "vision.*(q_proj|fc1)"}
+    network = make_module(Tuning(lora=stage)).network
+    trained = {n for n, p in network.named_parameters() if p.requires_grad}
+    assert any(n.startswith("llm.") for n in trained)
+    assert {is_lora(n) for n in trained if n.startswith("encoder.")} == {True}
+    assert all(name.startswith("encoder.vision") for name, _ in lora_layers(network))
+
+
+@pytest.mark.parametrize("changed", [{"alpha": 4}, {"rank": 2}, None])
+def test_a_changed_alpha_cannot_slip_in(changed):
+    """As in PLLaVA's issue 73: trained with alpha 32, evaluated with 4."""
+    module = make_module(Tuning(lora=LORA))
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["stages"]["lora"] == LORA
+    make_module(Tuning(lora=dict(LORA))).on_load_checkpoint(checkpoint)
+    other = make_module(Tuning(lora=LORA | changed if changed else None))
+    with pytest.raises(ValueError, match=r"with lora .*'alpha': 32.*this run has") as caught:
+        other.on_load_checkpoint(checkpoint)
+    assert "\n" not in str(caught.value)
+    plain_run = {"stages": {k: v for k, v in checkpoint["stages"].items() if k != "lora"}}
+    with pytest.raises(ValueError, match="trained with lora None, this run has"):
+        module.on_load_checkpoint(plain_run)
+
+
+def test_a_lora_run_is_trained_saved_and_evaluated_with_its_own_alpha(run_train, tmp_path):
+    """By the program; what is typed later changes nothing in the model that was trained."""
+    words = ["tuning=lora", "tuning.lora.rank=4", "tuning.lora.alpha=32", "data.grid.frames=[4]"]
+    run_train(tmp_path, *words, "optim.optimizer.lr=0.05", "test=false")
+    typed = {"hydra": {"runtime": {"cwd": str(tmp_path)}}}
+    (tmp_path / ".hydra").mkdir(exist_ok=True)
+    (tmp_path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(["tuning.lora.alpha=4"]))
+    (tmp_path / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(typed))
+    network, _ = evaluate.load(tmp_path, None)
+    assert (network.config.lora["rank"], network.config.lora["alpha"]) == (4, 32)
+    assert {layer.scaling["default"] for _, layer in lora_layers(network)} == {8.0}
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    frozen = {n for n, p in network.named_parameters() if n.startswith("llm") and not is_lora(n)}
+    optimizer = checkpoint["optimizer_states"][0]
+    held = sum(len(group["params"]) for group in optimizer["param_groups"])
+    assert held == len(optimizer["state"])
+    assert held == len(list(filter(is_lora, checkpoint["state_dict"]))) + 4
+    assert frozen
+    config = VideoLanguageModelConfig(**checkpoint["stages"])
+    torch.manual_seed(1)
+    rebuilt = VideoLanguageModel(config)
+    weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
+    rebuilt.load_state_dict(weights)
+    embeds = torch.randn(1, 5, network.llm.width)
+    positions = network.rotary.batch_positions([[5]])
+    with torch.no_grad():
+        assert torch.equal(
+            rebuilt.eval().llm(embeds, None, positions), network.llm(embeds, None, positions)
+        )
+    assert any(weights[n].any() for n in weights if "lora_B" in n), "it has learnt something"
+
+
+# ---------------------------------------------------------------- how blocks run
+
+
+def step_of(tuning, attention_dropout=0.0, bt_adapter=None, pooler="prompt_guided"):
+    """Loss and gradients of one training step, dropout included."""
+    module = make_module(tuning, bt_adapter=bt_adapter, pooler=pooler)
+    network = module.network.train()
+    network.llm.lm.config.attention_dropout = attention_dropout
+    for layer in network.llm.blocks():
+        layer.self_attn.attention_dropout = attention_dropout
+    torch.manual_seed(1)
+    loss = network(BATCH).loss
+    loss.backward()
+    gradients = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+    return network, loss, gradients
+
+
+class Kept:
+    """Bytes that the forward keeps for the backward."""
+
+    def __init__(self):
+        self.bytes = 0
+
+    def __enter__(self):
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        self._hooks.__exit__()
+
+    def _pack(self, tensor):
+        self.bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+
+@pytest.mark.parametrize("stages", [["llm"], ["encoder"], ["llm", "encoder"]])
+def test_recomputed_blocks_give_the_same_gradients_dropout_included(stages):
+    options = {"attention_dropout": 0.3, "bt_adapter": {"depth": 2, "max_frames": 8}}
+    lora = {"lora": LORA | {"dropout": 0.5}} if stages == ["llm"] else {}
+    with Kept() as all_kept:
+        _, loss, expected = step_of(Tuning(**lora), **options)
+    with Kept() as kept:
+        network, again, gradients = step_of(Tuning(**lora, checkpointing=stages), **options)
+    assert torch.equal(again, loss)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+    assert kept.bytes < 0.8 * all_kept.bytes
+    _, other, _ = step_of(Tuning(**lora), **options | {"attention_dropout": 0.0})
+    assert other != loss, "dropout was to count"
+    assert torch.equal(hidden(network), hidden(network)), "evaluation is as ever"
+
+
+def test_compiled_blocks_give_the_same_and_keep_their_names():
+    network, loss, gradients = step_of(Tuning(), pooler="average")
+    torch._dynamo.utils.counters.clear()
+    compiled = Tuning(compile=["llm"], compiler={"backend": "eager"})
+    again, same_loss, same_gradients = step_of(compiled, pooler="average")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    torch.testing.assert_close(same_loss, loss)
+    torch.testing.assert_close(same_gradients, gradients, rtol=1e-4, atol=1e-6)
+    assert list(again.state_dict()) == list(network.state_dict())
+    assert sha256(again) == sha256(network)
+    torch._dynamo.reset()
+
+
+COMPILE = """
+import sys, torch
+from test_tuning import LORA, BATCH, Tuning, make_module, step_of
+from lightning_modules.weights import sha256
+torch.set_num_threads(1)
+for extra in ({}, {"lora": LORA, "checkpointing": ["llm"]}):
+    network, loss, gradients = step_of(Tuning(**extra), pooler="average")
+    compiled = Tuning(**extra, compile=["llm", "encoder"], compiler={"backend": sys.argv[1]})
+    torch._dynamo.utils.counters.clear()
+    again, same_loss, same_gradients = step_of(compiled, pooler="average")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    torch.testing.assert_close(same_loss, loss)
+    assert same_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+    assert again.state_dict().keys() == network.state_dict().keys()
+    assert sha256(again) == sha256(network)
+print("same")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_in_any_way_blocks_give_the_same(backend):
+    """In a process of its own: shapes are checked by wrappers that torch.compile cannot read."""
+    root = Path(__file__).parents[1]
+    env = os.environ | {"JAXTYPING_DISABLE": "1", "PYTHONPATH": f"{root}:{root / 'tests'}"}
+    command = [sys.executable, "-c", COMPILE, backend]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.stdout.endswith("same\n"), done.stderr
+
+
+@pytest.mark.parametrize("stage", ["llm", "encoder"])
+@pytest.mark.parametrize(
+    ("word", "says"), [("sdpaa", "not supported"), ("flash_attention_3", "installed")]
+)
+def test_an_attention_that_is_not_there_is_one_line(stage, word, says):
+    spec = specs()
+    spec[stage] = spec[stage] | {"attention": word}
+    with pytest.raises(ValueError, match=rf"model\.{stage}\.attention={word} .*{says}") as caught:
+        VideoLanguageModel(VideoLanguageModelConfig(**spec))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", ["llm", "encoder"])
+def test_every_attention_gives_the_same(stage, tmp_path):
+    base = make_module().network
+    spec = specs()
+    spec[stage] = spec[stage] | {"attention": "eager"}
+    eager = VideoLanguageModel(VideoLanguageModelConfig(**spec))
+    eager.load_state_dict(base.state_dict())
+    eager.save_pretrained(tmp_path)
+    again = VideoLanguageModel.from_pretrained(tmp_path)
+    for network in (eager, again):
+        config = network.llm.lm.config if stage == "llm" else network.encoder.vision.config
+        assert config._attn_implementation == "eager"
+        torch.testing.assert_close(hidden(network), hidden(base), atol=1e-5, rtol=0)
