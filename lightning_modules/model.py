@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Grid, VideoBatch
@@ -17,6 +15,7 @@ from lightning_modules.encoder.base import Encoder
 from lightning_modules.llm.base import LanguageModel
 from lightning_modules.lora import add_lora
 from lightning_modules.loss import next_token_loss
+from lightning_modules.packing import Placement, Span, one_a_row, pack
 from lightning_modules.pooler.base import Pooler
 from lightning_modules.projector import Projector
 from lightning_modules.rotary.base import Layout, RotaryEmbedding, RotaryScheme
@@ -49,13 +48,22 @@ class VideoLanguageModelConfig(PreTrainedConfig):
 
 @dataclass
 class LanguageInputs:
-    """What the LLM reads: text and visual tokens in one row, with their positions."""
+    """What the LLM reads: text and visual tokens in one row, with their positions.
+
+    `layouts` and `samples` (where each lies) are by sample, which is by row unless rows are packed.
+    """
 
     embeds: Float[Tensor, "b l m"]
-    mask: Bool[Tensor, "b l"]
-    labels: Int[Tensor, "b l"]
+    mask: Bool[Tensor, "b l"]  # False on padding
+    labels: Int[Tensor, "b l"]  # a sample's first token has none: no other sample predicts it
     positions: Float[Tensor, "4 b l"]
     layouts: list[Layout]
+    samples: list[Span]
+
+    @property
+    def attention_mask(self) -> Bool[Tensor, "b l"] | None:
+        """What the LLM takes: none where positions keep the samples of a row apart."""
+        return self.mask if len(self.samples) == self.mask.shape[0] else None
 
 
 @dataclass
@@ -107,10 +115,10 @@ class VideoLanguageModel(PreTrainedModel):
             for module in self.encoder.prompt_modules():
                 module.requires_grad_(False)
 
-    def forward(self, batch: VideoBatch) -> Output:
+    def forward(self, batch: VideoBatch, packing: int | None = None) -> Output:
         patches = self.encoder(batch.frames, batch.frame_counts)  # n p d
-        inputs = self.compose(batch, patches)
-        hidden = self.llm(inputs.embeds, inputs.mask, inputs.positions)  # b l m
+        inputs = self.compose(batch, patches, packing=packing)
+        hidden = self.llm(inputs.embeds, inputs.attention_mask, inputs.positions)  # b l m
         loss, labelled = next_token_loss(hidden, inputs.labels, self.llm.head)
         return Output(loss, labelled, hidden, inputs)
 
@@ -129,18 +137,27 @@ class VideoLanguageModel(PreTrainedModel):
         return [*self.encoder.blocks(), *self.llm.blocks()]
 
     def compose(
-        self, batch: VideoBatch, patches: Float[Tensor, "n p d"], padding_side: str = "right"
+        self,
+        batch: VideoBatch,
+        patches: Float[Tensor, "n p d"],
+        padding_side: str = "right",
+        packing: int | None = None,
     ) -> LanguageInputs:
-        """Steps 2 to 5: everything between the encoder and the LLM."""
+        """Steps 2 to 5: everything between the encoder and the LLM.
+
+        With `packing`, samples share rows of at most so many tokens; else each has its own.
+        """
         visuals = self._visuals(batch, patches)
         relevance = self._relevance(batch, visuals)
         tokens, grids = self.pool(visuals, relevance)
         pieces, layouts = self._splice(batch, tokens, grids)
-        positions = self.rotary.batch_positions(layouts, padding_side).to(patches.device)
-        embeds, mask, labels = _pad(pieces, padding_side)
+        lengths = [labels.shape[0] for _, labels in pieces]
+        rows = pack(lengths, packing) if packing else one_a_row(lengths, padding_side)
+        positions = _positions(self.rotary, layouts, rows).to(patches.device)
+        embeds, mask, labels = _rows(pieces, rows)
         if not visuals and (self.training or isinstance(self, FSDPModule)):
             embeds = embeds + self._no_visual(batch)
-        return LanguageInputs(embeds, mask, labels, positions, layouts)
+        return LanguageInputs(embeds, mask, labels, positions, layouts, rows.spans)
 
     def pool(
         self,
@@ -230,10 +247,21 @@ class VideoLanguageModel(PreTrainedModel):
         """Each stage sets its own weights when it is made; transformers' way would undo that."""
 
 
-def _pad(
-    pieces: Sequence[tuple[Tensor, Tensor]], side: str
+def _positions(
+    scheme: RotaryScheme, layouts: Sequence[Layout], rows: Placement
+) -> Float[Tensor, "4 b l"]:
+    padded = scheme.batch_positions(layouts).movedim(0, -1)  # of a sample each: s l 4
+    parts = [padded[i, : span.stop - span.start] for i, span in enumerate(rows.spans)]
+    positions = rows.spread(torch.cat(parts)).movedim(-1, 0)  # 4 b l
+    return rows.restart(positions) if len(parts) > rows.rows else positions
+
+
+def _rows(
+    pieces: Sequence[tuple[Tensor, Tensor]], rows: Placement
 ) -> tuple[Float[Tensor, "b l m"], Bool[Tensor, "b l"], Int[Tensor, "b l"]]:
-    embeds, labels = (list(column) for column in zip(*pieces, strict=True))
-    mask = [torch.ones_like(row, dtype=torch.bool) for row in labels]
-    stack = partial(pad_sequence, batch_first=True, padding_side=side)
-    return stack(embeds), stack(mask), stack(labels, padding_value=IGNORE_INDEX)
+    embeds, labels = (torch.cat(column) for column in zip(*pieces, strict=True))
+    mask = rows.spread(torch.ones_like(labels, dtype=torch.bool))
+    spread = rows.spread(labels, fill=IGNORE_INDEX)
+    for row, start, stop in rows.spans:
+        spread[row, start:stop][:1] = IGNORE_INDEX
+    return rows.spread(embeds), mask, spread

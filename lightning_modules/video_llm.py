@@ -10,7 +10,18 @@ from lightning_modules.training import TrainingModule
 
 
 class VideoLLMModule(TrainingModule[VideoLanguageModel]):
-    """Trains a `VideoLanguageModel` on the answers of conversations."""
+    """Trains a `VideoLanguageModel` on the answers of conversations.
+
+    Args:
+        packing: tokens of a row of the LLM that samples share in training, or as many as the
+            longest sample has; `None` gives each sample a row. The loss is the same.
+    """
+
+    def __init__(self, *arguments: Any, packing: int | None = None, **options: Any):
+        super().__init__(*arguments, **options)
+        if packing is not None and packing < 1:
+            raise ValueError(f"module.packing is {packing}; set a number of tokens, or null")
+        self.packing = packing
 
     def build(self) -> VideoLanguageModel:
         return VideoLanguageModel(VideoLanguageModelConfig(**self.spec))
@@ -19,9 +30,11 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         return self.network.blocks()
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
-        output: Output = self.network(batch)
+        output: Output = self.network(batch, packing=self.packing)
         self.log("train/loss", output.loss, prog_bar=True, batch_size=len(batch))
-        self.log("train/tokens", output.inputs.mask.sum().float(), batch_size=len(batch))
+        mask = output.inputs.mask
+        self.log("train/tokens", mask.sum().float(), batch_size=len(batch))
+        self.log("train/padding", 1 - mask.float().mean(), batch_size=len(batch))
         effective = self.network.pooler.last_effective_tokens
         if effective is not None:
             self.log("pooler/effective_tokens", effective, batch_size=len(batch))

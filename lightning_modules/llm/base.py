@@ -34,7 +34,9 @@ class LanguageModel(nn.Module, ABC):
     ) -> Float[Tensor, "b l m"]:
         """Hidden states after the last norm. `mask` covers the cached tokens too (k ≥ l).
 
-        `positions` as `RotaryScheme.batch_positions` gives them. A `cache` is read and extended.
+        Without mask and cache a row may hold several documents, which do not see each other: one
+        begins wherever row 0 of the positions is 0. `positions` as `RotaryScheme.batch_positions`
+        gives them. A `cache` is read and extended.
         """
 
     @abstractmethod

@@ -7,6 +7,8 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GgufConfig, PreTrainedModel
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+from transformers.utils.generic import is_flash_attention_requested
 
 from lightning_modules.llm.base import LanguageModel
 from lightning_modules.stage import set_attention
@@ -65,13 +67,24 @@ class CausalLM(LanguageModel):
         positions: Float[Tensor, "4 b l"],
         cache: Cache | None = None,
     ) -> Float[Tensor, "b l m"]:
+        packed = mask is None and cache is None
         return self.decoder(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
+            **(self._document_lengths(positions[0].long()) if packed else {}),
         ).last_hidden_state
+
+    def _document_lengths(self, counts: Int[Tensor, "b l"]) -> dict[str, Any]:
+        """What flash kernels take to keep the documents of all rows apart; others read `counts`."""
+        implementation = self.lm.config._attn_implementation
+        if not is_flash_attention_requested(requested_attention_implementation=implementation):
+            return {}
+        ends, longest = prepare_fa_kwargs_from_position_ids(counts)
+        names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+        return dict(zip(names, (*ends, *longest), strict=True))
 
     def head(self, hidden: Float[Tensor, "*b m"]) -> Float[Tensor, "*b vocab"]:
         return self.lm.get_output_embeddings()(hidden)
