@@ -62,6 +62,10 @@ class UniformSampler:
     def __call__(self, times: Sequence[float]) -> list[int]:
         return np.linspace(0, len(times) - 1, self.num_frames).round().astype(int).tolist()
 
+    def count(self, frames: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+        """How many it takes of videos of so many frames, of so long from the first to the last."""
+        return np.full(len(frames), self.num_frames)
+
 
 class FpsSampler:
     """`fps` frames for each second of video, within `min_frames` and `max_frames`."""
@@ -84,6 +88,11 @@ class FpsSampler:
         after = np.searchsorted(times, ticks).clip(1, max(len(times) - 1, 1))
         nearer = ticks - np.take(times, after - 1) <= np.take(times, after, mode="clip") - ticks
         return (after - nearer).tolist()
+
+    def count(self, frames: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+        """As `UniformSampler.count`."""
+        wanted = np.floor(seconds * self.fps).astype(int) + 1
+        return np.maximum(np.minimum(wanted, np.minimum(frames, self.max_frames)), self.min_frames)
 
 
 class FrameReader:
@@ -143,6 +152,11 @@ class FrameReader:
             width=self.image_size, height=self.image_size, format="rgb24", interpolation="AREA"
         )
         return upright(small.to_ndarray(), frame)
+
+
+def frame_times(data: bytes) -> list[float]:
+    """Seconds of all frames of a video, without decoding one; raises as `FrameReader.video`."""
+    return _scan_packets(data, MAX_PIXELS).times
 
 
 def upright(pixels: UInt8[np.ndarray, "h w c"], frame: VideoFrame) -> UInt8[np.ndarray, "h2 w2 c"]:

@@ -208,7 +208,7 @@ def _find_counts(urls: Sequence[str]) -> tuple[np.ndarray, set[str]]:
     for number, url in enumerate(urls):
         folder, _, name = url.rpartition("/")
         if folder not in infos:
-            infos[folder] = {} if is_remote(url) else _read_counts(folder)
+            infos[folder] = {} if is_remote(url) else read_counts(folder)
         counts[number] = infos[folder].get(name, -1)
     without = {
         folder for folder, info in infos.items() if not info and os.path.isdir(folder or ".")
@@ -216,13 +216,13 @@ def _find_counts(urls: Sequence[str]) -> tuple[np.ndarray, set[str]]:
     return counts, without
 
 
-def _info_path(folder: str) -> Path:
+def info_path(folder: str) -> Path:
     return Path(folder, ".nv-meta", ".info.json")
 
 
-def _read_counts(folder: str) -> dict[str, int]:
+def read_counts(folder: str) -> dict[str, int]:
     """Samples by name of shard as Energon has them, unless the folder changed since."""
-    info = _info_path(folder)
+    info = info_path(folder)
     try:
         if info.stat().st_mtime_ns < os.stat(folder or ".").st_mtime_ns:
             return {}
@@ -243,10 +243,10 @@ def _keep_counts(manifest: Manifest, folders: Iterable[str]) -> None:
         split = [(*shard.url.rpartition("/")[::2], shard.count) for shard in manifest.shards]
         counts = {name: count for parent, name, count in split if parent == folder}
         here = {name for name in os.listdir(folder or ".") if name.endswith(".tar")}
-        if len(counts) < _MANY or here != counts.keys() or _info_path(folder).exists():
+        if len(counts) < _MANY or here != counts.keys() or info_path(folder).exists():
             continue
         text = json.dumps({"shard_counts": counts}, indent=1)
-        _write_whole(text.encode(), _info_path(folder))
+        write_whole(text.encode(), info_path(folder))
 
 
 def expand_urls(patterns: str | Iterable[str]) -> list[str]:
@@ -335,10 +335,10 @@ def index_shard(url: str, timeout_s: float = 30.0) -> tuple[list[int], BadSample
 def write_index(offsets: Sequence[int], places: Iterable[Path]) -> Path | None:
     """Writes into the first place that can be written, whole or not at all."""
     data = np.asarray(offsets, dtype=INDEX_DTYPE).tobytes()
-    return next((place for place in places if _write_whole(data, place)), None)
+    return next((place for place in places if write_whole(data, place)), None)
 
 
-def _write_whole(data: bytes, place: Path) -> bool:
+def write_whole(data: bytes, place: Path) -> bool:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=place.parent, prefix=".idx-", delete=False) as file:
@@ -354,6 +354,11 @@ def _write_whole(data: bytes, place: Path) -> bool:
 def index_path(shard: str | Path) -> Path:
     """`a/b.tar` -> `a/b.tar.idx`"""
     return Path(f"{shard}.idx")
+
+
+def lengths_path(index: Path) -> Path:
+    """`a/b.tar.idx` -> `a/b.tar.len`, see `lengths.py`."""
+    return index.with_suffix(".len")
 
 
 def _index_places(url: str, cache: Path) -> list[Path]:

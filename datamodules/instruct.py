@@ -21,7 +21,7 @@ VideoBatch   input_ids (b l)   labels (b l)   frames (n c h w)   prompt_ids (b k
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import IGNORE_INDEX, VideoBatch, pad_rows
+from datamodules.budget import BudgetOrder
 from datamodules.conversation import (
     ConversationEncoder,
     EncodedConversation,
@@ -37,6 +38,7 @@ from datamodules.conversation import (
 )
 from datamodules.frames import FrameReader
 from datamodules.index import Manifest, join, read_manifest
+from datamodules.lengths import read_tokens
 from datamodules.mixture import MixtureOrder, mix, read_parts
 from datamodules.module import StepsDataModule
 from datamodules.order import FileOrder, ShuffledOrder, StreamOptions
@@ -98,7 +100,8 @@ class InstructDataModule(StepsDataModule):
             number does not divide, and nothing is left out.
         frames: reads visuals.
         conversation: encodes text; a partial, so that a tokenizer is loaded with the first data.
-        batch_size, global_batch_size, audit: as in `StepsDataModule`.
+        batch_size, global_batch_size, audit: as in `StepsDataModule`. With `stream.max_tokens` a
+            training batch has at most `batch_size` samples, and a step as many batches as ever.
         stream: how samples are shuffled and read.
     """
 
@@ -129,6 +132,7 @@ class InstructDataModule(StepsDataModule):
         self._manifests: dict[str, list[Manifest]] = {}
         self._conversation: ConversationEncoder | None = None
         self._fingerprint: str | None = None
+        self._budget: BudgetOrder | None = None
 
     def prepare_data(self) -> None:
         """Makes missing indexes once a node, before its ranks read them."""
@@ -177,11 +181,35 @@ class InstructDataModule(StepsDataModule):
             if faults.counts and self._rank == 0:
                 logger.warning("%s: %s", split, faults.summary())
 
-    def _train_order(self) -> ShuffledOrder | MixtureOrder:
-        manifests, options = self._manifests_of("train"), self._options
+    def _train_order(self) -> ShuffledOrder | MixtureOrder | BudgetOrder:
+        options = self._options
+        if options.max_tokens is None:
+            return self._order(options, self.batch_size, self.per_step)
+        if self._budget is None:
+            samples = self._order(replace(options, virtual_streams=None), 1, 1)
+            manifest = join(self._manifests_of("train"))
+            tokens = read_tokens(manifest, self._frames.sampler, options)
+            batch, per_step = self.batch_size, self.per_step
+            self._budget = BudgetOrder(samples, tokens, options.max_tokens, batch, per_step)
+            if self._rank == 0 and (longer := self._budget.too_long):
+                logger.warning(
+                    f"{longer} of {len(tokens)} samples are longer than data.stream.max_tokens="
+                    f"{options.max_tokens}, up to {tokens.max()}: each is a batch of its own"
+                )
+        return self._budget
+
+    def _order(
+        self, options: StreamOptions, micro_batch: int, per_step: int
+    ) -> ShuffledOrder | MixtureOrder:
+        manifests = self._manifests_of("train")
         if self._parts is None:
-            return ShuffledOrder(manifests[0], self.batch_size, options, self.per_step)
-        return mix(self._parts, manifests, options, self.batch_size, self.per_step)
+            return ShuffledOrder(manifests[0], micro_batch, options, per_step)
+        return mix(self._parts, manifests, options, micro_batch, per_step)
+
+    def _samples_before(self, epoch: int, micro_batches: int) -> int:
+        if self._budget is None:
+            return super()._samples_before(epoch, micro_batches)
+        return self._budget.samples_before(epoch, micro_batches)
 
     def _splits(self) -> list[str]:
         return [split for split, shards in self._shards.items() if shards != [None]]
@@ -201,7 +229,9 @@ class InstructDataModule(StepsDataModule):
             self.setup()
         return self._manifests[split]
 
-    def _loader(self, split: str, order: FileOrder | MixtureOrder, **position: Any) -> StreamLoader:
+    def _loader(
+        self, split: str, order: FileOrder | MixtureOrder | BudgetOrder, **position: Any
+    ) -> StreamLoader:
         conversation = self.conversation
         decode = partial(decode_sample, frames=self._frames, conversation=conversation)
         batch = partial(

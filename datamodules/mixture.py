@@ -17,6 +17,7 @@ from math import gcd, lcm
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
 from datamodules.index import Manifest
 from datamodules.order import Row, ShuffledOrder, StreamOptions, check_ranks
@@ -159,6 +160,21 @@ class MixtureOrder:
         """The rows of micro-batch m."""
         first = (self.number * self._batches + m) * self.micro_batch
         return [self._row(row) for row in range(first, first + self.micro_batch)]
+
+    def numbers(self) -> Int64[np.ndarray, " s"]:
+        """As `ShuffledOrder.numbers`, the shards of each dataset counted on."""
+        size = self._batches * self.micro_batch
+        period, place = np.divmod(self.number * size + np.arange(size), len(self._pattern))
+        parts, found, first = self._pattern[place], np.empty(size, dtype=np.int64), 0
+        for part, order in enumerate(self._orders):
+            mine = np.flatnonzero(parts == part)
+            nth = period[mine] * self._quotas[part] + self._before[place[mine]]
+            epochs, own = np.divmod(nth, len(order))
+            for number in np.unique(epochs).tolist():
+                then = epochs == number
+                found[mine[then]] = first + order.epoch(number).numbers()[own[then]]
+            first += order.samples
+        return found
 
     def _row(self, row: int) -> Row:
         period, place = divmod(row, len(self._pattern))

@@ -69,8 +69,14 @@ class StepsDataModule(LightningDataModule):
     @property
     def trained_samples(self) -> int:
         """Samples that all ranks have trained on since the training began."""
-        epoch, done = trained_on(self.trainer)
-        return (epoch * self._batches + done) * self.batch_size
+        return self._samples_before(*trained_on(self.trainer))
+
+    def samples_after(self, steps: int) -> int:
+        """Samples of the first optimizer steps of the training."""
+        return self._samples_before(*divmod(steps * self.per_step, self._batches or 1))
+
+    def _samples_before(self, epoch: int, micro_batches: int) -> int:
+        return (epoch * self._batches + micro_batches) * self.batch_size
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
 from datamodules.index import Manifest
 
@@ -36,6 +37,10 @@ class StreamOptions:
             `None` skips in training and raises in evaluation.
         max_bad_rate: the share of bad samples above which a training stops.
         on_changed: `stop` refuses a checkpoint of other data or settings, `go_on` takes it.
+        max_tokens: of a micro-batch, by the lengths that `ropelab-shards measure` keeps; `None`
+            counts samples alone.
+        tokens_per_frame, tokens_per_image: what the pooler leaves of a video's frame on average,
+            and of an image (`None`: as of a frame).
     """
 
     seed: int = 0
@@ -48,6 +53,9 @@ class StreamOptions:
     on_bad_sample: str | None = None
     max_bad_rate: float = 0.05
     on_changed: str = "stop"
+    max_tokens: int | None = None
+    tokens_per_frame: float | None = None
+    tokens_per_image: float | None = None
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.chunk < 1:
@@ -55,6 +63,15 @@ class StreamOptions:
         if not 0 <= self.max_bad_rate <= 1:
             raise ValueError(
                 f"data.stream.max_bad_rate is {self.max_bad_rate}; set a share from 0 to 1"
+            )
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(
+                f"data.stream.max_tokens is {self.max_tokens}; set a number of tokens, or null"
+            )
+        if self.max_tokens is not None and self.tokens_per_frame is None:
+            raise ValueError(
+                "data.stream.max_tokens needs data.stream.tokens_per_frame: the tokens that the "
+                "pooler leaves of a frame on average"
             )
 
 
@@ -216,14 +233,33 @@ class ShuffledOrder(FileOrder):
         first = stream * self.stream_length + block * self._window
         return [self._at(position) for position in range(first, first + width)]
 
+    def numbers(self) -> Int64[np.ndarray, " s"]:
+        """The samples of the epoch in the order of its micro-batches, each by its number.
+
+        Numbers count on through all shards. Takes 24 bytes a sample while it is made.
+        """
+        counts, firsts = np.diff(self._ends, prepend=0), np.cumsum(self._counts) - self._counts
+        at = np.repeat(firsts[self._shard] + self._start - (self._ends - counts), counts)
+        at += np.arange(len(at))  # by position in the epoch
+        rows = np.empty((self.streams, self._rows), dtype=np.int64)
+        for stream, block in np.ndindex(self.streams, -(-self._rows // self._window)):
+            first, width = block * self._window, self._block(block * self._window)[1]
+            seed = (self._seed, self.part, self.number, stream, block)
+            window = at[stream * self._rows + first :][:width]
+            rows[stream, first : first + width] = window[_permute(seed, width)]
+        by_batch = rows.reshape(self.streams, -1, self.micro_batch).swapaxes(0, 1)
+        return by_batch.reshape(-1)[: self._batches * self.micro_batch]
+
     def _block(self, row: int) -> tuple[int, int]:
         block = row // self._window
         return block, min(self._window, self.stream_length - block * self._window)
 
 
-@lru_cache(maxsize=1024)  # a stream comes back to its window after all others
-def _shuffle(seed: tuple[int, ...], width: int) -> np.ndarray:
+def _permute(seed: tuple[int, ...], width: int) -> np.ndarray:
     return np.random.RandomState(seed).permutation(width)
+
+
+_shuffle = lru_cache(maxsize=1024)(_permute)  # a stream comes back to its window after all others
 
 
 def _chunk_sizes(manifest: Manifest, chunk: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from datamodules.frames import (
     open_video,
     upright,
 )
-from datamodules.index import Shard, index_path, index_shard, write_index
+from datamodules.index import Shard, index_path, index_shard, lengths_path, write_index
 from datamodules.source import open_source
 from datamodules.tar import untar_sample
 
@@ -95,7 +95,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
         if count:
             offsets, fault = index_shard(str(temporary))
             assert fault is None, fault
-            index_path(path).unlink(missing_ok=True)  # of an older shard in this place
+            for older in (index_path(path), lengths_path(index_path(path))):
+                older.unlink(missing_ok=True)  # of another shard in this place
             os.replace(temporary, path)
             write_index(offsets, [index_path(path)])
     finally:

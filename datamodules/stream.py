@@ -12,10 +12,10 @@
        v
     batch
 
-The order is a pure function of (manifest, seed, epoch, V, micro-batch size, window, chunk): the
-same for every number of ranks and workers, and so are the samples of each optimizer step. Where a
-run stands is told from outside, as (epoch, micro-batches done by all ranks together); nothing here
-remembers it.
+The order is a pure function of (manifest, seed, epoch, V, micro-batch size, window, chunk), and of
+the samples' lengths where `budget.py` cuts micro-batches by tokens: the same for every number of
+ranks and workers, and so are the samples of each optimizer step. Where a run stands is told from
+outside, as (epoch, micro-batches done by all ranks together); nothing here remembers it.
 """
 
 import logging
@@ -28,6 +28,7 @@ from lightning import Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batch import BadSampleError
+from datamodules.budget import BudgetOrder
 from datamodules.index import Manifest, Shard
 from datamodules.mixture import MixtureOrder
 from datamodules.order import FileOrder, Row
@@ -153,7 +154,7 @@ class EpochStream(Dataset):
     def __init__(
         self,
         manifest: Manifest,
-        order: FileOrder | MixtureOrder,
+        order: FileOrder | MixtureOrder | BudgetOrder,
         decode: Callable[[dict[str, Any]], Any],
         collate: Callable[[list[Any]], Any],
         timeout_s: float,

@@ -1,7 +1,8 @@
-"""ropelab-shards: packs videos and annotations into shards, and verifies shards.
+"""ropelab-shards: packs videos and annotations into shards, verifies and measures shards.
 
 ropelab-shards pack --videos videos/ --annotations train.json --output shards/ --reencode 336
 ropelab-shards verify shards/ --json
+ropelab-shards measure shards/ --tokenizer Qwen/Qwen2-7B
 ropelab-shards demo data/vniah
 """
 
@@ -23,8 +24,16 @@ from rich.table import Table
 
 from datamodules.batch import BadSampleError
 from datamodules.demo import write_demo
-from datamodules.index import expand_urls
-from datamodules.pack import Outcome, pack_shard, plan_shards, read_annotations, verify_shard
+from datamodules.index import expand_urls, read_manifest
+from datamodules.lengths import counts_stay_current, measure_shard
+from datamodules.pack import (
+    BadItem,
+    Outcome,
+    pack_shard,
+    plan_shards,
+    read_annotations,
+    verify_shard,
+)
 
 _screen = Console(stderr=True)  # so that --json leaves standard output to the JSON
 
@@ -66,6 +75,16 @@ def pack(options: argparse.Namespace) -> Outcome:
 
 def verify(options: argparse.Namespace) -> Outcome:
     return in_parallel(verify_shard, expand_urls(options.paths), options.workers, "verifying")
+
+
+def measure(options: argparse.Namespace) -> Outcome:
+    manifest = read_manifest(options.paths, cache=options.index_cache)
+    job = partial(measure_shard, tokenizer=options.tokenizer)
+    with counts_stay_current(manifest.urls):
+        outcome = in_parallel(job, list(manifest.shards), options.workers, "measuring")
+    damaged = [BadItem(fault.shard, "", fault.reason, fault.detail) for fault in manifest.faults]
+    outcome.add(Outcome(bad=damaged))
+    return outcome
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -124,7 +143,7 @@ def show(outcome: Outcome, most: int = 50) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ropelab-shards",
-        description="Packs videos and annotations into shards; verifies shards.",
+        description="Packs videos and annotations into shards; verifies and measures shards.",
     )
     commands = parser.add_subparsers(required=True)
     workers = min(8, os.cpu_count() or 1)
@@ -146,6 +165,14 @@ def _parser() -> argparse.ArgumentParser:
     reader.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     reader.add_argument("--workers", type=_positive, default=workers, help="processes")
     reader.set_defaults(run=verify)
+
+    reader = commands.add_parser("measure", help="keep how long samples are, for data.stream")
+    reader.add_argument("paths", nargs="+", metavar="PATHS", help="files, folders, globs, urls")
+    reader.add_argument("--tokenizer", help="of the LLM: hub id, folder or .gguf; else the own one")
+    reader.add_argument("--index-cache", type=Path, help="as data.stream.index_cache")
+    reader.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    reader.add_argument("--workers", type=_positive, default=workers, help="processes")
+    reader.set_defaults(run=measure)
 
     writer = commands.add_parser("demo", help="haystacks and needles out of installed packages")
     writer.add_argument("output", type=Path, metavar="DIR", help="folder for the shards")
