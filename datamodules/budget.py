@@ -49,11 +49,12 @@ class BudgetOrder:
         micro_batch: int,
         per_step: int = 1,
     ):
-        self._order, self._tokens, self._max_tokens = order, tokens, max_tokens
+        self._epochs, self._tokens, self._max_tokens = order, tokens, max_tokens
         self.micro_batch, self.per_step, self.number = micro_batch, per_step, 0
         digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()[:16]
         self.described = f"{order.described} tokens {max_tokens} of {digest}"
-        self._cuts = self._cut(order.epoch(0))
+        self._order = order.epoch(0)
+        self._cuts = self._cut(self._order)
         found = len(self._cuts) - 1
         self._batches = found // per_step * per_step
         if not self._batches:
@@ -82,7 +83,7 @@ class BudgetOrder:
         """The order of one epoch."""
         if self._newest.number != number:
             order = copy.copy(self)
-            order.number, order._order = number, self._order.epoch(number)
+            order.number, order._order = number, self._epochs.epoch(number)
             order._cuts = halve(self._cut(order._order), self._batches)[: self._batches + 1]
             self._samples[number] = int(order._cuts[-1])
             self._newest = order

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -44,6 +44,7 @@ from datamodules.tar import untar_sample
 _ANY_LENGTH = 2**31  # tokens: nothing is cut here
 
 
+@runtime_checkable
 class Sampler(Protocol):
     def count(self, frames: np.ndarray, seconds: np.ndarray) -> np.ndarray:
         """How many frames are taken of each video."""
@@ -70,15 +71,21 @@ class Lengths(NamedTuple):
 
 
 def read_tokens(
-    manifest: Manifest, sampler: Sampler, options: StreamOptions
+    manifest: Manifest, sampler: object, options: StreamOptions
 ) -> Int32[np.ndarray, " s"]:
     """Tokens of every sample of all shards, by what `ropelab-shards measure` has kept.
 
     Raises:
-        ValueError: a shard was not measured, or is another one since.
+        ValueError: a shard was not measured, or is another one since; or a sampler of frames
+            without `count`.
     """
-    per_frame = options.tokens_per_frame or 0
-    per_image = per_frame if options.tokens_per_image is None else options.tokens_per_image
+    if not isinstance(sampler, Sampler):
+        raise ValueError(
+            f"data.frames.sampler: {type(sampler).__name__} has no `count`, which tells how many "
+            "frames it takes; add it, or set data.stream.max_tokens=null"
+        )
+    per_frame = float(options.tokens_per_frame or 0)
+    per_image = per_frame if options.tokens_per_image is None else float(options.tokens_per_image)
 
     def read(shard: Shard) -> np.ndarray:
         return read_lengths(shard).tokens(sampler, per_frame, per_image)

@@ -54,8 +54,8 @@ class StreamOptions:
     max_bad_rate: float = 0.05
     on_changed: str = "stop"
     max_tokens: int | None = None
-    tokens_per_frame: float | None = None
-    tokens_per_image: float | None = None
+    tokens_per_frame: float | int | None = None
+    tokens_per_image: float | int | None = None
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.chunk < 1:
