@@ -12,7 +12,7 @@ Axis letters, the same in every signature of the project:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -53,6 +53,18 @@ class Grid(NamedTuple):
         return self.t * self.h * self.w
 
 
+class Tiles(NamedTuple):
+    """How an image was cut: a grid of frames, and the pixels of the picture that they hold.
+
+    The picture stands in the middle of the grid in its own aspect ratio, as large as fits.
+    """
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+
+
 @dataclass
 class VideoBatch:
     """Samples padded on the right. Visuals of any length, several or none in a sample."""
@@ -65,6 +77,9 @@ class VideoBatch:
     prompt_ids: Int[Tensor, "b k"]  # the question as the encoder's text tower reads it
     prompt_mask: Bool[Tensor, "b k"]
     keys: list[str]  # where each sample comes from, for logs
+    #: Of each visual: None, or how its frames are cut out of one image: a thumbnail, then tiles
+    #: row by row. Empty: no visual is.
+    tiles: list[Tiles | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -80,6 +95,19 @@ class VideoBatch:
                 f"the visuals count {sum(self.frame_counts)} frames, "
                 f"{self.frames.shape[0]} are given"
             )
+        self.tiles = self.tiles or [None] * slots
+        for frames, tiles in zip(self.frame_counts, self.tiles, strict=True):
+            if tiles and frames != 1 + tiles.rows * tiles.columns:
+                raise ValueError(
+                    f"an image of {tiles.rows} x {tiles.columns} tiles and a thumbnail has "
+                    f"{1 + tiles.rows * tiles.columns} frames, {frames} are given"
+                )
+
+    @property
+    def clips(self) -> list[int]:
+        """`frame_counts` as an encoder takes them: a tile has no neighbours in time."""
+        counts = zip(self.frame_counts, self.tiles, strict=True)
+        return [n for frames, tiles in counts for n in ([1] * frames if tiles else [frames])]
 
     def first(self, count: int) -> "VideoBatch":
         """The first rows, with their visuals."""
@@ -94,6 +122,7 @@ class VideoBatch:
             self.prompt_ids[:count],
             self.prompt_mask[:count],
             self.keys[:count],
+            self.tiles[:visuals],
         )
 
     def questions(self) -> "VideoBatch":
@@ -111,6 +140,7 @@ class VideoBatch:
             labels=torch.full_like(self.labels, IGNORE_INDEX),
             frames=torch.cat([self.frames[:0], *(frames for frames, keep in visuals if keep)]),
             frame_counts=[n for n, keep in zip(self.frame_counts, kept, strict=True) if keep],
+            tiles=[t for t, keep in zip(self.tiles, kept, strict=True) if keep],
         )
 
     def answers(self) -> list[list[int]]:

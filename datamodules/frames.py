@@ -26,7 +26,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from datamodules.batch import BadSampleError
+from datamodules.batch import BadSampleError, Tiles
+from datamodules.tiles import check_grids, cut_tiles
 
 VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "gif"})
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -102,6 +103,7 @@ class FrameReader:
         image_size: side of a frame; the whole picture is squeezed into it.
         sampler: times of all frames, in seconds -> numbers of those wanted, not decreasing.
         max_pixels: a larger picture is refused before it is decoded.
+        tiles: (rows, columns) of the grids that `picture` may cut an image into; None: none.
     """
 
     def __init__(
@@ -109,8 +111,10 @@ class FrameReader:
         image_size: int,
         sampler: Callable[[Sequence[float]], list[int]],
         max_pixels: int = MAX_PIXELS,
+        tiles: Sequence[Sequence[int]] | None = None,
     ):
         self.image_size, self.sampler, self.max_pixels = image_size, sampler, max_pixels
+        self.tiles = None if tiles is None else check_grids(tiles)
 
     def video(self, data: bytes) -> UInt8[Tensor, "t c h w"]:
         """Sampled frames.
@@ -139,6 +143,12 @@ class FrameReader:
         size = (self.image_size, self.image_size)
         pixels = np.array(picture.resize(size, Image.Resampling.BICUBIC))
         return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()  # h w c -> 1 c h w
+
+    def picture(self, data: bytes) -> tuple[UInt8[Tensor, "n c h w"], Tiles | None]:
+        """An image as one frame, or as a thumbnail and tiles; raises as `image`."""
+        if self.tiles is None:
+            return self.image(data), None
+        return cut_tiles(_open_image(data, self.max_pixels), self.image_size, self.tiles)
 
     def _frames(
         self, data: bytes, packets: "_Packets", wanted: Sequence[int]

@@ -15,20 +15,20 @@ visuals      uint8 (t c h w) each         input_ids, labels (l), prompt_ids (k)
                        |  collate         pad on the right
                        v
 VideoBatch   input_ids (b l)   labels (b l)   frames (n c h w)   prompt_ids (b k)
-             frame_counts: frames of each of the v visuals, in the order of their slots
+             frame_counts, tiles: of each of the v visuals, in the order of their slots
 """
 
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from datamodules.batch import IGNORE_INDEX, VideoBatch, pad_rows
+from datamodules.batch import IGNORE_INDEX, Tiles, VideoBatch, pad_rows
 from datamodules.budget import BudgetOrder
 from datamodules.conversation import (
     ConversationEncoder,
@@ -52,6 +52,7 @@ class Sample:
     key: str
     text: EncodedConversation
     visuals: list[Tensor]  # uint8 (t c h w), t of each its own
+    tiles: list[Tiles | None] = field(default_factory=list)  # as in `VideoBatch`
 
 
 def decode_sample(
@@ -64,11 +65,12 @@ def decode_sample(
     """
     turns, suffixes = parse_sample(raw)
     text = conversation(turns)
-    visuals = [
-        frames.video(raw[suffix]) if is_video(suffix) else frames.image(raw[suffix])
+    read = [
+        (frames.video(raw[suffix]), None) if is_video(suffix) else frames.picture(raw[suffix])
         for suffix in suffixes
     ]
-    return Sample(f"{raw['__url__']}/{raw['__key__']}", text, visuals)
+    visuals, tiles = [visual for visual, _ in read], [tiles for _, tiles in read]
+    return Sample(f"{raw['__url__']}/{raw['__key__']}", text, visuals, tiles)
 
 
 def collate(
@@ -87,6 +89,7 @@ def collate(
         prompt_ids=pad_rows([text.prompt_ids for text in texts], prompt_pad_id),
         prompt_mask=pad_rows([[1] * len(text.prompt_ids) for text in texts], 0).bool(),
         keys=[sample.key for sample in samples],
+        tiles=[t for s in samples for t in s.tiles or [None] * len(s.visuals)],
     )
 
 

@@ -20,6 +20,7 @@ from lightning_modules.pooler.base import Pooler
 from lightning_modules.projector import Projector
 from lightning_modules.rotary.base import Layout, RotaryEmbedding, RotaryScheme
 from lightning_modules.stage import build
+from lightning_modules.tiles import Piece, join_pieces, lay_out, split_pieces
 
 
 class VideoLanguageModelConfig(PreTrainedConfig):
@@ -39,10 +40,12 @@ class VideoLanguageModelConfig(PreTrainedConfig):
         rotary: dict | None = None,
         llm: dict | None = None,
         lora: dict | None = None,
+        tiles: dict | None = None,
         **kwargs: Any,
     ):
         self.encoder, self.pooler, self.rotary, self.llm = encoder, pooler, rotary, llm
         self.lora = lora
+        self.tiles = tiles  # of images cut into such: {"newline": whether rows end with a token}
         super().__init__(**kwargs)
 
 
@@ -78,12 +81,14 @@ class VideoLanguageModel(PreTrainedModel):
     """frames and words in, loss or words out.
 
     1. encoder:   frames (n c h w)                    -> patches (n p d), by frame
-    2. pooler:    patches x prompt                    -> relevance (t h w), by visual
-    3. projector, pooler: patches x relevance         -> tokens (t h w m), fewer, by visual
+    2. pooler:    patches x prompt                    -> relevance (t h w), by piece
+    3. projector, pooler: patches x relevance         -> tokens (t h w m), fewer, by piece
     4. splice:    tokens into the words' embeddings   -> embeds (b l m), layouts
     5. rotary:    layouts                             -> positions (4 b l)
     6. llm:       embeds, positions (-> cos, sin)     -> hidden (b l m)
     7. loss:      hidden, labels                      -> loss
+
+    A visual is one piece; an image in tiles is two, its thumbnail and the plane of its tiles.
     """
 
     config_class = VideoLanguageModelConfig
@@ -103,6 +108,12 @@ class VideoLanguageModel(PreTrainedModel):
             self.pooler.grid(Grid(frames, *self.encoder.grid))
         self.llm.replace_rotary(lambda original: RotaryEmbedding(self.rotary, original))
         self.projector = Projector(self.encoder.width, self.llm.width)
+        self.image_newline = None
+        if config.tiles:
+            self.pooler.grid(Grid(1, *(2 * side for side in self.encoder.grid)))
+            if config.tiles["newline"]:
+                std = self.llm.width**-0.5
+                self.image_newline = nn.Parameter(torch.randn(self.llm.width) * std)
         # What came from a hub or folder is part of this model now: keep its config, not its name.
         config.encoder, config.llm = self.encoder.to_spec(), self.llm.to_spec()
         self.post_init()
@@ -116,7 +127,7 @@ class VideoLanguageModel(PreTrainedModel):
                 module.requires_grad_(False)
 
     def forward(self, batch: VideoBatch, packing: int | None = None) -> Output:
-        patches = self.encoder(batch.frames, batch.frame_counts)  # n p d
+        patches = self.encoder(batch.frames, batch.clips)  # n p d
         inputs = self.compose(batch, patches, packing=packing)
         hidden = self.llm(inputs.embeds, inputs.attention_mask, inputs.positions)  # b l m
         loss, labelled = next_token_loss(hidden, inputs.labels, self.llm.head)
@@ -128,7 +139,7 @@ class VideoLanguageModel(PreTrainedModel):
 
         `options` go to transformers' `GenerationMixin.generate`: `max_new_tokens`, `num_beams`, …
         """
-        patches = self.encoder(batch.frames, batch.frame_counts)
+        patches = self.encoder(batch.frames, batch.clips)
         inputs = self.compose(batch, patches, padding_side="left")
         return self.llm.generate(inputs.embeds, inputs.mask, inputs.positions, **options)
 
@@ -160,57 +171,70 @@ class VideoLanguageModel(PreTrainedModel):
         return LanguageInputs(embeds, mask, labels, positions, layouts, rows.spans)
 
     def pool(
-        self,
-        visuals: Sequence[Float[Tensor, "_ _ _ d"]],
-        relevance: Sequence[Float[Tensor, "_ _ _"] | None],
+        self, pieces: Sequence[Piece], relevance: Sequence[Float[Tensor, "_ _ _"] | None]
     ) -> tuple[list[Float[Tensor, "_ m"]], list[Grid]]:
-        """Tokens of each visual and the grid they come from.
+        """Tokens of each piece and the grid they come from.
 
         The projector's second layer runs on what the pooler leaves: a window's weights sum to 1,
         so a linear map gives the same on either side of it.
         """
         pooled = [
-            self.pooler(patches, weight, self.projector.expand)
-            for patches, weight in zip(visuals, relevance, strict=True)
+            self.pooler(piece.patches, weight, self.projector.expand)
+            for piece, weight in zip(pieces, relevance, strict=True)
         ]  # each t h w m
         if not pooled:
             return [], []
         grids = [Grid(*p.shape[:3]) for p in pooled]
-        flat = torch.cat([p.flatten(0, 2) for p in pooled])  # all tokens of the batch, m
-        return list(self.projector.contract(flat).split([g.size for g in grids])), grids
+        flat = self.projector.contract(torch.cat([p.flatten(0, 2) for p in pooled]))  # all m
+        if self.image_newline is not None:  # has a gradient on every rank, tiles or none
+            flat = flat + 0 * self.image_newline.sum()
+        tokens = [
+            part.view(*grid, -1)
+            for part, grid in zip(flat.split([g.size for g in grids]), grids, strict=True)
+        ]
+        tokens = [
+            lay_out(part, piece, self.image_newline) if piece.tiles else part
+            for part, piece in zip(tokens, pieces, strict=True)
+        ]
+        return [t.flatten(0, 2) for t in tokens], [Grid(*t.shape[:3]) for t in tokens]
 
-    def _visuals(
-        self, batch: VideoBatch, patches: Float[Tensor, "n p d"]
-    ) -> list[Float[Tensor, "_ _ _ d"]]:
-        rows, columns = self.encoder.grid
-        grid = patches.unflatten(1, (rows, columns))  # n p d -> n h w d
-        return list(grid.split(batch.frame_counts)) if batch.frame_counts else []
+    def _visuals(self, batch: VideoBatch, patches: Float[Tensor, "n p d"]) -> list[Piece]:
+        """
+        Raises:
+            ValueError: images in tiles, and a model that was not made for them.
+        """
+        if any(batch.tiles) and not self.config.tiles:
+            raise ValueError(
+                "the images are cut into tiles, but the model has no model.tiles: train it with "
+                "tiles=llava_next, or set data.frames.tiles=null"
+            )
+        return split_pieces(batch, patches.unflatten(1, self.encoder.grid))  # n p d -> n h w d
 
     def _relevance(
-        self, batch: VideoBatch, visuals: Sequence[Float[Tensor, "_ _ _ d"]]
+        self, batch: VideoBatch, pieces: Sequence[Piece]
     ) -> list[Float[Tensor, "_ _ _"] | None]:
-        if not self.pooler.uses_prompt or not visuals:
-            return [None] * len(visuals)
+        if not self.pooler.uses_prompt or not pieces:
+            return [None] * len(pieces)
         prompts = self.encoder.encode_prompt(batch.prompt_ids, batch.prompt_mask)  # b e
-        rows = (batch.input_ids == VISUAL_SLOT).nonzero()[:, 0].tolist()
         return [
-            self.pooler.relevance(self.encoder.align(patches.flatten(1, 2)), prompts[row]).view(
-                patches.shape[:3]
-            )
-            for patches, row in zip(visuals, rows, strict=True)
+            self.pooler.relevance(
+                self.encoder.align(piece.patches.flatten(1, 2)), prompts[piece.row]
+            ).view(piece.patches.shape[:3])
+            for piece in pieces
         ]
 
     def _splice(
         self, batch: VideoBatch, tokens: Sequence[Float[Tensor, "_ m"]], grids: Sequence[Grid]
     ) -> tuple[list[tuple[Tensor, Tensor]], list[Layout]]:
-        """Puts each visual's tokens in the place of its slot; padding is dropped.
+        """Puts the tokens of each visual's pieces in the place of its slot; padding is dropped.
 
         Returns one (embeddings, labels) pair a row, and the rows' layouts.
         """
         embeds = self.llm.embed(batch.input_ids.clamp(min=0))  # b l m; slots read as any token
         lengths = batch.attention_mask.sum(dim=1).tolist()
         slots = (batch.input_ids == VISUAL_SLOT).nonzero().tolist()
-        pieces, layouts, visual = [], [], iter(zip(tokens, grids, strict=True))
+        visual = iter(join_pieces(batch, list(zip(tokens, grids, strict=True))))
+        pieces, layouts = [], []
         for row, length in enumerate(lengths):
             parts, marks, layout, start = [], [], [], 0
             for stop in [column for r, column in slots if r == row] + [length]:
@@ -218,8 +242,7 @@ class VideoLanguageModel(PreTrainedModel):
                 marks.append(batch.labels[row, start:stop])
                 if stop > start:
                     layout.append(stop - start)
-                if stop < length:
-                    part, grid = next(visual)
+                for part, grid in next(visual) if stop < length else ():
                     parts.append(part.to(embeds.dtype))
                     marks.append(batch.labels.new_full((grid.size,), IGNORE_INDEX))
                     layout.append(grid)
