@@ -139,7 +139,7 @@ class FrameReader:
         Raises:
             BadSampleError: image_unreadable, image_too_large.
         """
-        picture = _open_image(data, self.max_pixels)
+        picture = open_image(data, self.max_pixels)
         size = (self.image_size, self.image_size)
         pixels = np.array(picture.resize(size, Image.Resampling.BICUBIC))
         return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()  # h w c -> 1 c h w
@@ -148,7 +148,7 @@ class FrameReader:
         """An image as one frame, or as a thumbnail and tiles; raises as `image`."""
         if self.tiles is None:
             return self.image(data), None
-        return cut_tiles(_open_image(data, self.max_pixels), self.image_size, self.tiles)
+        return cut_tiles(open_image(data, self.max_pixels), self.image_size, self.tiles)
 
     def _frames(
         self, data: bytes, packets: "_Packets", wanted: Sequence[int]
@@ -355,10 +355,11 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
 
 def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
     """Decodes an image; raises as `FrameReader.image`."""
-    _open_image(data, max_pixels)
+    open_image(data, max_pixels)
 
 
-def _open_image(data: bytes, max_pixels: int) -> Image.Image:
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An RGB picture, upright; raises as `FrameReader.image`."""
     if data[:2] == b"\xff\xd8" and (scans := data.count(b"\xff\xda")) > _JPEG_SCANS:
         raise BadSampleError("image_too_large", f"{scans} scans, the limit is {_JPEG_SCANS}")
     try:
@@ -390,7 +391,7 @@ def _turned(picture: Image.Image) -> Image.Image:
 
 def _is_image(data: bytes) -> bool:
     try:
-        _open_image(data, MAX_PIXELS)
+        open_image(data, MAX_PIXELS)
     except BadSampleError:
         return False
     return True

@@ -5,31 +5,29 @@ on the number of processes; it appears whole, with its index, or not at all.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
-import av
-from av import VideoFrame
 from webdataset import TarWriter  # pyright: ignore[reportAttributeAccessIssue]
 
+from datamodules.annotations import read_entry, with_answers
 from datamodules.batch import BadSampleError
 from datamodules.conversation import VISUALS, is_video, match_slots, parse_sample, read_turns
 from datamodules.frames import (
+    IMAGE_SUFFIXES,
     FrameReader,
     UniformSampler,
     check_image,
     count_frames,
-    open_video,
-    upright,
 )
 from datamodules.index import Shard, index_path, index_shard, lengths_path, write_index
+from datamodules.reencode import encode_frames, reencode
 from datamodules.source import open_source
 from datamodules.tar import untar_sample
 
@@ -53,7 +51,14 @@ class Outcome:
         self.bad += other.bad
 
 
-def read_annotations(path: Path) -> list[Any]:
+class Annotation(NamedTuple):
+    """An entry and where in its file it stands, in words: `entry 3`, counted from 0, `line 4`."""
+
+    where: str
+    entry: Any
+
+
+def read_annotations(path: Path) -> list[Annotation]:
     """Entries of a JSON list, or of a file with one JSON object a line.
 
     Raises:
@@ -67,9 +72,11 @@ def read_annotations(path: Path) -> list[Any]:
         entries = _parse(text, str(path))
         if not isinstance(entries, list):
             raise ValueError(f"{path}: a list of entries is expected, one object a line in .jsonl")
-        return entries
-    lines = enumerate(text.splitlines(), start=1)
-    return [_parse(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+        return [Annotation(f"entry {n}", entry) for n, entry in enumerate(entries)]
+    lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), start=1)]
+    return [
+        Annotation(where, _parse(line, f"{path}, {where}")) for where, line in lines if line.strip()
+    ]
 
 
 def _parse(text: str, where: str) -> Any:
@@ -108,10 +115,10 @@ class PackTask(NamedTuple):
 
     path: Path
     first: int
-    entries: Sequence[Any]
+    entries: Sequence[Annotation]
 
 
-def plan_shards(entries: Sequence[Any], output: Path, shard_size: int) -> list[PackTask]:
+def plan_shards(entries: Sequence[Annotation], output: Path, shard_size: int) -> list[PackTask]:
     return [
         PackTask(output / f"shard-{n:06d}.tar", first, entries[first : first + shard_size])
         for n, first in enumerate(range(0, len(entries), shard_size))
@@ -123,14 +130,13 @@ def pack_shard(task: PackTask, videos: Path, short_side: int | None) -> Outcome:
     outcome = Outcome()
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for number, entry in enumerate(task.entries, start=task.first):
+        for number, (where, entry) in enumerate(task.entries, start=task.first):
             try:
                 members = _members(entry, videos, short_side)
             except BadSampleError as error:
-                key = f"entry {number}"
                 if isinstance(entry, dict) and "id" in entry:
-                    key += f" ({entry['id']})"
-                outcome.bad.append(BadItem(task.path.name, key, error.reason, error.detail))
+                    where += f" ({entry['id']})"
+                outcome.bad.append(BadItem(task.path.name, where, error.reason, error.detail))
             else:
                 outcome.good += 1
                 yield f"{number:09d}", members
@@ -139,20 +145,19 @@ def pack_shard(task: PackTask, videos: Path, short_side: int | None) -> Outcome:
     return outcome
 
 
-def _members(entry: Any, videos: Path, short_side: int | None) -> dict[str, bytes]:
-    turns = read_turns(entry)
+def _members(published: Any, videos: Path, short_side: int | None) -> dict[str, bytes]:
+    entry = read_entry(published)
     names = [*_names(entry, "image"), *_names(entry, "video")]
-    match_slots(turns, names)
+    for answered in with_answers(entry):
+        match_slots(read_turns(answered), names)
+    span = _span(entry)
+    if span:
+        if short_side is None:
+            raise BadSampleError("part_of_video", "it has `start` and `end`: cut by --reencode")
+        entry = {name: value for name, value in entry.items() if name not in ("start", "end")}
     members = {}
     for number, name in enumerate(names):
-        data = _read_visual(videos, name)
-        if is_video(name) and short_side is not None:
-            data, name = reencode(data, short_side), "x.mp4"
-        elif is_video(name):
-            FrameReader(1, UniformSampler(1)).video(data)  # as verify would refuse it
-        else:
-            check_image(data)
-        suffix = name.rpartition(".")[2].lower()
+        data, suffix = _read_visual(videos, name, short_side, span)
         members[suffix if len(names) == 1 else f"{number}.{suffix}"] = data
     try:
         text = json.dumps(entry, ensure_ascii=False, sort_keys=True).encode()
@@ -162,17 +167,54 @@ def _members(entry: Any, videos: Path, short_side: int | None) -> dict[str, byte
 
 
 def _names(entry: dict, field_name: str) -> list[str]:
+    """File names; a video's without an ending is that of its .mp4 or of a folder of frames."""
     value = entry.get(field_name) or []
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise BadSampleError("bad_field", f"{field_name}: a file name or a list of them")
+    if field_name == "video":
+        names = [name if "." in name.rpartition("/")[2] else f"{name}.mp4" for name in names]
     for name in names:
         if name.rpartition(".")[2].lower() not in VISUALS:
             raise BadSampleError("unknown_format", name)
     return names
 
 
-def _read_visual(videos: Path, name: str) -> bytes:
+def _span(entry: dict) -> tuple[float, float] | None:
+    """Seconds of the part of the video that is meant; None for all of it."""
+    if not entry.get("video") or entry.get("start") is None or entry.get("end") is None:
+        return None
+    try:
+        start, end = float(entry["start"]), float(entry["end"])
+    except (TypeError, ValueError):
+        raise BadSampleError("bad_field", "start and end: seconds") from None
+    if not 0 <= start < end < math.inf:
+        raise BadSampleError("bad_field", f"start {start} and end {end}: 0 <= start < end")
+    return start, end
+
+
+def _read_visual(
+    videos: Path, name: str, short_side: int | None, span: tuple[float, float] | None
+) -> tuple[bytes, str]:
+    """What goes into the shard, and its ending."""
+    suffix = name.rpartition(".")[2].lower()
+    folder = (videos / name).with_suffix("")
+    if is_video(name) and folder.is_dir() and not (videos / name).exists():
+        files = sorted(f for f in os.listdir(folder) if f.rpartition(".")[2] in IMAGE_SUFFIXES)
+        inside = Path(name).with_suffix("")
+        pictures = (_read_file(videos, str(inside / file)) for file in files)
+        return encode_frames(pictures, short_side, span), "mp4"
+    data = _read_file(videos, name)
+    if not is_video(name):
+        check_image(data)
+    elif short_side is not None:
+        return reencode(data, short_side, span), "mp4"
+    else:
+        FrameReader(1, UniformSampler(1)).video(data)  # as verify would refuse it
+    return data, suffix
+
+
+def _read_file(videos: Path, name: str) -> bytes:
     try:
         path = (videos / name).resolve()
         if not path.is_relative_to(videos.resolve()):
@@ -185,46 +227,6 @@ def _read_visual(videos: Path, name: str) -> bytes:
     except (OSError, ValueError) as error:  # a name with a zero byte
         text = getattr(error, "strerror", None) or str(error)
         raise BadSampleError("file_unreadable", f"{name}: {text}") from None
-
-
-def reencode(data: bytes, short_side: int, gop: int = 8) -> bytes:
-    """H.264 that is cheap to read at random: small, keyframes close by, none that looks ahead.
-
-    Raises:
-        BadSampleError: as `count_frames`.
-    """
-    count_frames(data)
-    options = {"movflags": "faststart"}  # needs a file that can be opened twice
-    with (
-        NamedTemporaryFile(suffix=".mp4") as file,
-        open_video(data) as source,
-        av.open(file.name, "w", format="mp4", options=options) as target,
-    ):
-        video = source.streams.video[0]
-        stream = target.add_stream("libx264", rate=video.average_rate or 25)
-        stream.options = {"g": str(gop), "bf": "0", "threads": "1", "crf": "20"}
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.time_base = video.time_base or Fraction(1, 90_000)
-        started = False
-        for frame in source.decode(video):
-            if frame.rotation:
-                pts, base = frame.pts, frame.time_base
-                frame = VideoFrame.from_ndarray(upright(frame.to_ndarray(format="rgb24"), frame))
-                frame.pts, frame.time_base = pts, base
-            if not started:
-                stream.width, stream.height = _even_size(frame, short_side)
-                started = True
-            small = frame.reformat(stream.width, stream.height, "yuv420p", interpolation="AREA")
-            target.mux(stream.encode(small))
-        target.mux(stream.encode())
-        target.close()
-        return Path(file.name).read_bytes()
-
-
-def _even_size(frame: VideoFrame, short_side: int) -> tuple[int, int]:
-    scale = min(1.0, short_side / min(frame.width, frame.height))
-    width, height = (max(2, round(n * scale / 2) * 2) for n in (frame.width, frame.height))
-    return width, height
 
 
 def verify_shard(url: str, timeout_s: float = 30.0) -> Outcome:
@@ -256,7 +258,7 @@ def _verify_sample(url: str, number: int, read: Callable[[], bytes]) -> Outcome:
     try:
         raw = untar_sample(read(), url)
         key = raw["__key__"]
-        _, suffixes = parse_sample(raw)
+        suffixes = _check_text(raw)
         for suffix in suffixes:
             if is_video(suffix):
                 count_frames(raw[suffix])
@@ -265,3 +267,14 @@ def _verify_sample(url: str, number: int, read: Callable[[], bytes]) -> Outcome:
     except BadSampleError as error:
         return Outcome(bad=[BadItem(url, key, error.reason, error.detail)])
     return Outcome(good=1)
+
+
+def _check_text(raw: dict[str, Any]) -> list[str]:
+    """The visuals of a sample, in the order of their slots; both answers of a pair are parsed."""
+    try:
+        entry = json.loads(raw["json"])
+    except (KeyError, ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict) or "chosen" not in entry:
+        return parse_sample(raw)[1]
+    return [parse_sample({**raw, "json": json.dumps(e)})[1] for e in with_answers(entry)][0]
