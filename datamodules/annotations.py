@@ -57,7 +57,7 @@ def read_preference(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_videochat2(entry: dict[str, Any]) -> dict[str, Any]:
-    """VideoChat2-IT: `QA`, a list of instruction `i`, question `q` (captions have none), answer `a`.
+    """VideoChat2-IT: `QA` holds instruction `i`, question `q` (captions have none), answer `a`.
 
     The first instruction goes before the first question: VideoChat2 writes it once, before the
     video, and guides its query by both. `start` and `end`, in seconds, say which part of the video
@@ -86,10 +86,10 @@ def with_answers(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if "chosen" not in entry:
         yield entry
         return
+    asked = entry.get("conversations")
     for name in ("chosen", "rejected"):
-        turns = entry.get("conversations")
-        turns = turns if isinstance(turns, list) else []
-        yield {"conversations": [*turns, {"from": "gpt", "value": entry.get(name)}]}
+        answer = {"from": "gpt", "value": entry.get(name)}
+        yield {"conversations": [*(asked if isinstance(asked, list) else []), answer]}
 
 
 def _slot(entry: dict[str, Any]) -> str:
@@ -97,7 +97,7 @@ def _slot(entry: dict[str, Any]) -> str:
     slots = []
     for word in ("image", "video"):
         value = entry.get(word) or []
-        slots += [f"<{word}>\n"] * (1 if isinstance(value, str) else len(value))
+        slots += [f"<{word}>\n"] * (len(value) if isinstance(value, list) else 1)
     return "".join(slots)
 
 

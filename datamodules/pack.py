@@ -277,4 +277,5 @@ def _check_text(raw: dict[str, Any]) -> list[str]:
         entry = None
     if not isinstance(entry, dict) or "chosen" not in entry:
         return parse_sample(raw)[1]
-    return [parse_sample({**raw, "json": json.dumps(e)})[1] for e in with_answers(entry)][0]
+    parsed = [parse_sample({**raw, "json": json.dumps(one)}) for one in with_answers(entry)]
+    return parsed[0][1]

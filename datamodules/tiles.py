@@ -1,14 +1,14 @@
 """Any-resolution images as LLaVA-NeXT lays them out: a thumbnail, then tiles row by row.
 
-    picture                    frames of the size that the encoder reads
-    +-----------+   squeezed   +---+
-    |           |  --------->  | 0 |   the thumbnail
-    |           |              +---+
-    +-----------+  fitted into +---+---+---+
-                   the grid    | 1 | 2 | 3 |   tiles; what the picture leaves of them is black
-                   that suits  +---+---+---+
-                   it best     | 4 | 5 | 6 |
-                               +---+---+---+
+picture                    frames of the size that the encoder reads
++-----------+   squeezed   +---+
+|           |  --------->  | 0 |   the thumbnail
+|           |              +---+
++-----------+  fitted into +---+---+---+
+               the grid    | 1 | 2 | 3 |   tiles; what the picture leaves of them is black
+               that suits  +---+---+---+
+               it best     | 4 | 5 | 6 |
+                           +---+---+---+
 """
 
 import math

@@ -204,7 +204,9 @@ def test_a_part_of_a_video_is_cut_out(packed, media, tmp_path, capsys):
 def test_a_folder_of_frames_becomes_a_video(packed, media):
     frames = FrameReader(64, FpsSampler(2.0, 100)).video(of(packed, HOUND_SFT[0])["mp4"])
     reader = FrameReader(64, UniformSampler(1))
-    stills = [reader.image(path.read_bytes())[0] for path in sorted(media.glob("frames/v_a/*.jpeg"))]
+    stills = [
+        reader.image(path.read_bytes())[0] for path in sorted(media.glob("frames/v_a/*.jpeg"))
+    ]
     assert len(frames) == 6
     for frame, still in zip(frames, stills, strict=True):
         assert (frame.float() - still.float()).abs().mean() < 6

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from hydra.utils import instantiate
 from transformers import AutoTokenizer
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError
@@ -104,6 +105,17 @@ def test_the_prompt_is_the_questions_alone(encoder):
     short = ConversationEncoder(max_prompt_length=6)(turns(*TALK)).prompt_ids
     assert len(short) == 6
     assert short[-1] == tokenizer.eos_token_id  # where CLIP reads the embedding
+
+
+def test_answers_reach_the_guide_only_where_they_are_asked_to(compose, tmp_path):
+    """The shipped setting: two conversations that differ in their answers have one guide."""
+
+    others = [(role, "another" if role == "gpt" else text) for role, text in TALK]
+    for option, leaks in (([], False), (["data.conversation.prompt_with_answers=true"], True)):
+        config = compose(["data=instruct", "llm=tiny", *option], tmp_path)
+        encoder = instantiate(config.data.conversation)()
+        guides = [encoder(turns(*talk)).prompt_ids for talk in (TALK, others)]
+        assert (guides[0] != guides[1]) == leaks
 
 
 def test_too_long(encoder):
