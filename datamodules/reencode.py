@@ -51,13 +51,16 @@ def encode_frames(
 
 
 def _part(frames: Iterable[VideoFrame], span: Span | None) -> Iterator[VideoFrame]:
-    """The frames of the span, from time 0 on."""
+    """The frames of the span, counted from the first frame; they come out from time 0 on."""
     if span is None:
         yield from frames
         return
-    first = None
+    origin = first = None
     for frame in frames:
-        if frame.pts is not None and span[0] <= (frame.time or 0.0) <= span[1]:
+        if frame.pts is None or frame.time is None:
+            continue
+        origin = frame.time if origin is None else origin
+        if span[0] <= frame.time - origin <= span[1]:
             first = frame.pts if first is None else first
             frame.pts -= first
             yield frame

@@ -45,8 +45,8 @@ def cut_tiles(
     width, height = picture.size
     rows, columns = best_grid(height, width, side, grids)
     plane = Image.new("RGB", (columns * side, rows * side))
-    inner = _fitted(height, width, rows * side, columns * side)
-    small = picture.resize(inner[::-1], Image.Resampling.BICUBIC)
+    inner_height, inner_width = _fitted(height, width, rows * side, columns * side)
+    small = picture.resize((inner_width, inner_height), Image.Resampling.BICUBIC)
     plane.paste(small, ((plane.width - small.width) // 2, (plane.height - small.height) // 2))
     thumbnail = picture.resize((side, side), Image.Resampling.BICUBIC)
     tiles = rearrange(np.array(plane), "(r h) (s w) c -> (r s) c h w", r=rows, s=columns)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning import Callback, LightningDataModule
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, VideoBatch, pad_rows
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Tiles, VideoBatch, pad_rows
 from experiments import evaluate, train
 from experiments.needles import test_needles as run_needle_test
 from experiments.report_data import load_run
@@ -25,9 +25,11 @@ from lightning_modules.weights import all_finite, read_checkpoint, sha256
 
 STEPS, PER_STEP = 20, 4  # micro-batches a step
 
-#: All that makes ranks differ: guided pooling, BT-Adapter with videos of any length, dropout.
+#: All that makes ranks differ: guided pooling, BT-Adapter with videos of any length, dropout,
+#: images in tiles.
 MODEL = [
     "pooler=prompt_guided_2x2",
+    "+model.tiles={newline: true}",
     "model.encoder.config.vision.num_hidden_layers=3",
     "+model.encoder.bt_adapter={depth: 2, max_frames: 8}",
     "+model.llm.config.attention_dropout=0.1",
@@ -35,7 +37,8 @@ MODEL = [
 
 
 def make_batch(number):
-    """Micro-batches of two rows: every third one is text alone, the others have videos."""
+    """Micro-batches of two rows: every third one is text alone, the others have videos, and every
+    second of those an image in tiles."""
     rng = torch.Generator().manual_seed(number)
     rows = torch.randint(2, 2000, (2, 9), generator=rng).tolist()
     counts = [] if number % 3 == 1 else [1 + number % 4, 3]
@@ -54,6 +57,7 @@ def make_batch(number):
         prompt_ids=prompts,
         prompt_mask=torch.ones(2, 5, dtype=torch.bool),
         keys=[f"/data/s{number}.tar/{n}" for n in range(2)],
+        tiles=[None, Tiles(1, 2, 20, 50) if number % 2 else None] if counts else [],
     )
 
 

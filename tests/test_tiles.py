@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from hydra.utils import instantiate
+from lightning.fabric.utilities import move_data_to_device
 from mixed import ROTARY, make_tiled_model, mixed_batch, rows_of
 from PIL import Image
 
@@ -85,6 +86,7 @@ def test_from_bytes_to_a_batch():
     assert batch.clips == 2 * [1, 1, 1, 1, 4, 1, 1, 1]
     assert batch.first(1).tiles == batch.tiles[:3]
     assert batch.questions().tiles == batch.tiles
+    assert move_data_to_device(batch, "meta").tiles == batch.tiles
     plain_frames = FrameReader(32, UniformSampler(4))
     untiled = decode_sample(raw, plain_frames, ConversationEncoder())
     assert untiled.tiles == [None, None, None]
