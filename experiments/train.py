@@ -36,6 +36,9 @@ def main(config: DictConfig) -> float | None:
 
     # 2. The model: stages are specs until the strategy asks for them; mistakes in them show here
     module = build(config.module, "module")(model=plain(config.model))
+    checkpoint = folder.checkpoint
+    if checkpoint is not None:
+        module.init = None  # a run that goes on has its own weights
     module.check()
 
     # 3. The data, made first where the recipe makes its own
@@ -51,7 +54,7 @@ def main(config: DictConfig) -> float | None:
         logger.log_hyperparams(plain(config) | {"choice": axes(config)})
 
     # 5. Training, from where the run directory says it stands
-    trainer.fit(module, datamodule=datamodule, ckpt_path=folder.checkpoint, weights_only=True)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
 
     # 6. The test, and the number that a sweep compares
     steps = trainer.global_step

@@ -104,6 +104,11 @@ class VideoLanguageModel(PreTrainedModel):
         self.pooler: Pooler = build(config.pooler or {})
         self.rotary: RotaryScheme = build(config.rotary or {})
         self.llm: LanguageModel = build(config.llm or {})
+        if self.pooler.uses_prompt and not self.encoder.reads_prompts:
+            raise ValueError(
+                "a prompt guides the pooler, but the encoder has no text tower to read it with: "
+                "take pooler=average or none, or an encoder with one (encoder=clip_large_336)"
+            )
         for frames in (1, 10**6):  # a kernel that does not fit an image or a video stops here
             self.pooler.grid(Grid(frames, *self.encoder.grid))
         self.llm.replace_rotary(lambda original: RotaryEmbedding(self.rotary, original))

@@ -1,7 +1,7 @@
 """What every stage of training shares: the network, when it is built, and its optimizer."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -9,6 +9,7 @@ from lightning import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_modules.importers.initial import Initial
 from lightning_modules.sharding import shard
 from lightning_modules.tuning import Tuning
 
@@ -23,6 +24,8 @@ class TrainingModule(LightningModule, Generic[Network]):
         optimizer: takes parameters.
         scheduler: takes the optimizer and the steps of the whole training; one step a batch.
         tuning: what is trained; None: all of it.
+        init: folder or checkpoint whose weights a new training starts from, as in `Initial`.
+        init_allow: globs of what may be left over, under `unused` and `unfilled`.
     """
 
     def __init__(
@@ -31,6 +34,8 @@ class TrainingModule(LightningModule, Generic[Network]):
         optimizer: Callable[[Any], Optimizer],
         scheduler: Callable[[Optimizer, int], Any] | None = None,
         tuning: Tuning | None = None,
+        init: str | None = None,
+        init_allow: Mapping[str, Sequence[str]] | None = None,
     ):
         super().__init__()
         self.tuning = tuning or Tuning()
@@ -38,6 +43,7 @@ class TrainingModule(LightningModule, Generic[Network]):
         if self.tuning.lora:
             self.spec["lora"] = dict(self.tuning.lora)
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
+        self.init = Initial(init, **(init_allow or {})) if init else None
         self.model: Network | None = None
 
     @abstractmethod
@@ -51,6 +57,8 @@ class TrainingModule(LightningModule, Generic[Network]):
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self.build()
+            if self.init is not None:
+                self.init.fill(self.model, self.spec)
             self.tuning.prepare(self.model)
         if self.device_mesh is not None:
             shard(self.model, self.blocks(), self.device_mesh["data_parallel"])
@@ -63,7 +71,10 @@ class TrainingModule(LightningModule, Generic[Network]):
         """
         if not any(spec.get("source") for spec in self.spec.values()):
             with torch.device("meta"):
-                self.tuning.prepare(self.build())
+                network = self.build()
+                self.tuning.prepare(network)
+            if self.init is not None:
+                self.init.match(network)
 
     @property
     def network(self) -> Network:

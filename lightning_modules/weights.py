@@ -55,7 +55,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Nothing in it is run, whoever has written it.
     """
     if path.is_file():
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped: what is not used, such as the optimizer's moments, is never read.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     checkpoint = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
     reader, prefix = _PlainReader(path), "state_dict."
     stored = reader.read_metadata().state_dict_metadata

@@ -14,12 +14,14 @@ class Encoder(nn.Module, ABC):
         grid: rows and columns of patches in a frame.
         image_size: side of a frame in pixels, square.
         per_frame: a frame's patches depend on that frame alone, so they may be kept and reused.
+        reads_prompts: `align` and `encode_prompt` work, so that a prompt can guide the pooler.
     """
 
     width: int
     grid: tuple[int, int]
     image_size: int
     per_frame: bool
+    reads_prompts: bool = True
 
     @abstractmethod
     def forward(

@@ -68,7 +68,7 @@ class ClipEncoder(Encoder):
         if context_length is not None:
             extend_context(self.text, context_length, kept_positions)
         layers = self.vision.encoder.layers
-        kept = _layers_before(feature_layer, len(layers))
+        kept = layers_before(feature_layer, len(layers))
         self.branch_start = kept
         self.adapter = None
         if self.bt_adapter:
@@ -99,7 +99,7 @@ class ClipEncoder(Encoder):
             ValueError: frames of another size than the tower reads.
         """
         tower = self.vision
-        hidden = tower.pre_layrnorm(_embed(tower, normalise(frames)))
+        hidden = tower.pre_layrnorm(embed(tower, normalise(frames)))
         if not frame_counts:  # transformers' attention does not take an empty batch
             return hidden
         for layer in tower.encoder.layers[: self.branch_start]:
@@ -143,8 +143,8 @@ class ClipEncoder(Encoder):
 
     def to_spec(self) -> dict:
         config = {
-            "vision": _sizes(self.vision.config),
-            "text": _sizes(self.text.config),
+            "vision": tower_sizes(self.vision.config),
+            "text": tower_sizes(self.text.config),
             "projection_dim": self.visual_projection.out_features,
         }
         return {
@@ -187,7 +187,7 @@ def _load(source: str | None, config: Mapping[str, Any] | None) -> CLIPModel:
     return clip
 
 
-def _embed(tower: CLIPVisionModel, frames: Float[Tensor, "n c h w"]) -> Float[Tensor, "n s d"]:
+def embed(tower: CLIPVisionModel, frames: Float[Tensor, "n c h w"]) -> Float[Tensor, "n s d"]:
     """Class token, then patches, with their positions.
 
     Not transformers' own forward: that reads the position ids from a buffer which no checkpoint
@@ -205,7 +205,7 @@ def _embed(tower: CLIPVisionModel, frames: Float[Tensor, "n c h w"]) -> Float[Te
     return torch.cat([token, patches], dim=1) + embeddings.position_embedding.weight
 
 
-def _layers_before(feature_layer: int, depth: int) -> int:
+def layers_before(feature_layer: int, depth: int) -> int:
     """How many layers run before hidden state `feature_layer` of a tower of `depth` layers."""
     count = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
     if not 0 <= count <= depth:
@@ -227,7 +227,7 @@ def _branch_start(adapter_depth: int, kept: int, depth: int) -> int:
     return start
 
 
-def _sizes(config: PretrainedConfig) -> dict[str, Any]:
+def tower_sizes(config: PretrainedConfig) -> dict[str, Any]:
     """What rebuilds a tower: its architecture, without what transformers notes beside it."""
     notes = ("transformers_version", "model_type", "architectures", "dtype", "projection_dim")
     return {k: v for k, v in config.to_diff_dict().items() if k not in notes}

@@ -7,7 +7,7 @@ interpolation (Long-CLIP, arXiv 2403.15378; PPLLaVA, arXiv 2411.02327, section 3
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, SiglipTextModel
 
 
 def stretch_positions(
@@ -53,7 +53,7 @@ class SplitPositions(nn.Module):
         return nn.functional.embedding(position_ids, self.weight)
 
 
-def extend_context(text: CLIPTextModel, length: int, kept: int) -> None:
+def extend_context(text: CLIPTextModel | SiglipTextModel, length: int, kept: int) -> None:
     """Gives `text`, in place, `length` positions; a table that long already is only split.
 
     Token embeddings and layers stay as trained.

@@ -1,0 +1,86 @@
+"""CLIP's vision tower without its text tower, as LLaVA's checkpoints hold it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from .base import Encoder
+from .clip import embed, layers_before, normalise, tower_sizes
+
+
+class ClipVisionEncoder(Encoder):
+    """Patches of hidden state `feature_layer`; there is no space shared with prompts.
+
+    Args:
+        config: `{"vision": {...}}`, the names in it those of transformers' CLIPVisionConfig.
+        feature_layer: as in `ClipEncoder`.
+        image_size: side of a frame in pixels, for the data to read; that of `config`.
+
+    Raises:
+        ValueError: the arguments do not fit together.
+    """
+
+    reads_prompts = False
+    per_frame = True
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        feature_layer: int = -2,
+        image_size: int | None = None,
+    ):
+        super().__init__()
+        self.vision = CLIPVisionModel(CLIPVisionConfig(**config["vision"]))
+        architecture: Any = self.vision.config
+        if image_size not in (None, architecture.image_size):
+            raise ValueError(
+                f"model.encoder.image_size is {image_size}, but the tower reads frames of "
+                f"{architecture.image_size} pixels: set it to that"
+            )
+        self.feature_layer = feature_layer
+        layers = self.vision.encoder.layers
+        self.vision.encoder.layers = layers[: layers_before(feature_layer, len(layers))]
+        self.width, self.image_size = architecture.hidden_size, architecture.image_size
+        side = architecture.image_size // architecture.patch_size
+        self.grid = (side, side)
+
+    def forward(
+        self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
+    ) -> Float[Tensor, "n p d"]:
+        hidden = self.vision.pre_layrnorm(embed(self.vision, normalise(frames)))
+        if frame_counts:  # transformers' attention does not take an empty batch
+            for layer in self.vision.encoder.layers:
+                hidden = layer(hidden, None)
+        return hidden[:, 1:]
+
+    def align(self, patches: Float[Tensor, "*n p d"]) -> Float[Tensor, "*n p e"]:
+        raise no_prompts()
+
+    def encode_prompt(
+        self, prompt_ids: Int[Tensor, "b k"], prompt_mask: Bool[Tensor, "b k"]
+    ) -> Float[Tensor, "b e"]:
+        raise no_prompts()
+
+    def prompt_modules(self) -> list[nn.Module]:
+        return [self.vision.post_layernorm]  # of the tower's own pooled output
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.vision.encoder.layers)
+
+    def to_spec(self) -> dict:
+        return {
+            "_target_": f"{type(self).__module__}.{type(self).__qualname__}",
+            "config": {"vision": tower_sizes(self.vision.config)},
+            "feature_layer": self.feature_layer,
+            "image_size": self.image_size,
+        }
+
+
+def no_prompts() -> ValueError:
+    return ValueError(
+        "this encoder has no text tower to read prompts with: take a pooler that no prompt guides "
+        "(pooler=average, none), or an encoder with one (encoder=clip_large_336)"
+    )

@@ -1,0 +1,31 @@
+"""Published weights -> our stages: one file for each layout in which they are published."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_modules.importers.base import Importer
+from lightning_modules.importers.llava_next import LlavaNextImporter
+from lightning_modules.importers.llava_onevision import LlavaOnevisionImporter
+from lightning_modules.importers.ppllava import PPLLaVAImporter
+from lightning_modules.importers.qwen2_vl import Qwen2VLTextImporter
+
+IMPORTERS: tuple[type[Importer], ...] = (
+    LlavaNextImporter,
+    LlavaOnevisionImporter,
+    PPLLaVAImporter,
+    Qwen2VLTextImporter,
+)
+
+
+def detect(config: Mapping[str, Any]) -> type[Importer]:
+    """The importer of a checkpoint with this `config.json`.
+
+    Raises:
+        ValueError: there is none; the message names those that there are.
+    """
+    found = config.get("architectures") or []
+    for importer in IMPORTERS:
+        if importer.architecture in found:
+            return importer
+    known = ", ".join(importer.architecture for importer in IMPORTERS)
+    raise ValueError(f"no importer reads architectures={found} of its config.json, but {known}")

@@ -1,0 +1,125 @@
+"""The contract of an importer, and the walk from a published folder to one that we open."""
+
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_modules.importers.match import Allowed, Match, Rule, adopt, check, match
+from lightning_modules.importers.stored import open_weights
+from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
+
+REPORT = "import.json"
+
+#: What goes along unchanged where the source has it.
+_COPIED = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    "generation_config.json",
+)
+
+
+class Importer(ABC):
+    """Says of one published layout what our stages are, and what its names are in them.
+
+    Args:
+        config: the source's `config.json`.
+        clip: hub id or folder of the CLIP whose text tower a source was made with, where its
+            config cannot be read from what the source names.
+
+    Attributes:
+        name: for the command line.
+        architecture: of `config.json`, which tells the layout.
+        rules: from stored names to those of the model that `build` makes.
+    """
+
+    name: str
+    architecture: str
+    rules: Sequence[Rule]
+
+    def __init__(self, config: Mapping[str, Any], clip: str | None = None):
+        self.config, self.clip = dict(config), clip
+
+    @abstractmethod
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """A spec for each stage that the source has, sizes read from its config.
+
+        Raises:
+            ValueError: something that our stages do not do.
+        """
+
+    def on_purpose(self) -> list[str]:
+        """Globs of stored names that our stages have no use for."""
+        return ["*.position_ids", "*.rotary_emb.inv_freq"]
+
+    def build(self) -> PreTrainedModel:
+        """The model to be filled, on whatever device torch is set to."""
+        return VideoLanguageModel(VideoLanguageModelConfig(**self.stages()))
+
+
+def import_folder(
+    importer: Importer,
+    folder: Path,
+    out: Path,
+    allowed: Allowed,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Writes the model of `folder` into `out`; what went where is returned, and kept beside it.
+
+    Stored tensors are mapped and written one shard after the other, so that the weights are never
+    in memory twice.
+
+    Args:
+        dtype: of the weights, by name; None: that of most stored ones.
+
+    Raises:
+        ValueError: files that cannot be read, or names and shapes that do not fit.
+    """
+    with torch.device("meta"):
+        model = importer.build()
+    stored = open_weights(folder)
+    found = match(stored, model, importer.rules, importer.on_purpose())
+    check(found, allowed, str(folder))
+    kind = getattr(torch, dtype) if dtype else _most_common_dtype(found.values)
+    fresh = _fresh(importer, found.unfilled) if found.unfilled else {}
+    adopt(model, found.values | fresh, kind)
+    model.save_pretrained(out, max_shard_size="2GB")
+    for name in _COPIED:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    report = _report(importer, folder, found, kind)
+    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _fresh(importer: Importer, names: Sequence[str]) -> dict[str, Tensor]:
+    """Starting values of what the source lacks, from a model that is made for them and dropped."""
+    made = importer.build().state_dict()
+    return {name: made[name].clone() for name in names}
+
+
+def _most_common_dtype(values: Mapping[str, Tensor]) -> torch.dtype:
+    counts: Counter[torch.dtype] = Counter()
+    for value in values.values():
+        counts[value.dtype] += value.numel()
+    return counts.most_common(1)[0][0]
+
+
+def _report(importer: Importer, folder: Path, found: Match, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "source": folder.name,
+        "format": importer.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "stages": importer.stages(),
+        "used": {stored: ours for ours, stored in found.names.items()},
+        "unused_on_purpose": found.on_purpose,
+        "unused": found.unused,
+        "unfilled": found.unfilled,
+    }

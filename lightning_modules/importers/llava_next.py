@@ -1,0 +1,90 @@
+"""LLaVA-NeXT as transformers keeps it (llava-hf/llava-v1.6-*): CLIP, two linears, an LLM."""
+
+from typing import Any
+
+from transformers import LlavaNextConfig, PreTrainedConfig
+
+from lightning_modules.encoder.clip import tower_sizes
+from lightning_modules.importers.base import Importer
+from lightning_modules.importers.match import Rule
+
+#: With the prefixes of transformers 4.x, of 5.x, and of what 5.x writes for older readers.
+TOWER = r"(?:model\.)?vision_tower\.(?:vision_model\.)?"
+
+LLAVA_RULES = (
+    Rule(TOWER, "encoder.vision."),
+    Rule(r"(?:model\.)?multi_modal_projector\.", "projector."),
+    Rule(r"(?:model\.)?image_newline$", "image_newline"),
+    Rule(r"(?:language_model\.)?lm_head\.", "llm.lm.lm_head."),
+    Rule(r"(?:model\.)?language_model\.(?:model\.)?", "llm.lm.model."),
+)
+
+
+class LlavaNextImporter(Importer):
+    """CLIP's vision tower alone: poolers that a prompt guides need an encoder that reads prompts.
+
+    Patches are not pooled, as published; `image_newline` is used where the model has a place for
+    it.
+    """
+
+    name = "llava_next"
+    architecture = "LlavaNextForConditionalGeneration"
+    rules = LLAVA_RULES
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        config = LlavaNextConfig.from_dict(self.config)
+        check_projector(config)
+        return {
+            "encoder": {
+                "_target_": "lightning_modules.encoder.clip_vision.ClipVisionEncoder",
+                "config": {"vision": tower_sizes(config.vision_config)},
+                "feature_layer": config.vision_feature_layer,
+            },
+            "pooler": {"_target_": "lightning_modules.pooler.identity.IdentityPooler"},
+            "rotary": {"_target_": "lightning_modules.rotary.vanilla.VanillaRope"},
+            "llm": causal_lm(config.text_config),
+        }
+
+    def on_purpose(self) -> list[str]:
+        config = LlavaNextConfig.from_dict(self.config)
+        behind = layers_behind(config.vision_config, config.vision_feature_layer)
+        return [*super().on_purpose(), *behind, "*image_newline"]
+
+
+def causal_lm(config: PreTrainedConfig) -> dict[str, Any]:
+    """The spec of an LLM with this config, whatever its weights' dtype."""
+    notes = ("transformers_version", "architectures", "dtype", "_name_or_path")
+    fields = {key: value for key, value in config.to_diff_dict().items() if key not in notes}
+    return {
+        "_target_": "lightning_modules.llm.causal_lm.CausalLM",
+        "config": {**fields, "model_type": config.model_type},
+    }
+
+
+def layers_behind(vision: Any, feature_layer: int) -> list[str]:
+    """Globs of the vision layers behind hidden state `feature_layer`, which our towers drop."""
+    depth = vision.num_hidden_layers
+    kept = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
+    return [f"*vision_tower.*layers.{layer}.*" for layer in range(kept, depth)]
+
+
+def check_projector(config: Any) -> None:
+    """Refuses what our projector does not compute.
+
+    Raises:
+        ValueError: names the field of `config.json`.
+    """
+    wanted = {
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_select_strategy": (
+            "full" if config.model_type == "llava_onevision" else "default"
+        ),
+    }
+    for key, value in wanted.items():
+        if getattr(config, key, value) != value:
+            raise ValueError(f"{key}={getattr(config, key)!r} of its config.json, not {value!r}")
+    if not isinstance(config.vision_feature_layer, int):
+        raise ValueError(
+            f"vision_feature_layer={config.vision_feature_layer} of its config.json, not one layer"
+        )

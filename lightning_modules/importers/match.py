@@ -1,0 +1,153 @@
+"""Which stored tensor goes into which parameter; what is left over on either side is a mistake."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+#: Names of an error's message that lists many.
+_SHOWN = 3
+
+
+class Rule(NamedTuple):
+    """A stored name that starts with the regular expression `pattern` starts with `ours` here.
+
+    `take` cuts or reshapes what is stored.
+    """
+
+    pattern: str
+    ours: str
+    take: Callable[[Tensor], Tensor] | None = None
+
+
+class Allowed(NamedTuple):
+    """Globs of names that may be left over: stored ones, and parameters of the model.
+
+    `key` is what a user sets them by, with `{}` for `unused` or `unfilled`.
+    """
+
+    unused: Sequence[str] = ()
+    unfilled: Sequence[str] = ()
+    key: str = "allow_{}"
+
+
+@dataclass
+class Match:
+    """Stored tensors by the names of parameters, and all that has no partner."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)  # of a parameter: as it is stored
+    on_purpose: list[str] = field(default_factory=list)  # stored, and known to have no place here
+    unused: list[str] = field(default_factory=list)
+    unfilled: list[str] = field(default_factory=list)
+
+
+def match(
+    stored: Mapping[str, Tensor],
+    module: nn.Module,
+    rules: Sequence[Rule],
+    on_purpose: Sequence[str] = (),
+) -> Match:
+    """Finds a place for every stored tensor; nothing is copied yet.
+
+    A stored name takes the first rule that fits. `on_purpose` are globs of stored names that
+    count as no mistake where the module has no place for them. Of tied parameters one is enough.
+
+    Raises:
+        ValueError: a tensor and its parameter differ in shape, or two tensors want one place.
+    """
+    parameters = module.state_dict(keep_vars=True)
+    found = Match()
+    for name, tensor in stored.items():
+        ours, take = _rename(name, rules)
+        if ours in found.names:
+            raise ValueError(f"{found.names[ours]} and {name} would both become {ours}")
+        if ours in parameters:
+            found.names[ours] = name
+            found.values[ours] = tensor if take is None else take(tensor)
+        else:
+            purpose = any(fnmatchcase(name, glob) for glob in on_purpose)
+            (found.on_purpose if purpose else found.unused).append(name)
+    filled = {id(parameters[name]) for name in found.values}
+    found.unfilled = [name for name, value in parameters.items() if id(value) not in filled]
+    _compare_shapes(found, parameters)
+    return found
+
+
+def check(found: Match, allowed: Allowed, where: str) -> None:
+    """Lets what is left over pass only where it is allowed.
+
+    Raises:
+        ValueError: one line with the counts, the first names and what would allow them.
+    """
+    unused = _not_in(found.unused, allowed.unused)
+    unfilled = _not_in(found.unfilled, allowed.unfilled)
+    wrong = []
+    if unused:
+        key = allowed.key.format("unused")
+        wrong.append(f"{len(unused)} of its keys have no place ({_some(unused)}; {key})")
+    if unfilled:
+        key = allowed.key.format("unfilled")
+        wrong.append(
+            f"{len(unfilled)} parameters of the model are not in it ({_some(unfilled)}; {key})"
+        )
+    if wrong:
+        raise ValueError(f"{where} does not fit: {', and '.join(wrong)} would allow that")
+
+
+def adopt(module: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Has a module that was built on the meta device keep these tensors as its parameters.
+
+    What has the dtype already is not copied, and so stays on disk until it is used.
+    """
+    parameters = module.state_dict(keep_vars=True)
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        aliases.setdefault(id(parameter), []).append(name)
+    for name, value in values.items():
+        former = parameters[name]
+        whole = value.untyped_storage().nbytes() == value.nbytes
+        kept = value.to(dtype) if whole else value.to(dtype, copy=True).contiguous()
+        parameter = nn.Parameter(kept, requires_grad=former.requires_grad)
+        for alias in aliases[id(former)]:
+            path, _, leaf = alias.rpartition(".")
+            setattr(module.get_submodule(path), leaf, parameter)
+
+
+@torch.no_grad()
+def copy(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Writes the tensors into the parameters of a module that has them in memory."""
+    parameters = module.state_dict(keep_vars=True)
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+def _rename(name: str, rules: Sequence[Rule]) -> tuple[str | None, Callable | None]:
+    for pattern, ours, take in rules:
+        renamed, count = re.subn(f"^{pattern}", ours, name)
+        if count:
+            return renamed, take
+    return None, None
+
+
+def _compare_shapes(found: Match, parameters: Mapping[str, Tensor]) -> None:
+    wrong = [name for name, value in found.values.items() if value.shape != parameters[name].shape]
+    if wrong:
+        name = wrong[0]
+        stored, ours = tuple(found.values[name].shape), tuple(parameters[name].shape)
+        raise ValueError(
+            f"{len(wrong)} of {len(found.values)} tensors have another shape than the model's: "
+            f"{found.names[name]} is {stored}, {name} is {ours}"
+        )
+
+
+def _not_in(names: Iterable[str], globs: Sequence[str]) -> list[str]:
+    return [name for name in names if not any(fnmatchcase(name, glob) for glob in globs)]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")

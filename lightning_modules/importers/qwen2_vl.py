@@ -1,0 +1,54 @@
+"""The text model of Qwen2-VL as a plain Qwen2, whose rotary scheme is ours to choose."""
+
+from typing import Any
+
+from transformers import PreTrainedModel, Qwen2Config, Qwen2VLConfig
+
+from lightning_modules.importers.base import Importer
+from lightning_modules.importers.llava_next import causal_lm
+from lightning_modules.importers.match import Rule
+from lightning_modules.stage import build
+
+
+class Qwen2VLTextImporter(Importer):
+    """Writes a Qwen2 that `model.llm.source` names; `rotary=mrope` with its sections runs it as
+    Qwen2-VL does.
+
+    Its vision tower reads frames in pairs and of any size, which is none of our encoders.
+    """
+
+    name = "qwen2_vl"
+    architecture = "Qwen2VLForConditionalGeneration"
+    rules = (
+        Rule(r"model\.language_model\.", "model."),
+        Rule(r"model\.(?!visual\.)", "model."),
+        Rule(r"lm_head\.", "lm_head."),
+    )
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        text = Qwen2VLConfig.from_dict(self.config).text_config
+        fields = {k: v for k, v in text.to_dict().items() if k in Qwen2Config().to_dict()}
+        rope = dict(text.rope_parameters)
+        sections = rope.pop("mrope_section")
+        return {
+            "rotary": {
+                "_target_": "lightning_modules.rotary.mrope.MRope",
+                "sections": sections,
+            },
+            "llm": causal_lm(
+                Qwen2Config(
+                    **{
+                        **fields,
+                        "model_type": "qwen2",
+                        "rope_parameters": rope,
+                        "tie_word_embeddings": self.config.get("tie_word_embeddings", False),
+                    }
+                )
+            ),
+        }
+
+    def on_purpose(self) -> list[str]:
+        return [*super().on_purpose(), "visual.*", "model.visual.*"]
+
+    def build(self) -> PreTrainedModel:
+        return build(self.stages()["llm"]).lm
