@@ -32,7 +32,7 @@ class LlavaNextImporter(Importer):
     rules = LLAVA_RULES
 
     def stages(self) -> dict[str, dict[str, Any]]:
-        config = LlavaNextConfig.from_dict(self.config)
+        config: Any = LlavaNextConfig.from_dict(self.config)
         check_projector(config)
         return {
             "encoder": {
@@ -46,7 +46,7 @@ class LlavaNextImporter(Importer):
         }
 
     def on_purpose(self) -> list[str]:
-        config = LlavaNextConfig.from_dict(self.config)
+        config: Any = LlavaNextConfig.from_dict(self.config)
         behind = layers_behind(config.vision_config, config.vision_feature_layer)
         return [*super().on_purpose(), *behind, "*image_newline"]
 

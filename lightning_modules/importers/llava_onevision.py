@@ -27,7 +27,7 @@ class LlavaOnevisionImporter(Importer):
     rules = LLAVA_RULES
 
     def stages(self) -> dict[str, dict[str, Any]]:
-        config = LlavaOnevisionConfig.from_dict(self.config)
+        config: Any = LlavaOnevisionConfig.from_dict(self.config)
         check_projector(config)
         return {
             "encoder": {
@@ -47,6 +47,6 @@ class LlavaOnevisionImporter(Importer):
         }
 
     def on_purpose(self) -> list[str]:
-        config = LlavaOnevisionConfig.from_dict(self.config)
+        config: Any = LlavaOnevisionConfig.from_dict(self.config)
         behind = layers_behind(config.vision_config, config.vision_feature_layer)
         return [*super().on_purpose(), *behind, "*image_newline", "*vision_tower.*head.*"]

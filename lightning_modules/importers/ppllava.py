@@ -135,10 +135,10 @@ class PPLLaVAImporter(Importer):
         }
 
     def _clip(self) -> Any:
-        source = self.clip or self.config.get("clip_weight")
+        source = self.clip or str(self.config.get("clip_weight"))
         try:
             return CLIPConfig.from_pretrained(source)
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError):
             raise ValueError(
                 f"the config of the CLIP that it was made with cannot be read from {source!r}: "
                 "name a hub id or folder of that CLIP with --clip"

@@ -26,25 +26,20 @@ class Qwen2VLTextImporter(Importer):
     )
 
     def stages(self) -> dict[str, dict[str, Any]]:
-        text = Qwen2VLConfig.from_dict(self.config).text_config
-        fields = {k: v for k, v in text.to_dict().items() if k in Qwen2Config().to_dict()}
+        config: Any = Qwen2VLConfig.from_dict(self.config)
+        text = config.text_config
+        known = Qwen2Config().to_dict()
+        fields = {key: value for key, value in text.to_dict().items() if key in known}
         rope = dict(text.rope_parameters)
         sections = rope.pop("mrope_section")
+        fields |= {
+            "model_type": "qwen2",
+            "rope_parameters": rope,
+            "tie_word_embeddings": config.tie_word_embeddings,
+        }
         return {
-            "rotary": {
-                "_target_": "lightning_modules.rotary.mrope.MRope",
-                "sections": sections,
-            },
-            "llm": causal_lm(
-                Qwen2Config(
-                    **{
-                        **fields,
-                        "model_type": "qwen2",
-                        "rope_parameters": rope,
-                        "tie_word_embeddings": self.config.get("tie_word_embeddings", False),
-                    }
-                )
-            ),
+            "rotary": {"_target_": "lightning_modules.rotary.mrope.MRope", "sections": sections},
+            "llm": causal_lm(Qwen2Config(**fields)),
         }
 
     def on_purpose(self) -> list[str]:

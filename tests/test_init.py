@@ -1,0 +1,207 @@
+"""`init`: a new training starts from saved weights, and a resumed one from its own."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch.distributed.device_mesh import init_device_mesh
+
+from experiments.run import plain
+from lightning_modules.importers.initial import Initial
+from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
+from lightning_modules.video_llm import VideoLLMModule
+from lightning_modules.weights import read_checkpoint
+
+
+@pytest.fixture(scope="module")
+def trained(run_train, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run_train(folder, "test=false")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(trained):
+    held = read_checkpoint(trained / "checkpoints" / "last.ckpt")["state_dict"]
+    return {name.removeprefix("model."): value for name, value in held.items()}
+
+
+@pytest.fixture
+def make_module(compose, tiny, tmp_path):
+    """`make_module(init, *overrides, **allow)`: what ropelab-train would train."""
+
+    def make(init, *overrides, seed=5, **allow):
+        torch.manual_seed(seed)
+        spec = plain(compose([*tiny, *overrides], tmp_path).model)
+        return VideoLLMModule(spec, torch.optim.AdamW, init=str(init), init_allow=allow)
+
+    return make
+
+
+def assert_same(network, weights):
+    torch.testing.assert_close(dict(network.state_dict()), weights, atol=0, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def saved(weights, trained, tmp_path_factory):
+    """The same weights as `save_pretrained` writes them."""
+    stages = read_checkpoint(trained / "checkpoints" / "last.ckpt")["stages"]
+    model = VideoLanguageModel(VideoLanguageModelConfig(**stages))
+    model.load_state_dict(weights)
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder, max_shard_size="1MB")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "best", "folder"])
+def test_it_starts_from_a_run_a_checkpoint_or_a_folder(
+    kind, trained, saved, weights, make_module, tmp_path
+):
+    checkpoint = trained / "checkpoints" / "last.ckpt"
+    best = tmp_path / "best.ckpt"
+    shutil.copy(checkpoint, best)
+    init = {"run": trained, "checkpoint": checkpoint, "best": best, "folder": saved}[kind]
+    module = make_module(init)
+    module.check()
+    assert not any(
+        torch.equal(p, weights[n])
+        for n, p in make_module(init).build().named_parameters()
+        if p.ndim > 1 and p.requires_grad
+    ), "a fresh network is another one"
+    assert_same(module.network, weights)
+
+
+def test_of_a_run_the_newest_whole_checkpoint_counts(trained, weights, make_module, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "checkpoints", run / "checkpoints")
+    shutil.copy(run / "checkpoints" / "last.ckpt", run / "checkpoints" / "previous.ckpt")
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"cut")
+    assert_same(make_module(run).network, weights)
+
+
+def test_both_sides_are_strict_and_say_what_would_allow_it(weights, make_module, tmp_path):
+    """As after a stage that trained the encoder alone, with one layer more."""
+    kept = {f"model.{n}": v for n, v in weights.items() if n.startswith("encoder.")}
+    kept["model.encoder.vision.encoder.layers.9.mlp.fc1.bias"] = torch.ones(4)
+    path = tmp_path / "clip.ckpt"
+    torch.save({"state_dict": kept, "stages": {}}, path)
+    for act in (VideoLLMModule.check, VideoLLMModule.configure_model):
+        with pytest.raises(ValueError, match="does not fit") as caught:
+            act(make_module(path))
+        line = str(caught.value)
+        others = len([n for n in weights if not n.startswith("encoder.")])
+        assert "\n" not in line
+        assert "1 of its keys have no place (encoder.vision.encoder.layers.9" in line
+        assert f"{others} parameters of the model are not in it" in line
+        assert "init_allow.unused" in line
+        assert "init_allow.unfilled" in line
+    with pytest.raises(ValueError, match=r"init_allow\.unfilled") as caught:
+        make_module(path, unused=["encoder.vision.encoder.layers.9.*"]).network  # noqa: B018
+    assert "init_allow.unused" not in str(caught.value)
+
+    allow = {
+        "unused": ["encoder.vision.encoder.layers.9.*"],
+        "unfilled": ["pooler.*", "projector.*", "llm.*"],
+    }
+    module = make_module(path, **allow)
+    fresh = make_module(path).build()
+    for name, value in module.network.state_dict().items():
+        if name.startswith("encoder."):
+            assert torch.equal(value, weights[name]), name
+    torch.manual_seed(5)
+    del fresh
+    made = make_module(path).build().state_dict()
+    assert torch.equal(
+        module.network.state_dict()["projector.linear_1.weight"], made["projector.linear_1.weight"]
+    ), "what is not filled starts fresh"
+
+
+def test_another_rotary_scheme_is_meant_and_noted(trained, weights, make_module, caplog):
+    with caplog.at_level(logging.INFO):
+        assert_same(make_module(trained, "rotary=mrope").network, weights)
+    (line,) = [r.getMessage() for r in caplog.records if "rotary" in r.getMessage()]
+    assert "VideoRope" in line
+    assert "MRope" in line
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        make_module(trained).network  # noqa: B018
+    assert not [r for r in caplog.records if "rotary" in r.getMessage()]
+
+
+def test_lora_beside_the_weights_starts_fresh(trained, weights):
+    stages = read_checkpoint(trained / "checkpoints" / "last.ckpt")["stages"]
+    model = VideoLanguageModel(VideoLanguageModelConfig(**stages))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model.llm.lm)
+    Initial(str(trained)).fill(model, {})
+    state = model.state_dict()
+    assert any(".base_layer." in name for name in state)
+    for name, value in weights.items():
+        ours = name if name in state else name.replace("q_proj.", "q_proj.base_layer.")
+        assert torch.equal(state[ours], value), ours
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: p / "nowhere", "nowhere does not exist"),
+        (lambda p: (p / "checkpoints").mkdir() or p, "a run without a checkpoint"),
+        (lambda p: (p / "a.ckpt").write_bytes(b"x") and p / "a.ckpt", "is cut or no checkpoint"),
+        (
+            lambda p: (p / "config.json").write_text(json.dumps({"model_type": "qwen2"})) and p,
+            "ropelab-import",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_built(make, says, make_module, tmp_path):
+    with pytest.raises(ValueError, match=says) as caught:
+        make_module(make(tmp_path)).check()
+    assert "\n" not in str(caught.value)
+
+
+def test_another_size_is_named_by_both_shapes(trained, make_module):
+    with pytest.raises(ValueError, match=r"is \(64, 64\), .* is \(64, 32\)|\(\d+,.* is \(\d+,"):
+        make_module(trained, "model.llm.config.hidden_size=32").check()
+
+
+def test_a_run_that_goes_on_has_its_own_weights(run_train, trained, tmp_path):
+    """Stopped and continued, with nothing left to start from: as if it had not been stopped."""
+    words = ["test=false", "optim.optimizer.lr=0.001"]
+    source = tmp_path / "source"
+    shutil.copytree(trained / "checkpoints", source / "checkpoints")
+    whole, halves, fresh = tmp_path / "whole", tmp_path / "halves", tmp_path / "fresh"
+    run_train(whole, *words, f"init={source}")
+    run_train(halves, *words, f"init={source}", "+trainer.max_steps=6")
+    run_train(fresh, *words)
+    shutil.rmtree(source)
+    run_train(halves, *words, f"init={source}", "+trainer.max_steps=12")
+    ends = [
+        read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
+        for folder in (whole, halves, fresh)
+    ]
+    torch.testing.assert_close(ends[1], ends[0], atol=0, rtol=0)
+    name = "model.projector.linear_1.weight"
+    assert not torch.allclose(ends[2][name], ends[0][name])
+
+
+@pytest.mark.parametrize("source", ["file", "folder"])
+def test_two_sharded_ranks_hold_the_same_weights_in_pieces(
+    source, trained, saved, weights, make_module, run_ranks
+):
+    def run(rank):
+        torch.distributed.init_process_group("gloo")
+        module = make_module(trained if source == "file" else saved, seed=rank)
+        module._device_mesh = {"data_parallel": init_device_mesh("cpu", (2,))}
+        module.configure_model()
+        state = module.network.state_dict()
+        local = sum(p.to_local().numel() for p in module.network.parameters())
+        whole = {name: value.full_tensor() for name, value in state.items()}
+        torch.distributed.destroy_process_group()
+        return local, whole
+
+    results = run_ranks(2, run)
+    for local, whole in results:
+        assert local < 0.6 * sum(p.numel() for p in weights.values())
+        torch.testing.assert_close(whole, weights, atol=0, rtol=0)
