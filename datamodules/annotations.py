@@ -22,7 +22,7 @@ from datamodules.batch import BadSampleError
 _SLOT = re.compile(r"\s*<(?:image|video)>\s*")
 
 
-def read_entry(entry: Any) -> dict[str, Any]:
+def to_conversation(entry: Any) -> dict[str, Any]:
     """One published entry in the form of shards.
 
     Raises:

@@ -13,7 +13,7 @@ Axis letters, the same in every signature of the project:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int, Num
@@ -65,6 +65,16 @@ class Tiles(NamedTuple):
     width: int
 
 
+class Task(NamedTuple):
+    """What is known of the question that a held-out sample asks."""
+
+    answers: tuple[str, ...]  # any of them is right; with options a letter, in a pair yes or no
+    options: tuple[str, ...] = ()  # of a multiple choice, lettered A, B, ... in this order
+    option_ids: tuple[int, ...] = ()  # the token with which an answer of that letter begins
+    pair: str = ""  # names the questions that count only together
+    hallucinated: bool = False  # of a pair: this one asks after what the video does not show
+
+
 @dataclass
 class VideoBatch:
     """Samples padded on the right. Visuals of any length, several or none in a sample."""
@@ -80,6 +90,7 @@ class VideoBatch:
     #: Of each visual: None, or how its frames are cut out of one image: a thumbnail, then tiles
     #: row by row. Empty: no visual is.
     tiles: list[Tiles | None] = field(default_factory=list)
+    tasks: list[Task | None] = field(default_factory=list)  # of each row; empty: nothing is known
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -102,6 +113,9 @@ class VideoBatch:
                     f"an image of {tiles.rows} x {tiles.columns} tiles and a thumbnail has "
                     f"{1 + tiles.rows * tiles.columns} frames, {frames} are given"
                 )
+        self.tasks = self.tasks or [None] * len(self)
+        if len(self.tasks) != len(self):
+            raise ValueError(f"{len(self.tasks)} tasks for {len(self)} rows")
 
     @property
     def clips(self) -> list[int]:
@@ -111,18 +125,20 @@ class VideoBatch:
 
     def first(self, count: int) -> "VideoBatch":
         """The first rows, with their visuals."""
-        visuals = int((self.input_ids[:count] == VISUAL_SLOT).sum())
-        counts = self.frame_counts[:visuals]
-        return VideoBatch(
-            self.input_ids[:count],
-            self.attention_mask[:count],
-            self.labels[:count],
-            self.frames[: sum(counts)],
-            counts,
-            self.prompt_ids[:count],
-            self.prompt_mask[:count],
-            self.keys[:count],
-            self.tiles[:visuals],
+        return self.select(range(count))
+
+    def select(self, rows: Sequence[int]) -> "VideoBatch":
+        """These rows in the order of the batch, with their visuals."""
+        taken = [row in rows for row in range(len(self))]
+        index = torch.tensor(taken, device=self.input_ids.device)
+        owners = (self.input_ids == VISUAL_SLOT).nonzero()[:, 0].tolist()
+        tensors = ("input_ids", "attention_mask", "labels", "prompt_ids", "prompt_mask")
+        return replace(
+            self,
+            **{name: getattr(self, name)[index] for name in tensors},
+            keys=[key for key, take in zip(self.keys, taken, strict=True) if take],
+            tasks=[task for task, take in zip(self.tasks, taken, strict=True) if take],
+            **self._visuals_where([taken[row] for row in owners]),
         )
 
     def questions(self) -> "VideoBatch":
@@ -131,17 +147,22 @@ class VideoBatch:
         Visuals behind it are left out.
         """
         mask = self.attention_mask & ((self.labels != IGNORE_INDEX).cumsum(1) == 0)
-        kept = mask[self.input_ids == VISUAL_SLOT].tolist()
-        visuals = zip(self.frames.split(self.frame_counts), kept, strict=True)
         return replace(
             self,
             input_ids=torch.where(mask, self.input_ids, 0),
             attention_mask=mask,
             labels=torch.full_like(self.labels, IGNORE_INDEX),
-            frames=torch.cat([self.frames[:0], *(frames for frames, keep in visuals if keep)]),
-            frame_counts=[n for n, keep in zip(self.frame_counts, kept, strict=True) if keep],
-            tiles=[t for t, keep in zip(self.tiles, kept, strict=True) if keep],
+            **self._visuals_where(mask[self.input_ids == VISUAL_SLOT].tolist()),
         )
+
+    def _visuals_where(self, kept: Sequence[bool]) -> dict[str, Any]:
+        """The fields that hold visuals, of some of them."""
+        visuals = zip(self.frames.split(self.frame_counts), kept, strict=True)
+        return {
+            "frames": torch.cat([self.frames[:0], *(frames for frames, keep in visuals if keep)]),
+            "frame_counts": [n for n, keep in zip(self.frame_counts, kept, strict=True) if keep],
+            "tiles": [t for t, keep in zip(self.tiles, kept, strict=True) if keep],
+        }
 
     def answers(self) -> list[list[int]]:
         """The labelled tokens of each row."""

@@ -64,7 +64,7 @@ def read_turns(entry: Any) -> list[Turn]:
     for number, turn in enumerate(conversations):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise BadSampleError("missing_field", f"value of turn {number}")
-        _check_text(turn["value"], f"turn {number}")
+        check_text(turn["value"], f"turn {number}")
         role = _ROLES.get(str(turn.get("from")))
         if role is None:
             raise BadSampleError("unknown_role", f"{turn.get('from')!r} in turn {number}")
@@ -74,7 +74,7 @@ def read_turns(entry: Any) -> list[Turn]:
     return turns
 
 
-def _check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can write halves of a character
@@ -85,20 +85,36 @@ def parse_sample(raw: dict[str, Any]) -> tuple[list[Turn], list[str]]:
     """The turns of a raw sample, and its visuals' suffixes in the order of their slots.
 
     Raises:
-        BadSampleError: missing_field, bad_json, too_long, slot_mismatch, not_a_video, and of
-            `read_turns`.
+        BadSampleError: of `read_entry`, `read_turns` and `match_slots`.
+    """
+    turns = read_turns(read_entry(raw))
+    return turns, match_visuals(turns, raw)
+
+
+def read_entry(raw: dict[str, Any]) -> Any:
+    """What the `.json` of a raw sample holds.
+
+    Raises:
+        BadSampleError: missing_field, bad_json, too_long.
     """
     if "json" not in raw:
         raise BadSampleError("missing_field", "no .json in the sample")
     if len(raw["json"]) > _MAX_JSON:
         raise BadSampleError("too_long", f"{len(raw['json'])} bytes of JSON of {_MAX_JSON}")
     try:
-        entry = json.loads(raw["json"])
+        return json.loads(raw["json"])
     except (ValueError, RecursionError) as error:
         raise BadSampleError("bad_json", str(error)) from None
-    turns = read_turns(entry)
+
+
+def match_visuals(turns: Sequence[Turn], raw: dict[str, Any]) -> list[str]:
+    """The suffixes of a raw sample's visuals, in the order of the slots that ask for them.
+
+    Raises:
+        BadSampleError: of `match_slots`.
+    """
     suffixes = [suffix for suffix in raw if suffix.rpartition(".")[2] in VISUALS]
-    return turns, match_slots(turns, sorted(suffixes, key=_by_number))
+    return match_slots(turns, sorted(suffixes, key=_by_number))
 
 
 def is_video(name: str) -> bool:
@@ -165,9 +181,21 @@ class ConversationEncoder:
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length or CLIP_CONTEXT
         self.prompt_with_answers = prompt_with_answers
+        self._first_tokens: dict[str, int] = {}
 
-    def __call__(self, turns: Sequence[Turn]) -> EncodedConversation:
+    def first_token(self, answer: str) -> int:
+        """The token with which an answer begins, written after a question by the chat template."""
+        if answer not in self._first_tokens:
+            labels = self([Turn("user", "?"), Turn("assistant", answer)]).labels
+            self._first_tokens[answer] = next(i for i in labels if i != IGNORE_INDEX)
+        return self._first_tokens[answer]
+
+    def __call__(
+        self, turns: Sequence[Turn], prompt_with_answers: bool | None = None
+    ) -> EncodedConversation:
         """Ids with labels on the answers and the token that ends each.
+
+        `prompt_with_answers` takes the place of the encoder's own for this sample.
 
         Raises:
             BadSampleError: too_long, chat_template (the template refuses these turns).
@@ -182,7 +210,7 @@ class ConversationEncoder:
             if VISUAL_SLOT in input_ids[self.max_length :] or not learnt:
                 raise BadSampleError("too_long", f"{len(input_ids)} tokens of {self.max_length}")
             input_ids, labels = input_ids[: self.max_length], kept
-        return EncodedConversation(input_ids, labels, self.prompt(turns))
+        return EncodedConversation(input_ids, labels, self.prompt(turns, prompt_with_answers))
 
     def ask(self, turns: Sequence[Turn]) -> EncodedConversation:
         """Ids up to where the next answer begins, without any label.
@@ -204,9 +232,10 @@ class ConversationEncoder:
         """Visuals that a turn asks for; what an answer says asks for none."""
         return 0 if turn.role == "assistant" else len(_slots(turn.text))
 
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+    def prompt(self, turns: Sequence[Turn], with_answers: bool | None = None) -> list[int]:
         """What guides the pooler, with the text tower's own special tokens."""
-        asked = [t for t in turns if t.role == "user" or self.prompt_with_answers]
+        everything = self.prompt_with_answers if with_answers is None else with_answers
+        asked = [t for t in turns if t.role == "user" or everything]
         text = " ".join(" ".join(_SLOT_WORD.sub(" ", turn.text) for turn in asked).split())
         encoded = self.prompt_tokenizer(text, truncation=True, max_length=self.max_prompt_length)
         return list(encoded["input_ids"])

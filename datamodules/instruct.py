@@ -28,13 +28,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from datamodules.batch import IGNORE_INDEX, Tiles, VideoBatch, pad_rows
+from datamodules.batch import IGNORE_INDEX, Task, Tiles, VideoBatch, pad_rows
 from datamodules.budget import BudgetOrder
 from datamodules.conversation import (
     ConversationEncoder,
     EncodedConversation,
     is_video,
     parse_sample,
+    read_entry,
 )
 from datamodules.frames import FrameReader
 from datamodules.index import Manifest, join, read_manifest
@@ -43,6 +44,7 @@ from datamodules.mixture import MixtureOrder, mix, read_parts
 from datamodules.module import StepsDataModule
 from datamodules.order import FileOrder, ShuffledOrder, StreamOptions
 from datamodules.stream import EpochStream, Faults, StreamLoader
+from datamodules.task import encode_task, read_task
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Sample:
     text: EncodedConversation
     visuals: list[Tensor]  # uint8 (t c h w), t of each its own
     tiles: list[Tiles | None] = field(default_factory=list)  # as in `VideoBatch`
+    task: Task | None = None
 
 
 def decode_sample(
@@ -64,13 +67,20 @@ def decode_sample(
         BadSampleError: whatever is wrong with it.
     """
     turns, suffixes = parse_sample(raw)
-    text = conversation(turns)
+    task = read_task(read_entry(raw), turns)
+    # What is asked of a model must not be given away to the pooler.
+    text = conversation(turns, prompt_with_answers=False if task else None)
     read = [
         (frames.video(raw[suffix]), None) if is_video(suffix) else frames.picture(raw[suffix])
         for suffix in suffixes
     ]
-    visuals, tiles = [visual for visual, _ in read], [tiles for _, tiles in read]
-    return Sample(f"{raw['__url__']}/{raw['__key__']}", text, visuals, tiles)
+    return Sample(
+        key=f"{raw['__url__']}/{raw['__key__']}",
+        text=text,
+        visuals=[visual for visual, _ in read],
+        tiles=[tiles for _, tiles in read],
+        task=task and encode_task(task, conversation),
+    )
 
 
 def collate(
@@ -90,6 +100,7 @@ def collate(
         prompt_mask=pad_rows([[1] * len(text.prompt_ids) for text in texts], 0).bool(),
         keys=[sample.key for sample in samples],
         tiles=[t for s in samples for t in s.tiles or [None] * len(s.visuals)],
+        tasks=[sample.task for sample in samples],
     )
 
 
@@ -139,11 +150,11 @@ class InstructDataModule(StepsDataModule):
 
     def prepare_data(self) -> None:
         """Makes missing indexes once a node, before its ranks read them."""
-        for split in self._splits():
+        for split in self._splits(self.trainer.state.fn if self.trainer else None):
             self._read_manifests(split)
 
     def setup(self, stage: str | None = None) -> None:
-        for split in self._splits():
+        for split in self._splits(stage):
             if split in self._manifests:
                 continue
             self._manifests[split] = self._read_manifests(split)
@@ -168,6 +179,18 @@ class InstructDataModule(StepsDataModule):
                 f"batch {self.batch_size} step {self.per_step}"
             )
         return self._fingerprint
+
+    def describe(self) -> dict[str, Any]:
+        manifest, conversation = join(self._manifests_of("val")), self.conversation
+        template = conversation.tokenizer.get_chat_template()
+        return {
+            "data": manifest.fingerprint(),
+            "samples": len(manifest),
+            "frames": _facts(self._frames),
+            "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16],
+            "max_length": conversation.max_length,
+            "max_prompt_length": conversation.max_prompt_length,
+        }
 
     def train_dataloader(self) -> StreamLoader:
         order = self._train_order()
@@ -214,8 +237,10 @@ class InstructDataModule(StepsDataModule):
             return super()._samples_before(epoch, micro_batches)
         return self._budget.samples_before(epoch, micro_batches)
 
-    def _splits(self) -> list[str]:
-        return [split for split, shards in self._shards.items() if shards != [None]]
+    def _splits(self, stage: str | None = None) -> list[str]:
+        """A model can be validated where the shards are not that it was trained on."""
+        wanted = ("val",) if stage == "validate" else self._shards
+        return [split for split in wanted if self._shards[split] != [None]]
 
     def _read_manifests(self, split: str) -> list[Manifest]:
         options = self._options
@@ -257,3 +282,9 @@ class InstructDataModule(StepsDataModule):
     @property
     def _rank(self) -> int:
         return self.trainer.global_rank if self.trainer else 0
+
+
+def _facts(made: Any) -> dict[str, Any]:
+    """An object's settings as plain containers, those of the objects in it too."""
+    settings = {k: _facts(v) if hasattr(v, "__dict__") else v for k, v in vars(made).items()}
+    return {"name": type(made).__name__, **settings}

@@ -82,6 +82,10 @@ class StepsDataModule(LightningDataModule):
     def fingerprint(self) -> str:
         """What the order of samples depends on, in words: `data 5d41... seed 0 ...`."""
 
+    def describe(self) -> dict[str, Any]:
+        """What the numbers of a validation depend on, beside the model; plain containers."""
+        return {"data": self.fingerprint()}
+
     def state_dict(self) -> dict[str, Any]:
         """Where the training stands, the same on all ranks.
 

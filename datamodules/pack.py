@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from webdataset import TarWriter  # pyright: ignore[reportAttributeAccessIssue]
 
-from datamodules.annotations import read_entry, with_answers
+from datamodules.annotations import to_conversation, with_answers
 from datamodules.batch import BadSampleError
 from datamodules.conversation import VISUALS, is_video, match_slots, parse_sample, read_turns
 from datamodules.frames import (
@@ -30,6 +30,7 @@ from datamodules.index import Shard, index_path, index_shard, lengths_path, writ
 from datamodules.reencode import encode_frames, reencode
 from datamodules.source import open_source
 from datamodules.tar import untar_sample
+from datamodules.task import read_task
 
 
 class BadItem(NamedTuple):
@@ -146,7 +147,8 @@ def pack_shard(task: PackTask, videos: Path, short_side: int | None) -> Outcome:
 
 
 def _members(published: Any, videos: Path, short_side: int | None) -> dict[str, bytes]:
-    entry = read_entry(published)
+    entry = to_conversation(published)
+    read_task(entry, read_turns(entry))
     names = [*_names(entry, "image"), *_names(entry, "video")]
     for answered in with_answers(entry):
         match_slots(read_turns(answered), names)

@@ -3,7 +3,7 @@
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,38 @@ def make_sample(
     return {**members, "json": json.dumps(entry).encode()}
 
 
+def make_question(seed: int, num_frames: int = 4, size: int = 64) -> dict[str, Any]:
+    """Members of one sample that asks for the color of a clip, and says what is right.
+
+    In turn multiple choice, both questions of a yes/no pair, and an open one; four of one clip.
+    """
+    clip, kind = divmod(seed, 4)
+    rng = np.random.RandomState(clip)
+    names = list(_COLORS)
+    color, other = rng.permutation(len(names))[:2]
+    shades = rng.uniform(0.7, 1.0, num_frames)
+    frames = [
+        Image.new("RGB", (size, size), tuple(int(c * shade) for c in _COLORS[names[color]]))
+        for shade in shades
+    ]
+    if kind == 0:
+        options = "".join(f"\n{chr(65 + n)}. {name}" for n, name in enumerate(names))
+        asked = f"What color is shown?{options}\nAnswer with the letter."
+        facts: dict[str, Any] = {"options": names, "answer": chr(65 + color)}
+    elif kind == 3:
+        asked, facts = "What color is shown?", {"answer": names[color]}
+    else:
+        asked = f"Is {names[color if kind == 1 else other]} shown? Answer yes or no."
+        facts = {"answer": "yes" if kind == 1 else "no", "pair": f"clip {clip}"}
+        facts["hallucinated"] = kind == 2
+    turns = [
+        {"from": "human", "value": f"<video>\n{asked}"},
+        {"from": "gpt", "value": facts["answer"]},
+    ]
+    entry = json.dumps({"conversations": turns, "question": facts})
+    return {"mp4": encode_video(frames), "json": entry.encode()}
+
+
 def write_shards(
     folder: str | Path,
     counts: Sequence[int],
@@ -93,17 +125,14 @@ def write_shards(
     seed: int = 0,
     num_frames: int = 12,
     size: int = 64,
-    kinds: Sequence[str] = _KINDS,
+    make: Callable[[int, int, int], dict[str, Any]] = make_sample,
 ) -> list[Path]:
     """One shard for each count, with its index; (paths of the shards)."""
     paths = []
     for number, count in enumerate(counts):
         path = Path(folder) / f"shard-{number:06d}.tar"
         first = seed + sum(counts[:number])
-        samples = [
-            (f"{n:09d}", make_sample(n, num_frames, size, kinds))
-            for n in range(first, first + count)
-        ]
+        samples = [(f"{n:09d}", make(n, num_frames, size)) for n in range(first, first + count)]
         write_shard(path, samples)
         assert index_path(path).is_file()
         paths.append(path)

@@ -1,6 +1,7 @@
 """ropelab-evaluate: tests a trained model, with its own stages and another grid if one likes.
 
 ropelab-evaluate run=runs/vniah_d_tiny/videorope-seed0 data.grid.frames=[24,512]
+ropelab-evaluate run=runs/run/videorope-seed0 data.val=held-out/ scores=[mc,hallucer]
 """
 
 import logging
@@ -17,6 +18,7 @@ from experiments import CONFIG_DIR
 from experiments.needles import test_needles
 from experiments.run import build, build_all, plain, print_config, user_errors_in_one_line
 from experiments.rundir import RunDirectory
+from experiments.scores import score_answers
 from lightning_modules.checkpoint import newest_whole
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.weights import read_checkpoint
@@ -56,8 +58,9 @@ def main() -> None:
         for made in trainer.loggers:
             made.log_hyperparams(plain(config))
 
-        # 3. The test
+        # 3. The test: needles where the data hides some, scores where it has questions
         score = test_needles(config, trainer, model, datamodule, step)
+        score_answers(config, trainer, model, datamodule, step)
         folder.finish(step, score)
         return score
 

@@ -5,7 +5,8 @@ config.yaml  command.txt  versions.json     what runs
 run.lock                                    held by the process that trains here
 checkpoints/last.ckpt  run_id               what a resumed run goes on from
 metrics.csv  tables.jsonl  wandb/  …        what was seen
-needle.json  needle.png  done.json          what came out; done.json is the last file written
+needle.json  needle.png  scores.json        what came out
+done.json                                   the last file written
 """
 
 import json
@@ -60,6 +61,7 @@ _LEFTOVERS = (
     "needle.png",
     "run_id",
     "samples.jsonl",
+    "scores.json",
     "status.json",
     "tables.jsonl",
     "wandb",

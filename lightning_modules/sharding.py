@@ -1,6 +1,7 @@
 """FSDP2: every rank keeps a piece of each weight, gradient and moment."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,16 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> No
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "generate")
+
+
+@contextmanager
+def whole_outside_of_blocks(model: nn.Module) -> Iterator[None]:
+    """Where parts of a sharded model are called one by one: blocks gather their own weights."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()

@@ -1,10 +1,13 @@
 """Instruction tuning: steps, logging, the stages in its checkpoints. The maths is the model's."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from datamodules.batch import VideoBatch
+from lightning_modules.metrics.answers import read_answers
+from lightning_modules.metrics.base import Score
 from lightning_modules.model import Output, VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.training import TrainingModule
 
@@ -15,13 +18,23 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
     Args:
         packing: tokens of a row of the LLM that samples share in training, or as many as the
             longest sample has; `None` gives each sample a row. The loss is the same.
+        scores: by any name; numbers beside the loss of validation. Their values by name are in
+            `scored` after each.
     """
 
-    def __init__(self, *arguments: Any, packing: int | None = None, **options: Any):
+    def __init__(
+        self,
+        *arguments: Any,
+        packing: int | None = None,
+        scores: Mapping[str, Score] | None = None,
+        **options: Any,
+    ):
         super().__init__(*arguments, **options)
         if packing is not None and packing < 1:
             raise ValueError(f"module.packing is {packing}; set a number of tokens, or null")
         self.packing = packing
+        self.scores = nn.ModuleDict(scores)
+        self.scored: dict[str, dict[str, Any]] = {}
 
     def build(self) -> VideoLanguageModel:
         return VideoLanguageModel(VideoLanguageModelConfig(**self.spec))
@@ -45,6 +58,24 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         # A mean over tokens, so that the number does not depend on how samples are batched.
         weight = max(1, int(output.labelled))
         self.log("val/loss", output.loss, prog_bar=True, batch_size=weight, sync_dist=True)
+        scores = [score for score in self.scores.values() if isinstance(score, Score)]
+        if scores:
+            answers = read_answers(self.network, batch, output, scores, self._tokenizer)
+            for score in scores:
+                score.update(answers)
+
+    def _tokenizer(self) -> Any:
+        return self.trainer.datamodule.conversation.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+
+    def on_validation_epoch_end(self) -> None:
+        self.scored = {}
+        for score in self.scores.values():
+            assert isinstance(score, Score)
+            for name, (value, count) in score.compute().items():
+                self.scored[name] = {"value": value, "count": count, **score.facts()}
+                # Every rank has reckoned the same number, of the samples of all.
+                self.log(f"val/{name}", value, sync_dist=True, reduce_fx="max")
+            score.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The stages travel with the weights, as plain containers."""

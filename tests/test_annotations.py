@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.annotations import read_entry
+from datamodules.annotations import to_conversation
 from datamodules.batch import VISUAL_SLOT, BadSampleError
 from datamodules.conversation import ConversationEncoder, parse_sample
 from datamodules.frames import FpsSampler, FrameReader, UniformSampler
@@ -154,7 +154,7 @@ def test_a_pair_is_a_prompt_and_two_answers(packed):
 
 @pytest.mark.parametrize("prompt", ["<video>\nWhat?", "What?\n<video>", "What?", "<image>What?"])
 def test_the_video_stands_before_the_prompt(prompt):
-    entry = read_entry({"video": "a.mp4", "prompt": prompt, "chosen": "x", "rejected": "y"})
+    entry = to_conversation({"video": "a.mp4", "prompt": prompt, "chosen": "x", "rejected": "y"})
     assert entry["conversations"] == turns("<video>\nWhat?")
 
 
@@ -167,10 +167,10 @@ def test_a_pair_may_be_given_as_turns():
         "rejected": {"from": "gpt", "value": "y"},
         "reference": {"chosen": -1.5, "rejected": -2.0},
     }
-    own = read_entry(entry)
+    own = to_conversation(entry)
     assert (own["chosen"], own["rejected"]) == ("x", "y")
     assert own["reference"] == entry["reference"]
-    assert read_entry(own) == own
+    assert to_conversation(own) == own
 
 
 def test_videochat2_says_its_instruction_once(packed):
@@ -228,7 +228,7 @@ def test_a_folder_of_frames_becomes_a_video(packed, media):
 )
 def test_what_an_entry_lacks_is_said(entry, reason):
     with pytest.raises(BadSampleError, match=reason):
-        read_entry(entry)
+        to_conversation(entry)
 
 
 def test_a_line_is_named(media, tmp_path, capsys):

@@ -1,0 +1,59 @@
+"""Multiple choice, by what the model finds likely and by what it says."""
+
+from string import ascii_uppercase
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from datamodules.batch import Task
+from lightning_modules.metrics import parsing
+from lightning_modules.metrics.base import Answered, Score, Value
+
+
+class LikeliestLetter(Score):
+    """Share of questions whose right letter is the likeliest of the options' letters.
+
+    Each letter's probability is that of its first token right after the prompt, as it would begin
+    the answer in the chat template. Nothing is generated, and nothing is left unparsed.
+    """
+
+    columns = 1
+
+    def asks(self, task: Task | None) -> bool:
+        return task is not None and bool(task.options)
+
+    def row(self, answered: Answered) -> tuple[float, ...]:
+        assert answered.task is not None
+        likeliest = answered.options.index(max(answered.options))
+        return (float(ascii_uppercase[likeliest] == answered.task.answers[0]),)
+
+    def values(self, rows: Float[Tensor, "n c"], groups: Int[Tensor, " n"]) -> dict[str, Value]:
+        return {"mc_likelihood": Value(rows.mean().item(), len(rows))}
+
+
+class GeneratedLetter(Score):
+    """Share of questions whose greedily generated answer names the right letter.
+
+    An answer that names none, or several, is wrong; `mc_unparsed` is the share of those.
+    """
+
+    columns = 2
+    parser = f"parse_letter {parsing.VERSION}"
+
+    def __init__(self, max_new_tokens: int = 16) -> None:
+        super().__init__()
+        self.max_new_tokens = max_new_tokens
+
+    def asks(self, task: Task | None) -> bool:
+        return task is not None and bool(task.options)
+
+    def row(self, answered: Answered) -> tuple[float, ...]:
+        assert answered.task is not None
+        said = answered.said(self.max_new_tokens)
+        letter = parsing.parse_letter(said, len(answered.task.options))
+        return float(letter == answered.task.answers[0]), float(letter is None)
+
+    def values(self, rows: Float[Tensor, "n c"], groups: Int[Tensor, " n"]) -> dict[str, Value]:
+        right, unparsed = rows.mean(0).tolist()
+        count = len(rows)
+        return {"mc_generated": Value(right, count), "mc_unparsed": Value(unparsed, count)}

@@ -1,0 +1,36 @@
+"""Answers in free words, by how they agree with the words of a right one."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchmetrics.functional.text import squad
+
+from datamodules.batch import Task
+from lightning_modules.metrics.base import Answered, Score, Value
+
+
+class OpenAnswer(Score):
+    """Exact match and F1 of words with the nearest of the right answers, from 0 to 1, as SQuAD.
+
+    Case, punctuation and articles do not count: torchmetrics' own normalisation.
+    """
+
+    columns = 2
+    parser = "torchmetrics squad"
+
+    def __init__(self, max_new_tokens: int = 32) -> None:
+        super().__init__()
+        self.max_new_tokens = max_new_tokens
+
+    def asks(self, task: Task | None) -> bool:
+        return task is not None and not task.options and not task.pair
+
+    def row(self, answered: Answered) -> tuple[float, ...]:
+        assert answered.task is not None
+        right = {"text": list(answered.task.answers), "answer_start": [0]}
+        said = {"prediction_text": answered.said(self.max_new_tokens), "id": ""}
+        percent = squad(said, {"answers": right, "id": ""})
+        return percent["exact_match"].item() / 100, percent["f1"].item() / 100
+
+    def values(self, rows: Float[Tensor, "n c"], groups: Int[Tensor, " n"]) -> dict[str, Value]:
+        exact, f1 = rows.mean(0).tolist()
+        return {"open_exact": Value(exact, len(rows)), "open_f1": Value(f1, len(rows))}

@@ -1,0 +1,23 @@
+"""How surprised the model is by the answers of held-out samples."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from datamodules.batch import Task
+from lightning_modules.metrics.base import Answered, Score, Value
+
+
+class Perplexity(Score):
+    """exp of the mean negative log-probability of a labelled token, over all tokens alike."""
+
+    columns = 2
+
+    def asks(self, task: Task | None) -> bool:
+        return True
+
+    def row(self, answered: Answered) -> tuple[float, ...]:
+        return answered.log_prob, float(answered.tokens)
+
+    def values(self, rows: Float[Tensor, "n c"], groups: Int[Tensor, " n"]) -> dict[str, Value]:
+        total, tokens = rows.sum(0)
+        return {"perplexity": Value((-total / tokens).exp().item(), len(rows))}

@@ -1,0 +1,67 @@
+"""Paired yes/no questions, one of which asks after what is not there, as VideoHallucer has them."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from datamodules.batch import Task
+from lightning_modules.metrics import parsing
+from lightning_modules.metrics.base import Answered, Score, Value
+
+
+class YesNoPairs(Score):
+    """Accuracies of VideoHallucer (arXiv 2406.16338, §3.3), and which way the errors lean.
+
+    - `pair_basic`, `pair_hallucinated`: share of the questions of either kind answered right.
+    - `pair_overall`: share of pairs all of whose questions are answered right; a pair of which
+      only one kind was seen is left out.
+    - `pair_yes_bias`: answers yes more often than right, as a share of all questions; below 0, less
+      often. HallusionBench's "yes percentage difference".
+    - `pair_false_yes`: share of the wrong answers that are a yes where no is right, its "false
+      positive ratio"; NaN where nothing is wrong.
+    - `pair_unparsed`: share of answers that are neither; they are wrong.
+
+    The published script counts the yes of a hallucinated question by looking at the answer to the
+    basic one, so its two numbers of bias differ from these.
+    """
+
+    columns = 4  # hallucinated, right, says yes, says neither
+    parser = f"parse_yes_no {parsing.VERSION}"
+
+    def __init__(self, max_new_tokens: int = 16) -> None:
+        super().__init__()
+        self.max_new_tokens = max_new_tokens
+
+    def asks(self, task: Task | None) -> bool:
+        return task is not None and bool(task.pair)
+
+    def row(self, answered: Answered) -> tuple[float, ...]:
+        assert answered.task is not None
+        said = parsing.parse_yes_no(answered.said(self.max_new_tokens))
+        right = said is not None and said == (answered.task.answers[0] == "yes")
+        return tuple(map(float, (answered.task.hallucinated, right, said is True, said is None)))
+
+    def values(self, rows: Float[Tensor, "n c"], groups: Int[Tensor, " n"]) -> dict[str, Value]:
+        hallucinated, right, yes, unparsed = rows.bool().unbind(1)
+        truth = torch.where(right, yes, ~yes & ~unparsed)
+        return {
+            **_mean("pair_basic", right[~hallucinated]),
+            **_mean("pair_hallucinated", right[hallucinated]),
+            **_mean("pair_overall", _pairs(hallucinated, right, groups)),
+            "pair_yes_bias": Value((yes.double() - truth.double()).mean().item(), len(rows)),
+            "pair_false_yes": Value((yes & ~right)[~right].double().mean().item(), len(rows)),
+            **_mean("pair_unparsed", unparsed),
+        }
+
+
+def _mean(name: str, hits: Bool[Tensor, " n"]) -> dict[str, Value]:
+    return {name: Value(hits.double().mean().item(), len(hits))} if len(hits) else {}
+
+
+def _pairs(
+    hallucinated: Bool[Tensor, " n"], right: Bool[Tensor, " n"], groups: Int[Tensor, " n"]
+) -> Bool[Tensor, " p"]:
+    """Of every pair with both kinds of questions, whether all are right."""
+    found = [groups == group for group in groups.unique()]
+    whole = [pair for pair in found if hallucinated[pair].any() and not hallucinated[pair].all()]
+    return torch.tensor([bool(right[pair].all()) for pair in whole], dtype=torch.bool)
