@@ -26,7 +26,7 @@ SCHEMES = ["vanilla", "tad", "mrope", "videorope"]
 
 
 def all_scores():
-    return [Perplexity(), LikeliestLetter(), GeneratedLetter(), YesNoPairs(), OpenAnswer()]
+    return [Perplexity(), LikeliestLetter(), GeneratedLetter(6), YesNoPairs(6), OpenAnswer(6)]
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +94,10 @@ def test_the_batch_size_changes_nothing(rotary, network, questions, conversation
         for size in (1, 2, 5)
     }
     alone = by_size[1]
-    said = [answer.said(16) for answer in alone]
+    said = [answer.said(6) for answer in alone]
     assert len(set(said)) > 3, "a model that always says the same proves nothing"
     for found in by_size.values():
-        assert [answer.said(16) for answer in found] == said
+        assert [answer.said(6) for answer in found] == said
         for one, other in zip(alone, found, strict=True):
             assert other.key == one.key
             assert other.log_prob == pytest.approx(one.log_prob, abs=1e-3)
@@ -127,7 +127,6 @@ def test_options_are_as_likely_as_after_the_prompt_alone(network, questions, con
         output = model(asked)
         length = int(output.inputs.mask.sum())
         last = model.llm.head(output.hidden[0, length - 1]).log_softmax(-1)
-    assert length < output.hidden.shape[1], "the answer is padding here"
     letters = conversation.tokenizer.convert_tokens_to_ids(["A", "B", "C", "D"])
     assert answered.options == pytest.approx(last[letters].tolist(), abs=1e-5)
 
@@ -198,7 +197,8 @@ def test_pairs_by_hand():
         "pair_false_yes": 0.25,  # of "always yes", "no", "maybe" and "a bike", which are wrong
         "pair_unparsed": 0.25,
     }
-    assert score.compute()["pair_overall"].count == 4
+    counts = {name: count for name, (_, count) in score.compute().items()}
+    assert [counts[name] for name in ("pair_basic", "pair_overall", "pair_false_yes")] == [4, 4, 4]
 
 
 def test_half_a_pair_is_no_pair():
@@ -206,7 +206,7 @@ def test_half_a_pair_is_no_pair():
     assert found["pair_basic"] == (1.0, 1)
     assert "pair_overall" not in found
     assert "pair_hallucinated" not in found
-    assert math.isnan(found["pair_false_yes"].value), "nothing is wrong"
+    assert "pair_false_yes" not in found, "nothing is wrong"
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,8 @@ def test_a_sample_that_comes_twice_counts_once():
 def test_ranks_reckon_what_one_reckons(run_ranks):
     """Samples of a pair on different ranks, one rank with none of a kind, some on both."""
     choice = Task(("A",), ("red", "blue"), (1, 2))
-    choices = [Answered(f"c{n}", choice, -n, 2, (n % 3, 1), lambda c: "A") for n in range(5)]
+    likely = [(n % 3.0, 1.0) for n in range(5)]
+    choices = [Answered(f"c{n}", choice, -n / 7, 2, likely[n], lambda c: "A") for n in range(5)]
     pairs = pair("one", "yes", "no") + pair("two", "yes", "yes")
     shares = [[choices[:2], pairs[::2]], [choices[2:] + choices[:1], pairs[1::2]]]
     shares[0][1] += choices[1:2]

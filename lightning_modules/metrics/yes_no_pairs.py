@@ -18,14 +18,14 @@ class YesNoPairs(Score):
     - `pair_yes_bias`: answers yes more often than right, as a share of all questions; below 0, less
       often. HallusionBench's "yes percentage difference".
     - `pair_false_yes`: share of the wrong answers that are a yes where no is right, its "false
-      positive ratio"; NaN where nothing is wrong.
+      positive ratio"; left out where nothing is wrong.
     - `pair_unparsed`: share of answers that are neither; they are wrong.
 
     The published script counts the yes of a hallucinated question by looking at the answer to the
     basic one, so its two numbers of bias differ from these.
     """
 
-    columns = 4  # hallucinated, right, says yes, says neither
+    columns = 4  # hallucinated, yes is right, says yes, says no
     parser = f"parse_yes_no {parsing.VERSION}"
 
     def __init__(self, max_new_tokens: int = 16) -> None:
@@ -37,20 +37,20 @@ class YesNoPairs(Score):
 
     def row(self, answered: Answered) -> tuple[float, ...]:
         assert answered.task is not None
-        said = parsing.parse_yes_no(answered.said(self.max_new_tokens))
-        right = said is not None and said == (answered.task.answers[0] == "yes")
-        return tuple(map(float, (answered.task.hallucinated, right, said is True, said is None)))
+        task, said = answered.task, parsing.parse_yes_no(answered.said(self.max_new_tokens))
+        facts = (task.hallucinated, task.answers[0] == "yes", said is True, said is False)
+        return tuple(map(float, facts))
 
     def values(self, rows: Float[Tensor, "n c"], groups: Int[Tensor, " n"]) -> dict[str, Value]:
-        hallucinated, right, yes, unparsed = rows.bool().unbind(1)
-        truth = torch.where(right, yes, ~yes & ~unparsed)
+        hallucinated, truth, yes, no = rows.bool().unbind(1)
+        right = torch.where(truth, yes, no)
         return {
             **_mean("pair_basic", right[~hallucinated]),
             **_mean("pair_hallucinated", right[hallucinated]),
             **_mean("pair_overall", _pairs(hallucinated, right, groups)),
             "pair_yes_bias": Value((yes.double() - truth.double()).mean().item(), len(rows)),
-            "pair_false_yes": Value((yes & ~right)[~right].double().mean().item(), len(rows)),
-            **_mean("pair_unparsed", unparsed),
+            **_mean("pair_false_yes", (yes & ~truth)[~right]),
+            **_mean("pair_unparsed", ~yes & ~no),
         }
 
 
