@@ -70,13 +70,14 @@ class ScoreBook(Callback):
             **trainer.datamodule.describe(),  # pyright: ignore[reportAttributeAccessIssue]
             "versions": {name: version(name) for name in _PACKAGES},
         }
-        self._write(validation)
+        self.write(validation)
         table = [[step, *(row[column] for column in _COLUMNS[1:])] for row in rows]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("val/scores", columns=_COLUMNS, data=table, step=step)
 
-    def _write(self, validation: dict[str, Any]) -> None:
+    def write(self, validation: dict[str, Any]) -> None:
+        """Adds it behind those of earlier steps; later ones are dropped."""
         earlier = json.loads(self.path.read_text()) if self.path.is_file() else []
         kept = [former for former in earlier if former["step"] < validation["step"]]
         beside = self.path.with_name(self.path.name + ".partial")  # a kill leaves the old file
