@@ -49,13 +49,16 @@ class EncodedConversation:
 
 
 def read_turns(entry: Any) -> list[Turn]:
-    """The turns of a LLaVA entry.
+    """The turns of a LLaVA entry, or of `{"caption": "..."}` that says what its visual shows.
 
     Raises:
         BadSampleError: missing_field, empty_conversation, unknown_role, bad_json (text that is no
             Unicode).
     """
     conversations = entry.get("conversations") if isinstance(entry, dict) else None
+    if conversations is None and isinstance(entry, dict) and "caption" in entry:
+        answer = {"from": "gpt", "value": entry["caption"]}
+        conversations = [{"from": "human", "value": "<image>"}, answer]
     if conversations is None:
         raise BadSampleError("missing_field", "conversations")
     if not isinstance(conversations, list) or not conversations:

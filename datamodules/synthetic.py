@@ -127,7 +127,10 @@ def write_shards(
     size: int = 64,
     make: Callable[[int, int, int], dict[str, Any]] = make_sample,
 ) -> list[Path]:
-    """One shard for each count, with its index; (paths of the shards)."""
+    """One shard for each count, with its index; (paths of the shards).
+
+    `make` gives the members of a sample by suffix from its seed, `num_frames` and `size`.
+    """
     paths = []
     for number, count in enumerate(counts):
         path = Path(folder) / f"shard-{number:06d}.tar"

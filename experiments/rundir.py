@@ -34,7 +34,7 @@ from lightning_modules.checkpoint import newest_whole
 from lightning_modules.heartbeat import read_status
 
 #: What a finished run must agree in with a run that is asked for, to stand for it,
-_MADE_OF = ("model", "data", "optim", "trainer", "seed", "test")
+_MADE_OF = ("module", "model", "data", "optim", "trainer", "seed", "test")
 #: but for what decides only how it is computed.
 _HOW = (
     "data.audit",

@@ -20,7 +20,8 @@ class Generations(Callback):
     """Answers of the model to the first validation batch, beside those that it should give.
 
     They go to `generations.jsonl` in `folder`, and to W&B as a table. Questions come from the
-    datamodule's `conversation`, whose tokenizer reads and writes them.
+    datamodule's `conversation`, whose tokenizer reads and writes them. A model that has no
+    `generate` is passed over.
     """
 
     def __init__(self, folder: str | Path, count: int = 8, max_new_tokens: int = 16):
@@ -35,7 +36,8 @@ class Generations(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx or trainer.sanity_checking:
+        generates = hasattr(pl_module.network, "generate")
+        if batch_idx or trainer.sanity_checking or not generates:
             return
         tokenizer = trainer.datamodule.conversation.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
         network: Any = pl_module.network

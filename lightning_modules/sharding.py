@@ -61,7 +61,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> No
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "generate")
+    if hasattr(model, "generate"):
+        register_fsdp_forward_method(model, "generate")
 
 
 @contextmanager

@@ -83,12 +83,17 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         checkpoint["stages"] = {stage: getattr(config, stage) for stage in self.spec}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses weights that were trained with another rotary scheme, pooler or LoRA.
+        """Refuses weights of another rotary scheme, pooler or LoRA, or of no LLM.
 
         Raises:
             ValueError: names the stage that differs and both specs.
         """
         stages = checkpoint.get("stages", {})
+        if stages and "llm" not in stages:
+            raise ValueError(
+                f"the checkpoint holds {', '.join(stages)} alone, this run trains an llm too: "
+                "choose the module that it was trained with, or another run directory"
+            )
         for stage in ("rotary", "pooler", "lora"):
             trained, asked = stages.get(stage), getattr(self.network.config, stage)
             if stages and trained != asked:

@@ -12,7 +12,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from experiments import CONFIG_DIR
 from experiments.names import name_run
-from experiments.run import build_all, plain
+from experiments.run import build, build_all, plain
 from lightning_modules.video_llm import VideoLLMModule
 
 STAGES = ("encoder", "pooler", "rotary", "llm")
@@ -74,7 +74,7 @@ def test_loggers_and_callbacks_are_made(group, name, compose, tmp_path):
 def test_every_experiment_composes_and_builds(name, program, compose, tmp_path):
     config = compose([f"experiment={name}"], tmp_path, program)
     instantiate(config.data, _convert_="all")
-    VideoLLMModule(plain(config.model), optimizer=list).check()
+    build(config.module, "module")(model=plain(config.model)).check()
     recipe = (CONFIG_DIR / "experiment" / f"{name}.yaml").read_text()
     assert "# ropelab-" in recipe, "a recipe states its command"
 
