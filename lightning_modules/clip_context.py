@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from datamodules.batch import VideoBatch
 from lightning_modules.encoder.clip import ClipEncoder
 from lightning_modules.encoder.prompt import SplitPositions
+from lightning_modules.gather import gather
 from lightning_modules.metrics.retrieval import Retrieval
 from lightning_modules.stage import build
 from lightning_modules.training import TrainingModule
@@ -139,9 +140,8 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
         pairs = self.network(batch)
         with torch.autocast(self.device.type, enabled=False):
-            loss = contrast(
-                pairs, self._gather(pairs.visuals), self._gather(pairs.captions), self.global_rank
-            )
+            everyone = gather(pairs.visuals), gather(pairs.captions)
+            loss = contrast(pairs, *everyone, self.global_rank)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
         self.log("train/tokens", batch.prompt_mask.sum().float(), batch_size=len(batch))
         self.log("encoder/logit_scale", pairs.scale.squeeze(), batch_size=len(batch))
@@ -152,10 +152,10 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
         self.retrieval.update(pairs.visuals, pairs.captions, batch.keys, pairs.scale)
 
     def on_validation_epoch_end(self) -> None:
-        scores = self.retrieval.compute()
+        scores = self.retrieval.compute()  # of all ranks, and so the same on each
         self.retrieval.reset()
-        self.log("val/loss", scores.pop("loss"), prog_bar=True)
-        self.log_dict({f"val/{name}": score for name, score in scores.items()})
+        self.log("val/loss", scores.pop("loss"), prog_bar=True, sync_dist=True)
+        self.log_dict({f"val/{name}": score for name, score in scores.items()}, sync_dist=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -177,10 +177,6 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
                 "module=clip_context trains the encoder alone: choose the module that it was "
                 "trained with, or another run directory"
             )
-
-    def _gather(self, own: Float[Tensor, "b e"]) -> Float[Tensor, "all e"]:
-        """Rows of all ranks in their order; gradients flow back to the rank that they are of."""
-        return self.all_gather(own, sync_grads=True).view(-1, own.shape[1])
 
 
 def contrast(

@@ -20,6 +20,7 @@ from experiments import train
 from experiments.report_data import read_curves
 from experiments.run import build, plain
 from lightning_modules.clip_context import ClipContextModule, ContrastiveClip, contrast
+from lightning_modules.encoder.clip import normalise
 from lightning_modules.metrics.retrieval import Retrieval
 from lightning_modules.video_llm import VideoLLMModule
 from lightning_modules.weights import read_checkpoint
@@ -92,10 +93,7 @@ def test_images_and_captions_are_compared_as_clip_compares_them(clip):
     network = from_source(folder, context_length=None).eval()
     with torch.no_grad():
         pairs = network(batch)
-        pixels = (batch.frames / 255).sub(
-            torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
-        )
-        pixels = pixels / torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+        pixels = normalise(batch.frames)
         ids, mask = batch.prompt_ids, batch.prompt_mask.long()
         expected = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, return_loss=True)
     logits = pairs.scale * pairs.visuals @ pairs.captions.T
@@ -163,7 +161,7 @@ def test_gradients_reach_the_stretched_positions_and_not_the_kept_ones(train_vis
 # Retrieval
 
 
-def random_pairs(count, seed=0, noise=1.0):
+def random_pairs(count, seed=0, noise=3.0):
     rng = torch.Generator().manual_seed(seed)
     visuals = torch.randn(count, 16, generator=rng)
     captions = visuals + noise * torch.randn(count, 16, generator=rng)
@@ -238,13 +236,9 @@ def test_a_caption_fills_the_context_and_keeps_its_end():
 
 
 def test_the_caption_of_a_conversation_is_its_answers_alone():
-    turns = [
-        ("human", "<video>\nDescribe it."),
-        ("gpt", "A red bike."),
-        ("human", "And?"),
-        ("gpt", "A dog."),
-    ]
-    entry = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+    texts = ["<video>\nDescribe it.", "A red bike.", "And?", "A dog."]
+    roles = ["human", "gpt"] * 2
+    entry = {"conversations": [{"from": r, "value": t} for r, t in zip(roles, texts, strict=True)]}
     turns, _ = parse_sample({"json": json.dumps(entry).encode(), "mp4": b""})
     ids = CaptionEncoder()(turns).prompt_ids
     assert tiny_tokenizer().decode(ids, skip_special_tokens=True) == "A red bike. A dog."
@@ -290,6 +284,20 @@ SMALL = [
 STEPS, ROWS = 20, 8  # rows of a global batch
 
 
+class Share:
+    """Batches of the rows given, made anew each time."""
+
+    def __init__(self, parts):
+        self._parts = parts
+
+    def __len__(self):
+        return len(self._parts)
+
+    def __iter__(self):
+        for numbers in self._parts:
+            yield make_batch(numbers, length=90, vocabulary=2000, size=32)
+
+
 class Batches(LightningDataModule):
     """Rank r has its share of the rows of each step, in the order of the ranks."""
 
@@ -301,16 +309,13 @@ class Batches(LightningDataModule):
         world, rank, rows = self.trainer.world_size, self.trainer.global_rank, self.batch_size
         assert world * rows == ROWS
         starts = [step * ROWS + rank * rows for step in range(STEPS)]
-        return [self._batch(range(start, start + rows)) for start in starts]
+        return Share([range(start, start + rows) for start in starts])
 
     def val_dataloader(self):
         """Of 15 rows; a rank that has one batch less repeats the first."""
         parts = [range(900, 906), range(906, 912), range(912, 915), range(900, 906)]
-        mine = parts[self.trainer.global_rank :: 2] if self.trainer.world_size > 1 else parts[:3]
-        return [self._batch(part) for part in mine]
-
-    def _batch(self, numbers):
-        return make_batch(numbers, length=90, vocabulary=2000, size=32)
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        return Share(parts[rank::2] if world > 1 else parts[:3])
 
 
 class Losses(Callback):
@@ -324,9 +329,7 @@ class Losses(Callback):
 @pytest.fixture(scope="module")
 def fit(compose):
     def run(folder, world, *overrides):
-        config = compose(
-            [*SMALL, *overrides, f"trainer.devices={world}", "+trainer.max_steps=20"], folder
-        )
+        config = compose([*SMALL, *overrides, f"trainer.devices={world}"], folder)
         torch.manual_seed(0)
         optimizer = build(config.optim.optimizer, "optim")
         module = ClipContextModule(plain(config.model), optimizer, temperature=0.07)
@@ -456,9 +459,7 @@ def test_a_checkpoint_of_another_stage_of_training_is_refused(done, compose, tmp
     with pytest.raises(ValueError, match=r"^the checkpoint holds encoder alone"):
         tuning.on_load_checkpoint(of_clip)
     context = ClipContextModule(plain(compose(RUN, tmp_path).model), torch.optim.AdamW)
-    with pytest.raises(
-        ValueError, match=r"^the checkpoint holds encoder, llm, pooler, rotary, but"
-    ):
+    with pytest.raises(ValueError, match=r"^the checkpoint holds encoder, llm, .*, but"):
         context.on_load_checkpoint(of_llm)
     context.on_load_checkpoint(of_clip)
 
