@@ -12,11 +12,11 @@ Axis letters, the same in every signature of the project:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 #: Label of a token that is not learnt, as `torch.nn.functional.cross_entropy` ignores it.
@@ -25,6 +25,8 @@ IGNORE_INDEX = -100
 #: Stands in `input_ids` for one whole visual, as LLaVA's IMAGE_TOKEN_INDEX does. The model puts
 #: as many tokens in its place as the pooler leaves, so data never depends on the pooler.
 VISUAL_SLOT = -200
+
+_FILL = {"labels": IGNORE_INDEX}  # of rows that become wider
 
 
 class BadSampleError(Exception):
@@ -173,3 +175,67 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "b l"]:
     """Stacks rows of different lengths, padded on the right with `value`."""
     width = max((len(row) for row in rows), default=0)
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)
+
+
+@dataclass
+class PreferenceBatch:
+    """Pairs of answers to the same questions about the same visuals, the better one `chosen`."""
+
+    chosen: VideoBatch
+    rejected: VideoBatch  # the same `frames`, not a copy of them
+    reference: Float[Tensor, "b 2"] | None = None  # log-probs of chosen, rejected, where known
+    #: What each row's reference was made with: digest by name, where known.
+    settings: list[dict[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __post_init__(self) -> None:
+        if len(self.chosen) != len(self.rejected):
+            raise ValueError(f"{len(self.chosen)} chosen answers, {len(self.rejected)} rejected")
+
+    @property
+    def keys(self) -> list[str]:
+        return self.chosen.keys
+
+    def first(self, count: int) -> VideoBatch:
+        """The first rows with the answers that were chosen."""
+        return self.chosen.first(count)
+
+    def both(self) -> VideoBatch:
+        """2 b rows: the chosen answers, then the rejected ones; the visuals stand there twice."""
+        joined = {
+            f.name: _join(getattr(self.chosen, f.name), getattr(self.rejected, f.name), f.name)
+            for f in fields(VideoBatch)
+        }
+        return VideoBatch(**joined)
+
+    def to(self, device: torch.device) -> "PreferenceBatch":
+        """On `device`, where frames go once."""
+        chosen = _to(self.chosen, device)
+        rejected = _to(self.rejected, device, frames=chosen.frames)
+        reference = None if self.reference is None else self.reference.to(device)
+        return replace(self, chosen=chosen, rejected=rejected, reference=reference)
+
+
+def _to(batch: VideoBatch, device: torch.device, **known: Any) -> VideoBatch:
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved = {
+        name: value.to(device, non_blocking=device.type == "cuda")
+        for name, value in values.items()
+        if isinstance(value, Tensor) and name not in known
+    }
+    return replace(batch, **moved, **known)
+
+
+def _join(first: Any, second: Any, name: str) -> Any:
+    """One field of two batches: rows below rows, padded on the right to the same width."""
+    if not isinstance(first, Tensor):
+        return first + second
+    if name == "frames":
+        return torch.cat([first, second])
+    width = max(first.shape[1], second.shape[1])
+    joined = first.new_full((len(first) + len(second), width), _FILL.get(name, 0))
+    joined[: len(first), : first.shape[1]] = first
+    joined[len(first) :, : second.shape[1]] = second
+    return joined

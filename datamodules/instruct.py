@@ -260,14 +260,7 @@ class InstructDataModule(StepsDataModule):
     def _loader(
         self, split: str, order: FileOrder | MixtureOrder | BudgetOrder, **position: Any
     ) -> StreamLoader:
-        conversation = self.conversation
-        decode = partial(decode_sample, frames=self._frames, conversation=conversation)
-        batch = partial(
-            collate,
-            image_size=self._frames.image_size,
-            pad_id=cast(int, conversation.tokenizer.pad_token_id),
-            prompt_pad_id=cast(int, conversation.prompt_tokenizer.pad_token_id),
-        )
+        decode, batch = self.decoder(), self.collater()
         manifest, timeout_s = join(self._manifests[split]), self._options.timeout_s
         return StreamLoader(
             lambda epoch: EpochStream(manifest, order.epoch(epoch), decode, batch, timeout_s),
@@ -277,6 +270,20 @@ class InstructDataModule(StepsDataModule):
             world=self.trainer.world_size if self.trainer else 1,
             num_workers=self._options.num_workers,
             **position,
+        )
+
+    def decoder(self) -> Callable[[dict[str, Any]], Any]:
+        """Raw sample -> sample; BadSampleError where it is no good."""
+        return partial(decode_sample, frames=self._frames, conversation=self.conversation)
+
+    def collater(self) -> Callable[[list[Any]], Any]:
+        """Samples -> batch."""
+        conversation = self.conversation
+        return partial(
+            collate,
+            image_size=self._frames.image_size,
+            pad_id=cast(int, conversation.tokenizer.pad_token_id),
+            prompt_pad_id=cast(int, conversation.prompt_tokenizer.pad_token_id),
         )
 
     @property

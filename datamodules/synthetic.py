@@ -118,6 +118,15 @@ def make_question(seed: int, num_frames: int = 4, size: int = 64) -> dict[str, A
     return {"mp4": encode_video(frames), "json": entry.encode()}
 
 
+def make_pair(seed: int, num_frames: int = 12, size: int = 64) -> dict[str, Any]:
+    """Members of one sample by suffix: a video, its square's color, and another one, rejected."""
+    frames, color, _ = draw_frames(seed, num_frames, size)
+    others = [name for name in _COLORS if name != color]
+    question = {"from": "human", "value": "<video>\nWhat color is the square?"}
+    entry = {"conversations": [question], "chosen": color, "rejected": others[seed % len(others)]}
+    return {"mp4": encode_video(frames), "json": json.dumps(entry).encode()}
+
+
 def write_shards(
     folder: str | Path,
     counts: Sequence[int],

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Grid, VideoBatch
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Grid, PreferenceBatch, VideoBatch
 from lightning_modules.encoder.base import Encoder
 from lightning_modules.llm.base import LanguageModel
 from lightning_modules.lora import add_lora
-from lightning_modules.loss import next_token_loss
+from lightning_modules.loss import next_token_loss, sequence_log_probs
 from lightning_modules.packing import Placement, Span, one_a_row, pack
 from lightning_modules.pooler.base import Pooler
 from lightning_modules.projector import Projector
@@ -75,6 +75,15 @@ class Output:
     labelled: Int[Tensor, ""]  # tokens that the loss is a mean of
     hidden: Float[Tensor, "b l m"]
     inputs: LanguageInputs
+
+
+@dataclass
+class LogProbs:
+    """Of the answers to each question: the chosen one, then the rejected one."""
+
+    sums: Float[Tensor, "b 2"]  # over the tokens of an answer, in float32
+    counts: Int[Tensor, "b 2"]  # tokens of an answer
+    read: Int[Tensor, ""]  # tokens that the LLM has read
 
 
 class VideoLanguageModel(PreTrainedModel):
@@ -147,6 +156,15 @@ class VideoLanguageModel(PreTrainedModel):
         patches = self.encoder(batch.frames, batch.clips)
         inputs = self.compose(batch, patches, padding_side="left")
         return self.llm.generate(inputs.embeds, inputs.mask, inputs.positions, **options)
+
+    def log_probs(self, batch: PreferenceBatch) -> LogProbs:
+        """Of both answers to each question, read side by side; frames are encoded once."""
+        patches = self.encoder(batch.chosen.frames, batch.chosen.frame_counts)
+        inputs = self.compose(batch.both(), torch.cat([patches, patches]))
+        hidden = self.llm(inputs.embeds, inputs.mask, inputs.positions)  # 2b l m
+        sums, counts = sequence_log_probs(hidden, inputs.labels, self.llm.head)
+        pairs = (rows.unflatten(0, (2, -1)).T for rows in (sums, counts))  # 2b -> b 2
+        return LogProbs(*pairs, inputs.mask.sum())
 
     def blocks(self) -> list[nn.Module]:
         """The units to shard, in the order in which they run."""

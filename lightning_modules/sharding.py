@@ -61,8 +61,9 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> No
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    if hasattr(model, "generate"):
-        register_fsdp_forward_method(model, "generate")
+    for name in ("generate", "log_probs"):  # what is called beside `forward`
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
 
 
 @contextmanager

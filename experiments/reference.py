@@ -1,0 +1,102 @@
+"""ropelab-reference: shards of pairs -> the same shards with a model's log-probabilities in them.
+
+ropelab-reference experiment=ppllava_dpo run=runs/tuned data.train=pairs/ output=pairs_with_reference
+ropelab-train experiment=ppllava_dpo module/reference=streamed data.train=pairs_with_reference/train
+
+The model, and how it reads videos and text, are those of the training to come: give the same words
+to both. A shard is there as a whole or not at all, so the same command goes on after a kill.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning
+import torch
+from lightning.fabric import Fabric
+from omegaconf import DictConfig
+
+from datamodules.pack import write_shard
+from datamodules.preference import RawPairs, with_reference
+from experiments import CONFIG_DIR
+from experiments.evaluate import load
+from experiments.run import build, plain, print_config, user_errors_in_one_line
+from experiments.rundir import write_whole
+from lightning_modules.preference import model_settings
+from lightning_modules.weights import sha256
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="reference")
+@user_errors_in_one_line
+def main(config: DictConfig) -> None:
+    print_config(config)
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+
+    # 1. The model: that of a run, or the one that the training would start from
+    where = config.trainer
+    fabric = Fabric(accelerator=where.accelerator, devices=1, precision=where.precision)
+    if config.run:
+        network, _ = load(Path(config.run), None)
+    else:
+        module = build(config.module, "module")(model=plain(config.model))
+        network = module.build_initial()
+    weights = sha256(network)
+    model: Any = fabric.setup_module(network.requires_grad_(False).eval())
+    model.mark_forward_method("log_probs")
+
+    # 2. The data, and what the log-probabilities depend on
+    build(config.prepare, "prepare")
+    datamodule = build(config.data, "data")
+    settings = model_settings(network.config) | datamodule.settings()
+    output = Path(config.output)
+    claim(output, {"weights_sha256": weights, "settings": settings})
+
+    # 3. Shard by shard, those that are there already left as they are
+    for split, shards in datamodule.shards().items():
+        for number, shard in enumerate(shards):
+            path = output / split / f"shard-{number:06d}.tar"
+            if path.is_file():
+                continue
+            stream = config.data.stream
+            pairs = RawPairs(shard, datamodule, stream.timeout_s)
+            loader = pairs.loader(datamodule.batch_size, stream.num_workers)
+            write_shard(path, judged(loader, model, fabric, settings))
+            print(f"{path}: {len(pairs)} samples of {shard.url}")
+
+
+def judged(
+    batches: Any, model: Any, fabric: Fabric, settings: dict[str, str]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, members) of all samples; one that cannot be read goes on as it is."""
+    for raws, good, batch in batches:
+        with torch.inference_mode():
+            sums = model.log_probs(batch.to(fabric.device)).sums.tolist() if good else []
+        known = dict(zip(good, sums, strict=True))
+        for number, raw in enumerate(raws):
+            members = with_reference(raw, known[number], settings) if number in known else raw
+            yield raw["__key__"], {k: v for k, v in members.items() if not k.startswith("__")}
+
+
+def claim(output: Path, made_with: dict[str, Any]) -> None:
+    """Says in `reference.json` what the shards of a folder are made with.
+
+    Raises:
+        ValueError: there are some that were made with something else.
+    """
+    path = output / "reference.json"
+    former = json.loads(path.read_text()) if path.is_file() else made_with
+    if former != made_with:
+        then, now = ({"weights": m["weights_sha256"], **m["settings"]} for m in (former, made_with))
+        key = next(key for key in now if then.get(key) != now[key])
+        raise ValueError(
+            f"{output} holds shards made with other {key} ({str(then.get(key))[:12]}, now "
+            f"{now[key][:12]}): set output= to another folder"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(made_with, indent=1))
+
+
+if __name__ == "__main__":
+    main()

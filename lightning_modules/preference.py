@@ -1,0 +1,111 @@
+"""Preference tuning: the answer that people chose becomes likelier than the one they did not."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from datamodules.batch import PreferenceBatch
+from lightning_modules.dpo import PreferenceLoss
+from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
+from lightning_modules.reference import Reference
+from lightning_modules.video_llm import VideoLLMModule
+
+
+class PreferenceModule(VideoLLMModule):
+    """DPO and its kin, on pairs of answers about the same visuals.
+
+    Args:
+        model, optimizer, scheduler: as in `TrainingModule`; so is what stands in `training`.
+        loss: of a pair.
+        reference: what the policy is held close to.
+        dpo_alpha: weight of `loss`.
+        gamma: weight of the mean negative log-likelihood of a chosen answer's tokens, which keeps
+            the chosen answers likely (RPO: Pang et al., arXiv 2404.19733).
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        optimizer: Any,
+        scheduler: Any = None,
+        *,
+        loss: PreferenceLoss,
+        reference: Reference,
+        dpo_alpha: float = 1.0,
+        gamma: float = 0.0,
+        **training: Any,
+    ):
+        super().__init__(model, optimizer, scheduler, **training)
+        self.loss, self.reference = loss, reference
+        self.dpo_alpha, self.gamma = dpo_alpha, gamma
+        self._settings: dict[str, str] = {}
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.reference.prepare(self, self.build_initial)
+        super().configure_model()
+
+    def build_initial(self) -> VideoLanguageModel:
+        """A new network with the weights that training starts from."""
+        return self.build()
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        return self._step("train", batch)
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self._step("val", batch, sync_dist=True)
+
+    def _step(self, split: str, batch: PreferenceBatch, **logging: Any) -> Tensor:
+        values = self.judge(batch)
+        for name, of_pairs in values.items():
+            seen = name in ("loss", "reward_margin", "reward_accuracy")
+            value = of_pairs.detach().mean()  # over pairs, so that batches may have any size
+            self.log(f"{split}/{name}", value, prog_bar=seen, batch_size=len(batch), **logging)
+        return values["loss"].mean()
+
+    def judge(self, batch: PreferenceBatch) -> dict[str, Float[Tensor, " b"]]:
+        """Loss, rewards and log-probabilities of each pair."""
+        reference = self.reference.log_probs(self.network, batch, self.settings)
+        policy = self.network.log_probs(batch)
+        self.log("train/tokens", policy.read.float(), batch_size=len(batch))
+        counts = policy.counts.clamp(min=1)
+        scale = counts if self.loss.per_token else 1
+        preference = self.loss(*(policy.sums / scale).unbind(1), *(reference / scale).unbind(1))
+        likelihood = -(policy.sums / counts)[:, 0]
+        rewards = self.loss.beta * (policy.sums - reference).detach()  # b 2
+        chosen, rejected = rewards.unbind(1)
+        values = {
+            "loss": self.dpo_alpha * preference,
+            "reward_margin": chosen - rejected,
+            "reward_accuracy": (chosen > rejected).float(),
+            "reward_chosen": chosen,
+            "reward_rejected": rejected,
+            "logp_chosen": policy.sums[:, 0],
+            "logp_rejected": policy.sums[:, 1],
+        }
+        if self.gamma:
+            values["loss"] = values["loss"] + self.gamma * likelihood
+            values["nll_chosen"] = likelihood
+        return values
+
+    def settings(self) -> dict[str, str]:
+        """What log-probabilities depend on beside the weights: a digest by name."""
+        if not self._settings:
+            data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            self._settings = model_settings(self.network.config) | data.settings()
+        return self._settings
+
+
+def model_settings(config: VideoLanguageModelConfig) -> dict[str, str]:
+    """Digests of the stages as a checkpoint keeps them, without the sizes of their weights."""
+    encoder = {k: v for k, v in (config.encoder or {}).items() if k not in ("config", "source")}
+    stages = {"encoder": encoder, "pooler": config.pooler, "rotary": config.rotary}
+    return {f"model.{stage}": digest(spec) for stage, spec in stages.items()}
+
+
+def digest(described: Any) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
