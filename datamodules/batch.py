@@ -12,6 +12,7 @@ Axis letters, the same in every signature of the project:
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -219,13 +220,12 @@ class PreferenceBatch:
 
 
 def _to(batch: VideoBatch, device: torch.device, **known: Any) -> VideoBatch:
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved = {
-        name: value.to(device, non_blocking=device.type == "cuda")
-        for name, value in values.items()
-        if isinstance(value, Tensor) and name not in known
-    }
-    return replace(batch, **moved, **known)
+    moved = copy(batch)  # not made anew: to check it would wait for the device
+    for name, value in vars(batch).items():
+        if isinstance(value, Tensor) and name not in known:
+            known[name] = value.to(device, non_blocking=device.type == "cuda")
+    vars(moved).update(known)
+    return moved
 
 
 def _join(first: Any, second: Any, name: str) -> Any:

@@ -1,7 +1,7 @@
 """ropelab-reference: shards of pairs -> the same shards with a model's log-probabilities in them.
 
-ropelab-reference experiment=ppllava_dpo run=runs/tuned data.train=pairs/ output=pairs_with_reference
-ropelab-train experiment=ppllava_dpo module/reference=streamed data.train=pairs_with_reference/train
+ropelab-reference experiment=ppllava_dpo run=runs/tuned data.train=pairs/ output=judged/
+ropelab-train experiment=ppllava_dpo module/reference=streamed data.train=judged/train
 
 The model, and how it reads videos and text, are those of the training to come: give the same words
 to both. A shard is there as a whole or not at all, so the same command goes on after a kill.

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from datamodules.batch import PreferenceBatch
 from lightning_modules.dpo import PreferenceLoss
-from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
+from lightning_modules.model import LogProbs, VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.reference import Reference
 from lightning_modules.video_llm import VideoLLMModule
 
@@ -60,18 +60,21 @@ class PreferenceModule(VideoLLMModule):
         self._step("val", batch, sync_dist=True)
 
     def _step(self, split: str, batch: PreferenceBatch, **logging: Any) -> Tensor:
-        values = self.judge(batch)
+        reference = self.reference.log_probs(self.network, batch, self.settings)
+        policy = self.network.log_probs(batch)
+        values = self.judge(policy, reference)
         for name, of_pairs in values.items():
             seen = name in ("loss", "reward_margin", "reward_accuracy")
             value = of_pairs.detach().mean()  # over pairs, so that batches may have any size
             self.log(f"{split}/{name}", value, prog_bar=seen, batch_size=len(batch), **logging)
+        if split == "train":
+            self.log("train/tokens", policy.read.float(), batch_size=len(batch))
         return values["loss"].mean()
 
-    def judge(self, batch: PreferenceBatch) -> dict[str, Float[Tensor, " b"]]:
+    def judge(
+        self, policy: LogProbs, reference: Float[Tensor, "b 2"]
+    ) -> dict[str, Float[Tensor, " b"]]:
         """Loss, rewards and log-probabilities of each pair."""
-        reference = self.reference.log_probs(self.network, batch, self.settings)
-        policy = self.network.log_probs(batch)
-        self.log("train/tokens", policy.read.float(), batch_size=len(batch))
         counts = policy.counts.clamp(min=1)
         scale = counts if self.loss.per_token else 1
         preference = self.loss(*(policy.sums / scale).unbind(1), *(reference / scale).unbind(1))

@@ -22,6 +22,7 @@ class Reference(ABC):
 
     def prepare(self, stage: TrainingModule[Any], build: Callable[[], VideoLanguageModel]) -> None:
         """Called before the policy is built; `build` makes a model as training begins with it."""
+        return
 
     @abstractmethod
     def log_probs(
@@ -46,8 +47,8 @@ class StreamedReference(Reference):
         """
         if batch.reference is None:
             raise ValueError(
-                f"no reference log-probabilities for some of {batch.keys}: write them into the "
-                "shards with ropelab-reference, or set module/reference=frozen"
+                f"no reference log-probabilities in the shards, near {batch.keys[0]}: write them "
+                "there with ropelab-reference, or set module/reference=frozen"
             )
         for written in batch.settings:
             for name, digest in settings().items():
