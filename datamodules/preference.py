@@ -204,6 +204,9 @@ class RawPairs(Dataset):
             logger.warning("%s [#%d] is %s: %s", self._shard.url, number, what, error)
             return raw, None
 
+    def close(self) -> None:
+        self._reader.close()
+
     def loader(self, batch_size: int, num_workers: int) -> DataLoader:
         """Raw samples in their order, which of them are good, and the batch of these."""
         together = partial(_together, collate=self._collate)

@@ -9,6 +9,7 @@ to both. A shard is there as a whole or not at all, so the same command goes on 
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,9 @@ def main(config: DictConfig) -> None:
             if path.is_file():
                 continue
             stream = config.data.stream
-            pairs = RawPairs(shard, datamodule, stream.timeout_s)
-            loader = pairs.loader(datamodule.batch_size, stream.num_workers)
-            write_shard(path, judged(loader, model, fabric, settings))
+            with closing(RawPairs(shard, datamodule, stream.timeout_s)) as pairs:
+                loader = pairs.loader(datamodule.batch_size, stream.num_workers)
+                write_shard(path, judged(loader, model, fabric, settings))
             print(f"{path}: {len(pairs)} samples of {shard.url}")
 
 

@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import distributed
 
-from datamodules.batch import VideoBatch
+from datamodules.batch import PreferenceBatch, VideoBatch
 
 _COLUMNS = ["step", "key", "prompt", "answer", "generated"]
 
@@ -32,7 +32,7 @@ class Generations(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: VideoBatch,
+        batch: VideoBatch | PreferenceBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -130,7 +130,7 @@ class SampleAudit(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: VideoBatch,
+        batch: VideoBatch | PreferenceBatch,
         batch_idx: int,
     ) -> None:
         if not self._active:

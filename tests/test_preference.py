@@ -3,6 +3,11 @@
 import csv
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from shutil import copytree
@@ -22,11 +27,12 @@ from datamodules.synthetic import make_pair, write_shards
 from datamodules.tar import untar_sample
 from experiments import CONFIG_DIR, train
 from experiments import reference as program
-from experiments.run import build, plain
+from experiments.run import build, plain, share_steps
 from lightning_modules.dpo import HingeLoss, IPOLoss, SigmoidLoss
 from lightning_modules.loss import sequence_log_probs
 from lightning_modules.model import LogProbs
 from lightning_modules.preference import PreferenceModule
+from lightning_modules.randomness import SeedByPosition
 from lightning_modules.reference import StreamedReference
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "dpo" / "trl.json").read_text())
@@ -417,6 +423,106 @@ def test_validation_does_not_depend_on_the_batch_size(
         policy = module.network.eval().log_probs(data.collater()(pairs))
     assert values["val/logp_chosen"] == pytest.approx(policy.sums[:, 0].mean().item(), rel=1e-5)
     assert values["val/logp_rejected"] == pytest.approx(policy.sums[:, 1].mean().item(), rel=1e-5)
+
+
+# Many processes, and one that is killed
+
+#: With a large eps, as AdamW else makes whole steps of the rounding where a gradient is zero.
+LONG = [
+    "optim.optimizer.lr=2.0e-3",
+    "+optim.optimizer.eps=3.0e-2",
+    "data.batch_size=1",
+    "trainer.max_epochs=5",
+]
+
+
+@pytest.fixture(scope="module")
+def fit(words, compose, tmp_path_factory):
+    """`fit(*overrides)`: losses by micro-batch, and the weights, of 20 steps."""
+
+    def run(*more):
+        config = compose([*words, *LONG, *more], tmp_path_factory.mktemp("fit"))
+        module = build(config.module, "module")(model=plain(config.model))
+        data, watch = build(config.data, "data"), Watch()
+        trainer = build(
+            config.trainer,
+            "trainer",
+            callbacks=[watch, SeedByPosition(0)],
+            logger=False,
+            enable_checkpointing=False,
+            limit_val_batches=0,
+        )
+        share_steps(trainer, data)
+        trainer.fit(module, datamodule=data)
+        return watch.losses, whole_weights(module.network)
+
+    return run
+
+
+def whole_weights(network):
+    with torch.no_grad():
+        return {
+            name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone()
+            for name, p in network.named_parameters()
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp_sim", "fsdp_sim"])
+def test_two_ranks_learn_what_one_process_learns(trainer, fit, run_ranks):
+    losses, weights = fit()
+    results = run_ranks(2, lambda rank: fit(f"trainer={trainer}", "trainer.devices=2"))
+    together = [loss for pair in zip(*(r[0] for r in results), strict=True) for loss in pair]
+    assert len(together) == len(losses) == 20 * 4
+    torch.testing.assert_close(together, losses, rtol=1e-4, atol=1e-5)
+    assert sum(losses[:8]) > 1.1 * sum(losses[-8:])
+    for _, after in results:
+        torch.testing.assert_close(after, weights, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_kill_9(whole, words, tmp_path):
+    command = [sys.executable, "-m", "experiments.train", *words]
+    command += ["callbacks.checkpoint.every_n_steps=1", f"hydra.run.dir={tmp_path / 'run'}"]
+    root = Path(__file__).parents[1]
+    env = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"} | {"PYTHONPATH": str(root)}
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    with subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True) as process:
+        end = time.monotonic() + 200
+        while not last.exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "done.json").exists()
+    subprocess.run(command, cwd=tmp_path, env=env, check=True)
+    first, second = (json.loads((f / "done.json").read_text()) for f in (whole, tmp_path / "run"))
+    assert second["weights_sha256"] == first["weights_sha256"]
+    assert second["metrics"] == first["metrics"]
+
+
+@pytest.mark.slow
+def test_the_tiny_recipe_learns_what_is_seen(compose, tmp_path):
+    """It prefers the right colour in clips that it has not seen, and only because it sees them."""
+    quiet = [word for word in TINY if word.startswith(("callbacks", "+", "print", "logger"))]
+    words = ["experiment=ppllava_dpo_tiny", *quiet]
+    run(tmp_path, words, compose)
+    last = val_metrics(tmp_path)[-1]
+    assert last["val/reward_accuracy"] > 0.9
+    assert last["val/reward_margin"] > 0.3
+    config = compose(words, tmp_path)
+    module = build(config.module, "module")(model=plain(config.model))
+    data = build(config.data, "data")
+    torch.manual_seed(0)
+    start = module.build_initial().eval()
+    module.network.load_state_dict(
+        {k.removeprefix("model."): v for k, v in saved(tmp_path).items()}
+    )
+    batch = data.collater()(read_pairs(data, 64, "val"))
+    batch.chosen.frames[:] = 0
+    with torch.no_grad():
+        margins = [network.log_probs(batch).sums for network in (module.network.eval(), start)]
+    chosen, rejected = (margins[0] - margins[1]).unbind(1)
+    assert (chosen > rejected).float().mean() < 0.75
 
 
 # ropelab-reference
