@@ -102,9 +102,7 @@ def without_lora(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = disabled
 
 
-def _take_plain_names(
-    module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _take_plain_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Weights that were saved without LoRA find the linears which now stand behind it."""
     for leaf in ("weight", "bias"):
         if prefix + leaf in state:

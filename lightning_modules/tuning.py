@@ -103,7 +103,9 @@ def recompute(block: nn.Module) -> None:
 
 
 def _blocks(network: nn.Module, stages: Iterable[str], key: str) -> list[nn.Module]:
-    with_blocks = {n: m for n, m in network.named_children() if callable(getattr(m, "blocks", None))}
+    with_blocks = {
+        n: m for n, m in network.named_children() if callable(getattr(m, "blocks", None))
+    }
     unknown = sorted(set(stages) - set(with_blocks))
     if unknown:
         raise ValueError(

@@ -105,11 +105,17 @@ def test_frozen_parts_have_no_gradient_and_no_optimizer_state():
 @pytest.mark.parametrize(
     ("tuning", "says"),
     [
-        ({"freeze": ["encoder.txt"]}, r"tuning\.freeze names 'encoder\.txt', .*: encoder has .*text"),
+        (
+            {"freeze": ["encoder.txt"]},
+            r"tuning\.freeze names 'encoder\.txt', .*: encoder has .*text",
+        ),
         ({"freeze": ["lm"]}, r"tuning\.freeze names 'lm', .* it has encoder, pooler, llm"),
         ({"freeze": ["*"]}, r"tuning\.freeze=\['\*'\] leaves nothing to train"),
         ({"groups": {"projektor": {"lr": 1.0}}}, r"tuning\.groups names 'projektor'"),
-        ({"checkpointing": ["projector"]}, r"tuning\.checkpointing names projector, .* encoder, llm"),
+        (
+            {"checkpointing": ["projector"]},
+            r"tuning\.checkpointing names projector, .* encoder, llm",
+        ),
         ({"compile": ["decoder"]}, r"tuning\.compile names decoder, .* encoder, llm"),
         ({"lora": LORA | {"targets": ["wq"]}}, r"tuning\.lora, targets=\['wq'\] of llm: .*wq"),
         ({"lora": LORA | {"stage": "decoder"}}, r"tuning\.lora\.stage=decoder .* llm, projector"),
@@ -137,7 +143,12 @@ def test_groups_get_their_rate_through_the_schedule():
 
     class Rates(lightning.Callback):
         def on_train_batch_start(self, trainer, *_):
-            seen.append({g["name"]: (g["lr"], g["weight_decay"]) for g in trainer.optimizers[0].param_groups})
+            seen.append(
+                {
+                    g["name"]: (g["lr"], g["weight_decay"])
+                    for g in trainer.optimizers[0].param_groups
+                }
+            )
 
     optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
     scheduler = partial(schedule, name="linear", warmup=0.5)
