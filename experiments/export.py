@@ -19,6 +19,7 @@ from datamodules.batch import BadSampleError
 from datamodules.processor import Processor
 from experiments.evaluate import load
 from experiments.rundir import read_done, read_versions, write_whole
+from lightning_modules.lora import merge_lora, save_adapter
 from lightning_modules.model import VideoLanguageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,19 +30,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("out", type=Path, help="folder to write, which is not there yet")
     parser.add_argument("--checkpoint", help="file in checkpoints/, such as best.ckpt; else newest")
+    parser.add_argument(
+        "--lora",
+        choices=("merged", "apart"),
+        default="merged",
+        help="folded into the weights; or beside them, and once more in adapter/ as peft reads it",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; as trained if left out")
     options = parser.parse_args(arguments)
     try:
-        export(options.run, options.out, options.checkpoint, options.dtype)
+        export(**vars(options))
     except (ValueError, OSError, BadSampleError) as error:
         sys.exit(f"ropelab-export: {str(error).splitlines()[0]}")
     print(options.out.resolve())
 
 
 def export(
-    run: Path, out: Path, checkpoint: str | None = None, dtype: str | None = None
+    run: Path,
+    out: Path,
+    checkpoint: str | None = None,
+    lora: str = "merged",
+    dtype: str | None = None,
 ) -> VideoLanguageModel:
-    """Writes `out` whole or not at all.
+    """Writes `out` whole or not at all. The arguments are those of the program.
 
     Returns:
         The model that was written.
@@ -58,11 +69,16 @@ def export(
     processor = Processor(config["data"]["frames"], config["data"]["conversation"])
     model, steps = load(run, None, checkpoint)
     if dtype:
-        model = model.to(DTYPES[dtype])
+        model.to(dtype=DTYPES[dtype])  # pyright: ignore[reportCallIssue]
+    apart = lora == "apart"
+    if not apart:
+        merge_lora(model)
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
     model.save_pretrained(partial, max_shard_size="5GB")
+    if apart:
+        save_adapter(model, partial / "adapter")
     processor.save_pretrained(partial)
     GenerationConfig(**processor.generation, do_sample=False).save_pretrained(partial)
     write_whole(partial / "README.md", model_card(run, config, model, steps))
@@ -87,8 +103,9 @@ def model_card(run: Path, config: dict[str, Any], model: VideoLanguageModel, ste
         base_models=[source for source in sources if source],
         command=command.read_text().strip() if command.is_file() else "",
         stages={stage: getattr(model.config, stage) for stage in ("pooler", "rotary")},
-        encoder=describe(model.config.encoder),
-        llm=describe(model.config.llm),
+        encoder=describe(model.config.encoder or {}),
+        llm=describe(model.config.llm or {}),
+        tuning=config.get("tuning") or {},
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         recipe={key: config[key] for key in ("optim", "trainer", "seed")},
         data=config["data"],

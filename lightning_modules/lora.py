@@ -6,11 +6,13 @@ and compiled as without it, and a checkpoint differs only below the linears that
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import nn
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -75,9 +77,37 @@ def merge_lora(model: Network) -> Network:
         layer.merge()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    if getattr(model, "config", None) is not None:
-        model.config.lora = None  # pyright: ignore[reportAttributeAccessIssue]
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        config.lora = None
     return model
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """LoRA alone, laid out as peft's `PeftModel.from_pretrained(language model, folder)` reads it.
+
+    Raises:
+        ValueError: `model` has none, or not in its LLM.
+    """
+    stage = "llm.lm."
+    layers = [name for name, _ in lora_layers(model) if name.startswith(stage)]
+    if not layers:
+        raise ValueError("the model has no LoRA in its llm")
+    spec = dict(model.config.lora)
+    LoraConfig(
+        r=spec["rank"],
+        lora_alpha=spec["alpha"],
+        lora_dropout=spec.get("dropout", 0.0),
+        target_modules=[name.removeprefix(stage) for name in layers],
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    weights = {
+        "base_model.model." + name.removeprefix(stage).replace(".default.", "."): value.contiguous()
+        for name, value in model.state_dict().items()
+        if is_lora(name) and name.startswith(stage)
+    }
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 @contextmanager

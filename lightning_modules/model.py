@@ -159,12 +159,12 @@ class VideoLanguageModel(PreTrainedModel):
 
     def log_probs(self, batch: PreferenceBatch) -> LogProbs:
         """Of both answers to each question, read side by side; frames are encoded once."""
-        patches = self.encoder(batch.chosen.frames, batch.chosen.frame_counts)
+        patches = self.encoder(batch.chosen.frames, batch.chosen.clips)
         inputs = self.compose(batch.both(), torch.cat([patches, patches]))
         hidden = self.llm(inputs.embeds, inputs.mask, inputs.positions)  # 2b l m
         sums, counts = sequence_log_probs(hidden, inputs.labels, self.llm.head)
-        pairs = (rows.unflatten(0, (2, -1)).T for rows in (sums, counts))  # 2b -> b 2
-        return LogProbs(*pairs, inputs.mask.sum())
+        sums, counts = (rows.unflatten(0, (2, -1)).T for rows in (sums, counts))  # 2b -> b 2
+        return LogProbs(sums, counts, inputs.mask.sum())
 
     def blocks(self) -> list[nn.Module]:
         """The units to shard, in the order in which they run."""

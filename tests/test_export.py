@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from datamodules.batch import IGNORE_INDEX
 from datamodules.processor import Processor
 from datamodules.synthetic import draw_frames, encode_image, encode_video
+from experiments.evaluate import load
 from experiments.export import export, main
-from experiments.run import plain
+from experiments.run import build, plain
+from lightning_modules.lora import is_lora, lora_layers, without_lora
 from lightning_modules.model import VideoLanguageModel
-from lightning_modules.video_llm import VideoLLMModule
 
 RECIPE = "ppllava_vicuna7b_multi_image_tiny"
 QUESTIONS = [
@@ -37,16 +40,16 @@ def files(tmp_path_factory) -> list[list[Path]]:
     return [[folder / "clip.mp4"], [folder / "a.jpg", folder / "b.jpg"], []]
 
 
-@pytest.fixture
-def run(compose, tmp_path) -> Path:
+def leave_run(config, folder: Path) -> Path:
     """A run directory as a training leaves it; its weights are random."""
-    config = compose([f"experiment={RECIPE}", "name=a", "run_name=b"], tmp_path / "run")
     torch.manual_seed(0)
-    module = VideoLLMModule(plain(config.model), optimizer=list)
+    module = build(config.module, "module")(model=plain(config.model))
     module.configure_model()
+    for name, parameter in module.named_parameters():
+        if is_lora(name):  # a fresh one changes nothing
+            parameter.data.normal_(std=0.1)
     checkpoint = {"global_step": 7, "state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
-    folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
     (folder / "config.yaml").write_text(yaml.safe_dump(plain(config)))
@@ -54,6 +57,19 @@ def run(compose, tmp_path) -> Path:
     done = {"steps": 7, "samples": 112, "metrics": {"val/loss": 1.5}}
     (folder / "done.json").write_text(json.dumps(done))
     return folder
+
+
+@pytest.fixture
+def run(compose, tmp_path) -> Path:
+    config = compose([f"experiment={RECIPE}", "name=a", "run_name=b"], tmp_path / "run")
+    return leave_run(config, tmp_path / "run")
+
+
+@pytest.fixture
+def run_with_lora(compose, tmp_path) -> Path:
+    words = [f"experiment={RECIPE}", "name=a", "run_name=b", "tuning=lora", "tuning.lora.rank=4"]
+    config = compose([*words, "tuning.lora.alpha=8"], tmp_path / "run")
+    return leave_run(config, tmp_path / "run")
 
 
 def logits_of(model: VideoLanguageModel, processor: Processor, files) -> torch.Tensor:
@@ -151,3 +167,31 @@ def test_files_and_words_must_match(run, files, tmp_path):
     processor = Processor.from_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match=r"1 words .* 2 files"):
         processor(QUESTIONS[:1], files[1:2])
+
+
+@pytest.mark.parametrize("lora", ["merged", "apart"])
+def test_lora_is_folded_in_or_beside_and_says_the_same(lora, run_with_lora, files, tmp_path):
+    expected, _ = load(run_with_lora, None)
+    model = export(run_with_lora, tmp_path / "out", lora=lora)
+    again = VideoLanguageModel.from_pretrained(tmp_path / "out")
+    processor = Processor.from_pretrained(tmp_path / "out")
+    logits = logits_of(again, processor, files)
+    assert torch.equal(logits, logits_of(model, processor, files))
+    assert torch.allclose(logits, logits_of(expected, processor, files), atol=1e-5)
+    with without_lora(expected):
+        assert not torch.allclose(logits, logits_of(expected, processor, files), atol=1e-2)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert any(map(is_lora, stored)) == (lora == "apart")
+    assert (again.config.lora is not None) == (lora == "apart")
+
+
+def test_peft_reads_the_adapter_beside_a_plain_llm(run_with_lora, tmp_path):
+    model = export(run_with_lora, tmp_path / "out", lora="apart")
+    plain_llm = AutoModelForCausalLM.from_config(model.llm.lm.config)
+    adapted = PeftModel.from_pretrained(plain_llm, tmp_path / "out" / "adapter")
+    own = {n: p for n, p in model.llm.lm.named_parameters() if is_lora(n)}
+    theirs = {n: p for n, p in adapted.base_model.model.named_parameters() if is_lora(n)}
+    assert own.keys() == theirs.keys()
+    assert all(torch.equal(own[name], theirs[name]) for name in own)
+    scale = {layer.scaling["default"] for _, layer in lora_layers(adapted)}
+    assert scale == {layer.scaling["default"] for _, layer in lora_layers(model)} == {2.0}

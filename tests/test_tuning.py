@@ -16,7 +16,7 @@ from torch import nn
 
 from experiments import evaluate
 from experiments.run import build, plain
-from lightning_modules.lora import add_lora, is_lora, lora_layers, merge_lora, without_lora
+from lightning_modules.lora import is_lora, lora_layers, merge_lora, without_lora
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.optim import schedule
 from lightning_modules.tuning import Tuning

@@ -51,12 +51,8 @@ def read_answers(
         for task in batch.tasks
     ]
     said = generate_answers(network, batch, lengths, tokenizer)
-    return [
-        Answered(*facts, text)
-        for *facts, text in zip(
-            batch.keys, batch.tasks, sums.tolist(), counts.tolist(), options, said, strict=True
-        )
-    ]
+    rows = zip(batch.keys, batch.tasks, sums.tolist(), counts.tolist(), options, said, strict=True)
+    return [Answered(*row) for row in rows]
 
 
 def option_log_probs(
