@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,9 @@ from lightning_modules.weights import all_finite, read_checkpoint, sha256
 
 STEPS, PER_STEP = 20, 4  # micro-batches a step
 
-#: All that makes ranks differ: guided pooling, BT-Adapter with videos of any length, dropout,
-#: images in tiles.
+#: All that makes ranks differ: guided pooling, BT-Adapter with videos of any length, dropout.
 MODEL = [
     "pooler=prompt_guided_2x2",
-    "+model.tiles={newline: true}",
     "model.encoder.config.vision.num_hidden_layers=3",
     "+model.encoder.bt_adapter={depth: 2, max_frames: 8}",
     "+model.llm.config.attention_dropout=0.1",
@@ -37,8 +36,7 @@ MODEL = [
 
 
 def make_batch(number):
-    """Micro-batches of two rows: every third one is text alone, the others have videos, and every
-    second of those an image in tiles."""
+    """Micro-batches of two rows: every third one is text alone, the others have videos."""
     rng = torch.Generator().manual_seed(number)
     rows = torch.randint(2, 2000, (2, 9), generator=rng).tolist()
     counts = [] if number % 3 == 1 else [1 + number % 4, 3]
@@ -57,29 +55,35 @@ def make_batch(number):
         prompt_ids=prompts,
         prompt_mask=torch.ones(2, 5, dtype=torch.bool),
         keys=[f"/data/s{number}.tar/{n}" for n in range(2)],
-        tiles=[None, Tiles(1, 2, 20, 50) if number % 2 else None] if counts else [],
     )
+
+
+def make_tiled_batch(number):
+    """`make_batch`, where the second visual of every other micro-batch is an image in tiles."""
+    batch = make_batch(number)
+    tiles = [None, Tiles(1, 2, 20, 50) if number % 2 else None]
+    return replace(batch, tiles=tiles if batch.frame_counts else [])
 
 
 class Share:
     """Micro-batches r, r + world, ... of an epoch."""
 
-    def __init__(self, rank, world, count):
-        self._numbers = range(rank, count, world)
+    def __init__(self, rank, world, count, make):
+        self._numbers, self._make = range(rank, count, world), make
 
     def __len__(self):
         return len(self._numbers)
 
     def __iter__(self):
-        return map(make_batch, self._numbers)
+        return map(self._make, self._numbers)
 
 
 class Batches(LightningDataModule):
     audit = True
 
-    def __init__(self, steps):
+    def __init__(self, steps, make=make_batch):
         super().__init__()
-        self._count = steps * PER_STEP
+        self._count, self._make = steps * PER_STEP, make
 
     def train_dataloader(self):
         return self._share(self._count)
@@ -88,7 +92,7 @@ class Batches(LightningDataModule):
         return self._share(PER_STEP)
 
     def _share(self, count):
-        return Share(self.trainer.global_rank, self.trainer.world_size, count)
+        return Share(self.trainer.global_rank, self.trainer.world_size, count, self._make)
 
 
 class Losses(Callback):
@@ -103,7 +107,7 @@ class Losses(Callback):
 def fit(compose, tiny):
     """`fit(folder, world, *overrides, ...)`: the shipped trainer over `Batches`."""
 
-    def run(folder, world, *overrides, steps=STEPS, callbacks=(), checkpoint=None):
+    def run(folder, world, *overrides, steps=STEPS, callbacks=(), checkpoint=None, make=make_batch):
         words = [*MODEL, *overrides, f"trainer.devices={world}"]
         config = compose([*tiny, *words], folder)
         optimizer = build(config.optim.optimizer, "optim")
@@ -117,7 +121,7 @@ def fit(compose, tiny):
             enable_checkpointing=False,
             accumulate_grad_batches=PER_STEP // world,
         )
-        trainer.fit(module, datamodule=Batches(steps), ckpt_path=checkpoint)
+        trainer.fit(module, datamodule=Batches(steps, make), ckpt_path=checkpoint)
         return trainer, module, losses.seen
 
     return run
@@ -163,6 +167,21 @@ def test_two_ranks_learn_what_one_process_learns(trainer, fit, alone, run_ranks,
     lines = [json.loads(line) for line in samples.splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[1]["keys"] == [f"s{m}.tar/{n}" for m in range(4, 8) for n in range(2)]
+
+
+@pytest.mark.parametrize("trainer", ["ddp_sim", "fsdp_sim"])
+def test_two_ranks_learn_the_same_where_one_has_images_in_tiles(trainer, fit, run_ranks, tmp_path):
+    options = [*OPTIM, "+model.tiles={newline: true}"]
+
+    def run(rank):
+        sharded = f"trainer={trainer}"
+        module = fit(tmp_path / "2", 2, *options, sharded, steps=3, make=make_tiled_batch)[1]
+        return whole(module)
+
+    alone = whole(fit(tmp_path / "1", 1, *options, steps=3, make=make_tiled_batch)[1])
+    assert "model.image_newline" in alone
+    for weights in run_ranks(2, run):
+        torch.testing.assert_close(weights, alone, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

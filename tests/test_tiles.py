@@ -13,7 +13,7 @@ from datamodules.batch import Grid, Tiles
 from datamodules.conversation import ConversationEncoder
 from datamodules.frames import FrameReader, UniformSampler
 from datamodules.instruct import collate, decode_sample
-from datamodules.synthetic import draw_frames, encode_image, encode_video
+from datamodules.synthetic import draw_frames, encode_image, encode_video, write_shards
 from datamodules.tiles import best_grid, cut_tiles
 from experiments.run import plain
 from lightning_modules.model import VideoLanguageModel
@@ -204,3 +204,19 @@ def test_one_word_sets_both_sides(compose, tmp_path):
     module.on_save_checkpoint(checkpoint)
     assert checkpoint["stages"]["tiles"] == {"newline": True}
     assert compose([], tmp_path).data.frames.tiles is None
+
+
+def test_from_shards_to_a_loss_by_the_shipped_settings(compose, tmp_path):
+    write_shards(tmp_path / "shards", [12])
+    sizes = ["data.batch_size=6", "data.global_batch_size=6", "data.stream.num_workers=0"]
+    words = ["tiles=llava_next", f"data.train={tmp_path / 'shards'}", "data.frames.image_size=64"]
+    config = compose([*words, *sizes, "data.frames.sampler.num_frames=2"], tmp_path)
+    module = VideoLLMModule(plain(config.model), optimizer=list)
+    cut = 0
+    for batch in instantiate(config.data, _convert_="all").train_dataloader():
+        loss = module.network(batch).loss
+        loss.backward()
+        assert loss.isfinite()
+        cut += sum(tiles is not None for tiles in batch.tiles)
+    assert cut
+    assert module.network.image_newline.grad.any()
