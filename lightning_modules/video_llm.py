@@ -83,7 +83,7 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         checkpoint["stages"] = {stage: getattr(config, stage) for stage in self.spec}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses weights of another rotary scheme, pooler or LoRA, or of no LLM.
+        """Refuses weights of another rotary scheme, pooler, LoRA or tiles, or of no LLM.
 
         Raises:
             ValueError: names the stage that differs and both specs.
@@ -94,7 +94,7 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
                 f"the checkpoint holds {', '.join(stages)} alone, this run trains an llm too: "
                 "choose the module that it was trained with, or another run directory"
             )
-        for stage in ("rotary", "pooler", "lora"):
+        for stage in ("rotary", "pooler", "lora", "tiles"):
             trained, asked = stages.get(stage), getattr(self.network.config, stage)
             if stages and trained != asked:
                 raise ValueError(

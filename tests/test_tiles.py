@@ -203,7 +203,13 @@ def test_one_word_sets_both_sides(compose, tmp_path):
     checkpoint = {}
     module.on_save_checkpoint(checkpoint)
     assert checkpoint["stages"]["tiles"] == {"newline": True}
-    assert compose([], tmp_path).data.frames.tiles is None
+    plain_config = compose([], tmp_path)
+    assert plain_config.data.frames.tiles is None
+    untiled = VideoLLMModule(plain(plain_config.model), optimizer=list)
+    with pytest.raises(
+        ValueError, match=r"trained with tiles \{'newline': True\}, this run has None"
+    ):
+        untiled.on_load_checkpoint(checkpoint)
 
 
 def test_from_shards_to_a_loss_by_the_shipped_settings(compose, tmp_path):
