@@ -28,8 +28,8 @@ class BudgetOrder:
     would make more, its last samples are left out.
 
     Any rank may get any sample: shards in pipes are read whole by every rank, so name files.
-    Keeps 4 bytes a sample and 8 a micro-batch. To lay out an epoch takes 48 bytes a sample and
-    0.5 s a million, in every rank, so it is meant for 10^8 samples at most.
+    Keeps 4 bytes a sample and 8 a micro-batch. To lay out an epoch takes 56 bytes a sample and
+    0.5 s a million, in every rank: what it is meant for ends at 10^8 samples.
 
     Attributes:
         described: what the order depends on, for a fingerprint.

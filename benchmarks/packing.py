@@ -1,0 +1,73 @@
+"""Samples that share rows against one padded row each, forward and backward through the LLM.
+
+Sixteen samples as instruction data mix them: text, images of 64 tokens, two videos of 1,024. Both
+ways read the same real tokens, so the ratio of the times is that of the tokens a second. The LLM is
+`llm=tiny`; in a larger one attention, in which a packed row also computes what its mask takes away,
+is a smaller share of the work.
+"""
+
+import torch
+from harness import Row, at_most, compare, table
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from datamodules.batch import Grid
+from experiments import CONFIG_DIR
+from lightning_modules.llm.base import LanguageModel
+from lightning_modules.packing import Placement, one_a_row, pack
+from lightning_modules.rotary.base import Layout, RotaryEmbedding
+from lightning_modules.rotary.videorope import VideoRope
+from lightning_modules.stage import build
+
+VIDEO, IMAGE, PACKING = Grid(16, 8, 8), Grid(1, 8, 8), 2048
+TEXTS = [180, 90, 420, 60, 250, 130, 310, 75]
+LAYOUTS: list[Layout] = [
+    *([length] for length in TEXTS),
+    *([20, IMAGE, length] for length in (110, 45, 200, 80)),
+    *([20, IMAGE, 30, IMAGE, length] for length in (60, 150)),
+    *([20, VIDEO, length] for length in (90, 35)),
+]
+
+
+def make_llm(scheme: VideoRope) -> LanguageModel:
+    spec = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "llm" / "tiny.yaml"))
+    assert isinstance(spec, dict)
+    llm: LanguageModel = build({str(key): value for key, value in spec.items()})
+    llm.replace_rotary(lambda original: RotaryEmbedding(scheme, original))
+    return llm
+
+
+def run() -> list[Row]:
+    torch.manual_seed(0)
+    scheme = VideoRope()
+    llm = make_llm(scheme)
+    samples = scheme.batch_positions(LAYOUTS)  # 4 s l
+    lengths = [sum(n if isinstance(n, int) else n.size for n in layout) for layout in LAYOUTS]
+    places = [samples[:, n, :length] for n, length in enumerate(lengths)]
+    tokens = torch.randn(sum(lengths), llm.width)
+    weight = torch.randn(sum(lengths), llm.width)
+
+    def read(rows: Placement, packed: bool) -> list[Tensor]:
+        leaf = tokens.clone().requires_grad_()
+        positions = rows.spread(torch.cat(places, dim=1).T).movedim(-1, 0)  # 4 b l
+        mask = None if packed else rows.spread(torch.ones(len(leaf), dtype=torch.bool))
+        hidden = llm(rows.spread(leaf), mask, rows.restart(positions) if packed else positions)
+        found = torch.cat([hidden[row, start:stop] for row, start, stop in rows.spans])
+        (found * weight).sum().backward()
+        assert leaf.grad is not None
+        return [found.detach(), leaf.grad / leaf.grad.abs().max()]
+
+    rows, padded = pack(lengths, PACKING), one_a_row(lengths)
+    name = "packed rows"
+    speed = compare(
+        f"{name}, the same tokens",
+        lambda: read(rows, True),
+        lambda: read(padded, False),
+        at_least=1.5,
+    )
+    sizes = [placement.rows * placement.width for placement in (rows, padded)]
+    return [speed, at_most(f"{name}, tokens with padding", *sizes, share=0.5, unit="tokens")]
+
+
+if __name__ == "__main__":
+    print(table(run()))
