@@ -163,7 +163,7 @@ class VideoLanguageModel(PreTrainedModel):
         inputs = self.compose(batch.both(), torch.cat([patches, patches]))
         hidden = self.llm(inputs.embeds, inputs.mask, inputs.positions)  # 2b l m
         sums, counts = sequence_log_probs(hidden, inputs.labels, self.llm.head)
-        sums, counts = (rows.unflatten(0, (2, -1)).T for rows in (sums, counts))  # 2b -> b 2
+        sums, counts = (torch.stack(rows.chunk(2), dim=1) for rows in (sums, counts))  # 2b -> b 2
         return LogProbs(sums, counts, inputs.mask.sum())
 
     def blocks(self) -> list[nn.Module]:

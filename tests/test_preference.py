@@ -485,7 +485,8 @@ def test_kill_9(whole, words, tmp_path):
     command = [sys.executable, "-m", "experiments.train", *words]
     command += ["callbacks.checkpoint.every_n_steps=1", f"hydra.run.dir={tmp_path / 'run'}"]
     root = Path(__file__).parents[1]
-    env = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"} | {"PYTHONPATH": str(root)}
+    env = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
+    env |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     with subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True) as process:
         end = time.monotonic() + 200
