@@ -51,7 +51,10 @@ class PreferenceModule(VideoLLMModule):
 
     def build_initial(self) -> VideoLanguageModel:
         """A new network with the weights that training starts from."""
-        return self.build()
+        network = self.build()
+        if (init := getattr(self, "init", None)) is not None:
+            init.fill(network, self.spec)
+        return network
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         return self._step("train", batch)
