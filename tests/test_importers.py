@@ -1,7 +1,6 @@
 """Published layouts, tiny and random: after the import the numbers are transformers' own."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -408,6 +407,19 @@ def test_a_mistake_is_one_line(mistake, llava_next, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_tied_weights_may_be_stored_twice_but_not_differ(llava_onevision, tmp_path, capsys):
+    embed, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+    source = write(llava_onevision, tmp_path / "in")
+    edit(lambda t: t.update({head: t[embed].clone()}))(source)
+    model = imported(source, tmp_path / "out")
+    assert model.llm.lm.lm_head.weight is model.llm.lm.get_input_embeddings().weight
+    edit(lambda t: t.update({head: t[embed] + 1}))(source)
+    capsys.readouterr()
+    code, error = run(source, tmp_path / "other", capsys=capsys)
+    assert code == 2
+    assert f"{head} and {embed} differ" in error or f"{embed} and {head} differ" in error
+
+
 def test_what_is_left_over_may_be_allowed(llava_next, tmp_path):
     source = write(llava_next, tmp_path / "in")
     edit(lambda t: (t.pop(NORM), t.update(more=torch.ones(1))))(source)
@@ -454,7 +466,7 @@ def resident_mb(field):
 
 @pytest.mark.parametrize("words", [[], ["--dtype", "float32"]], ids=["kept", "cast"])
 def test_weights_are_never_in_memory_twice(words, tmp_path, run_ranks):
-    """96 MB in ten shards; the peak counts the files' mapped pages too."""
+    """98 MB in ten shards; the peak counts the files' mapped pages too."""
     config = LlavaNextConfig(
         vision_config={**VISION, "model_type": "clip_vision_model"},
         text_config={**TEXT, "model_type": "llama", "vocab_size": 32000, "hidden_size": 384},
@@ -476,7 +488,5 @@ def test_weights_are_never_in_memory_twice(words, tmp_path, run_ranks):
     (peak_mb,) = run_ranks(1, grown)
     written_mb = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")) / 2**20
     needed_mb = stored_mb + (written_mb if words else 0)
-    print(f"{stored_mb:.0f} MB stored, {written_mb:.0f} MB written, peak {peak_mb:.0f} MB")
-    assert written_mb > 50
-    assert peak_mb < 1.3 * needed_mb
-    shutil.rmtree(tmp_path / "out")
+    assert written_mb > 90
+    assert peak_mb < needed_mb + written_mb / 2

@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+from functools import cache
+from itertools import count
 
 import pytest
 import torch
@@ -17,9 +19,22 @@ from lightning_modules.weights import read_checkpoint
 
 
 @pytest.fixture(scope="module")
-def trained(run_train, tmp_path_factory):
+def spec(compose, tiny, tmp_path_factory):
+    """`spec(*overrides)`: the stages of a tiny run."""
+    folder = tmp_path_factory.mktemp("spec")
+    return cache(lambda *overrides: plain(compose([*tiny, *overrides], folder).model))
+
+
+@pytest.fixture(scope="module")
+def trained(spec, tmp_path_factory):
+    """A run directory with a checkpoint."""
+    torch.manual_seed(3)
+    module = VideoLLMModule(spec(), torch.optim.AdamW)
+    checkpoint = {"state_dict": {f"model.{n}": v for n, v in module.network.state_dict().items()}}
+    module.on_save_checkpoint(checkpoint)
     folder = tmp_path_factory.mktemp("trained")
-    run_train(folder, "test=false")
+    (folder / "checkpoints").mkdir()
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
     return folder
 
 
@@ -29,14 +44,14 @@ def weights(trained):
     return {name.removeprefix("model."): value for name, value in held.items()}
 
 
-@pytest.fixture
-def make_module(compose, tiny, tmp_path):
-    """`make_module(init, *overrides, **allow)`: what ropelab-train would train."""
+@pytest.fixture(scope="module")
+def make_module(spec):
+    """`make_module(init, *overrides, **allow)`: what ropelab-train would train, built next."""
 
     def make(init, *overrides, seed=5, **allow):
         torch.manual_seed(seed)
-        spec = plain(compose([*tiny, *overrides], tmp_path).model)
-        return VideoLLMModule(spec, torch.optim.AdamW, init=str(init), init_allow=allow)
+        stages = spec(*overrides)
+        return VideoLLMModule(stages, torch.optim.AdamW, init=str(init), init_allow=allow)
 
     return make
 
@@ -66,11 +81,8 @@ def test_it_starts_from_a_run_a_checkpoint_or_a_folder(
     init = {"run": trained, "checkpoint": checkpoint, "best": best, "folder": saved}[kind]
     module = make_module(init)
     module.check()
-    assert not any(
-        torch.equal(p, weights[n])
-        for n, p in make_module(init).build().named_parameters()
-        if p.ndim > 1 and p.requires_grad
-    ), "a fresh network is another one"
+    fresh = make_module(init).build().projector.linear_1.weight
+    assert not torch.equal(fresh, weights["projector.linear_1.weight"])
     assert_same(module.network, weights)
 
 
@@ -106,17 +118,10 @@ def test_both_sides_are_strict_and_say_what_would_allow_it(weights, make_module,
         "unused": ["encoder.vision.encoder.layers.9.*"],
         "unfilled": ["pooler.*", "projector.*", "llm.*"],
     }
-    module = make_module(path, **allow)
-    fresh = make_module(path).build()
-    for name, value in module.network.state_dict().items():
-        if name.startswith("encoder."):
-            assert torch.equal(value, weights[name]), name
-    torch.manual_seed(5)
-    del fresh
-    made = make_module(path).build().state_dict()
-    assert torch.equal(
-        module.network.state_dict()["projector.linear_1.weight"], made["projector.linear_1.weight"]
-    ), "what is not filled starts fresh"
+    filled = make_module(path, **allow).network.state_dict()
+    for name, value in make_module(path).build().state_dict().items():
+        expected = weights[name] if name.startswith("encoder.") else value
+        assert torch.equal(filled[name], expected), name
 
 
 def test_another_rotary_scheme_is_meant_and_noted(trained, weights, make_module, caplog):
@@ -166,17 +171,32 @@ def test_another_size_is_named_by_both_shapes(trained, make_module):
         make_module(trained, "model.llm.config.hidden_size=32").check()
 
 
-def test_a_run_that_goes_on_has_its_own_weights(run_train, trained, tmp_path):
-    """Stopped and continued, with nothing left to start from: as if it had not been stopped."""
-    words = ["test=false", "optim.optimizer.lr=0.001"]
+def die_at_the_fourth():
+    step, numbers = VideoLLMModule.training_step, count(1)
+
+    def counting(self, batch, batch_idx):
+        if next(numbers) == 4:
+            raise RuntimeError("killed")
+        return step(self, batch, batch_idx)
+
+    return counting
+
+
+def test_a_run_that_goes_on_has_its_own_weights(run_train, trained, tmp_path, monkeypatch):
+    """Killed and started again, with nothing left to start from: as if nothing had happened."""
     source = tmp_path / "source"
     shutil.copytree(trained / "checkpoints", source / "checkpoints")
+    steps = ["data.training.samples=16", "callbacks.checkpoint.every_n_steps=2"]  # four of them
+    words = [*steps, "test=false", f"init={source}"]
     whole, halves, fresh = tmp_path / "whole", tmp_path / "halves", tmp_path / "fresh"
-    run_train(whole, *words, f"init={source}")
-    run_train(halves, *words, f"init={source}", "+trainer.max_steps=6")
-    run_train(fresh, *words)
+    run_train(whole, *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoLLMModule, "training_step", die_at_the_fourth())
+        with pytest.raises(RuntimeError, match="killed"):
+            run_train(halves, *words)
+    run_train(fresh, *words, "init=null")
     shutil.rmtree(source)
-    run_train(halves, *words, f"init={source}", "+trainer.max_steps=12")
+    run_train(halves, *words)
     ends = [
         read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
         for folder in (whole, halves, fresh)
@@ -205,3 +225,19 @@ def test_two_sharded_ranks_hold_the_same_weights_in_pieces(
     for local, whole in results:
         assert local < 0.6 * sum(p.numel() for p in weights.values())
         torch.testing.assert_close(whole, weights, atol=0, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_shards_of_two_ranks_are_started_from_by_one(
+    run_train, make_module, run_ranks, tmp_path
+):
+    words = ["trainer=fsdp_sim", "data.batch_size=2", "data.training.samples=8", "test=false"]
+    run_ranks(2, lambda rank: run_train(tmp_path, *words))
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    assert path.is_dir()
+    held = read_checkpoint(path)["state_dict"]
+    for init in (tmp_path, path):
+        state = make_module(init).network.state_dict()
+        assert {f"model.{name}" for name in state} >= set(held)
+        for name, value in held.items():
+            assert torch.equal(state[name.removeprefix("model.")], value), name

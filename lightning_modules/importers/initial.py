@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_modules.checkpoint import newest_whole
@@ -62,10 +63,13 @@ class Initial:
         """
         copy(network, self.match(network).values)
         assert self._opened is not None
-        trained, asked = self._opened[1].get("rotary"), spec.get("rotary")
+        self._note(self._opened[1].get("rotary"), spec.get("rotary"))
         self._opened = None
+
+    @rank_zero_only
+    def _note(self, trained: Any, asked: Any) -> None:
         logger.info("starts from the weights of %s", self.path)
-        if trained is not None and asked is not None and trained != asked:
+        if None not in (trained, asked) and trained != asked:
             logger.warning(
                 "init=%s has learnt with rotary %s, this training has %s", self.path, trained, asked
             )

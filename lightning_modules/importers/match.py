@@ -58,7 +58,8 @@ def match(
     count as no mistake where the module has no place for them. Of tied parameters one is enough.
 
     Raises:
-        ValueError: a tensor and its parameter differ in shape, or two tensors want one place.
+        ValueError: a tensor and its parameter differ in shape, or two tensors want one place, or
+            differ though their parameters are tied.
     """
     parameters = module.state_dict(keep_vars=True)
     found = Match()
@@ -75,6 +76,7 @@ def match(
     filled = {id(parameters[name]) for name in found.values}
     found.unfilled = [name for name, value in parameters.items() if id(value) not in filled]
     _compare_shapes(found, parameters)
+    _compare_tied(found, parameters)
     return found
 
 
@@ -143,6 +145,17 @@ def _compare_shapes(found: Match, parameters: Mapping[str, Tensor]) -> None:
             f"{len(wrong)} of {len(found.values)} tensors have another shape than the model's: "
             f"{found.names[name]} is {stored}, {name} is {ours}"
         )
+
+
+def _compare_tied(found: Match, parameters: Mapping[str, Tensor]) -> None:
+    first: dict[int, str] = {}
+    for name, value in found.values.items():
+        other = first.setdefault(id(parameters[name]), name)
+        if other != name and not torch.equal(value, found.values[other]):
+            raise ValueError(
+                f"{found.names[name]} and {found.names[other]} differ, but the config ties them "
+                "(tie_word_embeddings)"
+            )
 
 
 def _not_in(names: Iterable[str], globs: Sequence[str]) -> list[str]:
