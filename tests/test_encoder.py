@@ -9,9 +9,10 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedMode
 
 from experiments import CONFIG_DIR
 from experiments.run import plain
+from lightning_modules.encoder.base import Encoder
 from lightning_modules.encoder.clip import ClipEncoder, normalise
 from lightning_modules.encoder.prompt import stretch_positions
-from lightning_modules.stage import build
+from lightning_modules.stage import build, resolve
 
 CONFIG = {
     "vision": {
@@ -302,7 +303,7 @@ def test_every_option_is_an_encoder(compose, tmp_path):
     assert {"clip_large_336", "clip_tiny"} <= options
     for option in options:
         spec = plain(compose([f"encoder={option}"], tmp_path).model.encoder)
-        assert spec["_target_"] == "lightning_modules.encoder.clip.ClipEncoder"
+        assert issubclass(resolve(spec["_target_"]), Encoder)
         if spec["source"] is None:
             frames = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
             assert build(spec)(frames, [1]).shape == (1, 16, 96)
