@@ -18,8 +18,9 @@ from transformers import (
 
 from datamodules.batch import VISUAL_SLOT, VideoBatch
 from experiments import import_weights
+from lightning_modules.importers.initial import Initial
 from lightning_modules.llm.causal_lm import CausalLM
-from lightning_modules.model import VideoLanguageModel
+from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.rotary.base import RotaryEmbedding
 from lightning_modules.rotary.mrope import MRope
 
@@ -169,6 +170,25 @@ def test_llava_next_gives_its_logits(llava_next, tmp_path):
     image = their_patches(llava_next, pixels(1), -2)[0, 1:]
     ours = model(make_batch([*BEFORE, VISUAL_SLOT, *AFTER], pixels(1), [1]))
     assert_near(model.llm.head(ours.hidden), their_logits(llava_next, BEFORE, image, AFTER))
+
+
+def test_a_prompt_guided_model_starts_from_llava_next_as_ppllava_does(llava_next, tmp_path):
+    plain = imported(write(llava_next, tmp_path / "in"), tmp_path / "out")
+    clip = {"vision": VISION, "text": TEXT, "projection_dim": 8}
+    target = "lightning_modules.encoder.clip.ClipEncoder"
+    guided = "lightning_modules.pooler.prompt_guided.PromptGuidedPooler"
+    config = VideoLanguageModelConfig(
+        encoder={"_target_": target, "config": clip},
+        pooler={"_target_": guided, "kernel": [1, 2, 2]},
+        rotary={"_target_": "lightning_modules.rotary.videorope.VideoRope", "sections": [2, 3, 3]},
+        llm=plain.config.llm,
+    )
+    model = VideoLanguageModel(config)
+    prompts = ["encoder.text.*", "encoder.text_projection.*", "encoder.visual_projection.*"]
+    Initial(str(tmp_path / "out"), unfilled=[*prompts, "pooler.*"]).fill(model, {})
+    state = model.state_dict()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(state[name], value), name
 
 
 @torch.no_grad()
