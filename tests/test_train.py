@@ -86,7 +86,7 @@ def test_a_run_leaves_what_a_report_reads(whole):
     assert yaml.safe_load((whole / "config.yaml").read_text())["data"]["batch_size"] == 4
     done = json.loads((whole / "done.json").read_text())
     assert done["steps"] == STEPS
-    assert done["metrics"].keys() == {"train/loss", "val/loss", "score"}
+    assert done["metrics"].keys() == {"train/loss", "val/loss", "val/perplexity", "score"}
     assert done["samples"] == 4 * STEPS
     assert {"torch", "lightning", "transformers", "ropelab", "python"} <= done["versions"].keys()
     assert not (whole / "hparams.yaml").exists()

@@ -51,8 +51,8 @@ def read_answers(
         for task in batch.tasks
     ]
     said = generate_answers(network, batch, lengths, tokenizer)
-    rows = zip(batch.keys, batch.tasks, sums.tolist(), counts.tolist(), options, said, strict=True)
-    return [Answered(*row) for row in rows]
+    columns = (batch.keys, batch.tasks, sums.tolist(), counts.tolist(), options, said)
+    return [Answered(*sample) for sample in zip(*columns, strict=True)]
 
 
 def option_log_probs(
