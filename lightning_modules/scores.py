@@ -81,7 +81,7 @@ class ScoreBook(Callback):
         earlier = json.loads(self.path.read_text()) if self.path.is_file() else []
         kept = [former for former in earlier if former["step"] < validation["step"]]
         beside = self.path.with_name(self.path.name + ".partial")  # a kill leaves the old file
-        beside.write_text(json.dumps([*kept, validation], indent=1))
+        beside.write_text(json.dumps([*kept, validation], indent=1, default=str))
         os.replace(beside, self.path)
 
 
