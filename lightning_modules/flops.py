@@ -1,0 +1,119 @@
+"""What a step costs: FLOPs by stage, from the shapes that the stages see.
+
+Counted as for PaLM's MFU (arXiv 2204.02311, appendix B): forward, 2 for every weight that a token
+is multiplied with, and 4 for every pair of tokens in a row and channel of attention, whether a
+mask hides the pair or not; backward, as much again for the gradients of trained weights, and as
+much for the gradient that flows on, where one does. What is computed twice to save memory is not
+counted, nor is what grows with neither (norms, softmax, the pooler's windows).
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_MATMULS = (nn.Linear, nn.Conv2d)
+
+
+class Weights(NamedTuple):
+    """Of blocks that run one after another on the same tokens."""
+
+    met: int  # that a token is multiplied with
+    trained: int  # of these, those that get a gradient
+    passed: int  # of these, those through which a gradient flows on
+    attended: int  # channels of all attention layers together
+    attended_back: int  # of the attention layers that a gradient flows through
+
+    def flops(self, tokens: int, length: int, backward: bool) -> int:
+        """Of `tokens` tokens, in rows of `length`."""
+        count = 2 * tokens * self.met + 4 * tokens * length * self.attended
+        if backward:
+            count += 2 * tokens * (self.trained + self.passed)
+            count += 8 * tokens * length * self.attended_back
+        return count
+
+
+def weigh(blocks: Iterable[nn.Module], flows: bool) -> Weights:
+    """`flows`: a gradient leaves the first block for what comes before."""
+    met = trained = passed = attended = attended_back = 0
+    for module in (module for block in blocks for module in block.modules()):
+        if isinstance(query := getattr(module, "q_proj", None), nn.Module):
+            width = int(query.out_features)  # pyright: ignore[reportArgumentType]
+            learns = flows or any(p.requires_grad for p in module.parameters())
+            attended, attended_back = attended + width, attended_back + width * learns
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, _MATMULS):
+            size = module.weight.numel()
+            met, passed = met + size, passed + size * flows
+            trained += size * module.weight.requires_grad
+        flows = flows or any(p.requires_grad for p in own)
+    return Weights(met, trained, passed, attended, attended_back)
+
+
+class FlopMeter:
+    """Counts while a network runs: `flops` by stage, forward and backward, and the LLM's tokens.
+
+    Hooks stand on whole stages and on the few layers outside of their blocks, so that blocks may
+    be compiled, sharded or run again in the backward pass. `tokens` are those that are learnt from
+    (read with gradients), padding left out: a tensor, as reading it would wait for the device.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.flops: Counter[str] = Counter()
+        self.tokens: Tensor | int = 0
+        self._handles: list[Any] = []
+        inside: set[nn.Module] = set()
+        for name, stage in network.named_children():
+            if not hasattr(stage, "blocks"):
+                continue
+            for tower, blocks in _towers(stage):
+                inside.update(module for block in blocks for module in block.modules())
+                weighed = {flows: weigh(blocks, flows) for flows in (False, True)}
+                self._watch(tower, partial(self._count_tower, name, weighed))
+        for name, module in network.named_modules():
+            if isinstance(module, _MATMULS) and module not in inside:
+                self._watch(module, partial(self._count_layer, name.partition(".")[0]))
+
+    def reset(self) -> None:
+        self.flops.clear()
+        self.tokens = 0
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _watch(self, module: nn.Module, hook: Any) -> None:
+        self._handles.append(module.register_forward_hook(hook))
+
+    def _count_tower(
+        self, name: str, weighed: dict[bool, Weights], tower: nn.Module, args: Any, output: Any
+    ) -> None:
+        first = args[0]
+        if first.ndim == 4:  # frames: a class token stands before the patches of each
+            rows, length = output.shape[0], output.shape[1] + 1
+        else:
+            rows, length = first.shape[:2]
+        if first.ndim == 3 and torch.is_grad_enabled():
+            read = args[1] if len(args) > 1 else None
+            self.tokens = self.tokens + (rows * length if read is None else (read != 0).sum())
+        weights = weighed[first.requires_grad]
+        self.flops[name] += weights.flops(rows * length, length, torch.is_grad_enabled())
+
+    def _count_layer(self, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
+        weight: Any = layer.weight
+        back = weight.requires_grad + args[0].requires_grad if torch.is_grad_enabled() else 0
+        self.flops[name] += 2 * weight.numel() * (output.numel() // weight.shape[0]) * (1 + back)
+
+
+def _towers(stage: Any) -> list[tuple[nn.Module, list[nn.Module]]]:
+    """What of a stage runs its blocks, and which: an encoder's text tower runs its own."""
+    left, towers = list(stage.blocks()), []
+    for part in stage.prompt_modules() if hasattr(stage, "prompt_modules") else ():
+        own = [block for block in left if any(block is module for module in part.modules())]
+        if own:
+            towers.append((part, own))
+            left = [block for block in left if all(block is not module for module in own)]
+    return [(stage, left), *towers]
