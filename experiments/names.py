@@ -1,4 +1,4 @@
-"""Resolvers of the configs: how a run directory is named, where a package keeps its files."""
+"""What configs ask for by name: `${run_name:...}`, `${installed:...}`, `${device_flops:}`."""
 
 import hashlib
 import re
@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import OmegaConf
+
+from experiments import CONFIG_DIR
 
 _LONGEST_NAME = 150  # file systems end at 255 bytes, and W&B adds its own
 
@@ -35,5 +37,12 @@ def find_installed(package: str, name: str) -> str:
     return str(path)
 
 
+def device_flops() -> dict[str, float]:
+    """FLOP/s of the devices of `configs/device`, by the name that CUDA gives them."""
+    devices = map(OmegaConf.load, sorted((CONFIG_DIR / "device").glob("*.yaml")))
+    return {device.name: device.peak_flops for device in devices}
+
+
+OmegaConf.register_new_resolver("device_flops", device_flops, replace=True)
 OmegaConf.register_new_resolver("run_name", name_run, replace=True)
 OmegaConf.register_new_resolver("installed", find_installed, replace=True)

@@ -27,9 +27,15 @@ def plan(config: DictConfig) -> None:
     # 1. Every world size on its own: the recipe, its model, one step of it
     device = config.device
     usable = (1 - config.headroom) * device.memory_gib
-    forecasts = []
+    forecasts: list[Forecast] = []
     for ranks in config.ranks:
-        forecasts.append(forecast(config, ranks))
+        try:
+            forecasts.append(forecast(config, ranks))
+        except ValueError as error:
+            if not forecasts:
+                raise
+            print(f"{ranks:>5}  {error}")
+            continue
         if len(forecasts) == 1:
             print(_describe(config, forecasts[0]), _HEADER, sep="\n")
         print(_row(forecasts[-1], usable), flush=True)

@@ -163,8 +163,8 @@ def _step(
 class MemoryWatch(TorchDispatchMode):
     """Adds up the storages that live, real or fake, and keeps their sum at its highest.
 
-    Within it, memory that is asked for without contents is fake, as are sharding's buffers; and
-    what a real mask selects from a fake tensor has a size.
+    Within it, sharding's buffers and rows to be filled are fake from the start; and what a real
+    mask selects from a fake tensor has a size.
     """
 
     def __init__(self, fake: FakeTensorMode):
@@ -214,8 +214,9 @@ class MemoryWatch(TorchDispatchMode):
         if active_fake_mode() is not None:  # DTensor asks for a shape
             return func(*args, **kwargs)
         kind = "temporary" if self.phase != "forward" else "activations"
-        if func is aten.empty.memory_format and kwargs.get("dtype") not in (torch.int64, torch.bool):
-            kind = "gathered"
+        if func in _MADE and kwargs.get("dtype") not in (torch.int64, torch.bool):
+            if func is aten.empty.memory_format:
+                kind = "gathered"  # nothing else asks for memory so
             with self._fake:
                 result = func(*args, **kwargs)
         else:
@@ -264,6 +265,7 @@ class MemoryWatch(TorchDispatchMode):
             self.peak = self._now.copy()
 
 
+_MADE = (aten.empty.memory_format, aten.full.default)
 _INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 
 

@@ -24,9 +24,12 @@ from datamodules.batch import BadSampleError
 from datamodules.module import StepsDataModule
 from experiments import cluster, launcher, names  # noqa: F401 - Hydra knows launchers and `run_name`
 from lightning_modules.loggers import finish_wandb
+from lightning_modules.memory import is_out_of_memory
 from lightning_modules.preemption import Preempted, signals
 
 logger = logging.getLogger(__name__)
+
+_USER_ERRORS = (ValueError, OSError, BadSampleError, OmegaConfBaseException)
 
 
 def axes(config: DictConfig) -> dict[str, Any]:
@@ -115,10 +118,11 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
                 # A scheduler tells all processes of a job, and W&B's own may go first.
                 logger.warning("after %s: %r", signals.received, error)
                 _leave(signals.received)
-            if not isinstance(error, (ValueError, OSError, BadSampleError, OmegaConfBaseException)):
+            if not isinstance(error, _USER_ERRORS) and not is_out_of_memory(error):
                 raise
             logger.debug("where it came from", exc_info=True)
-            line = f"error: {str(error).strip().splitlines()[0]}"
+            notes = getattr(error, "__notes__", []) if is_out_of_memory(error) else []
+            line = f"error: {[*notes, str(error).strip()][0].splitlines()[0]}"
             if isinstance(error, MissingMandatoryValue):
                 line += "; set it, or choose the option that does (ropelab-train --help)"
             if HydraConfig.get().mode == RunMode.MULTIRUN:

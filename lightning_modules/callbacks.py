@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -163,17 +162,3 @@ def _end_of_step(file: BinaryIO, step: int) -> int:
 def without_folder(key: str) -> str:
     """`shard.tar/sample` of a sample whose shard has a path or url before it."""
     return re.sub(r"^.*/(?=[^/]*\.tar/)", "", key)
-
-
-class Throughput(Callback):
-    """Tokens that the LLM read per second, over the time between two logged steps."""
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        tokens = trainer.callback_metrics.get("train/tokens")
-        now = time.monotonic()
-        if tokens is not None and hasattr(self, "_last"):
-            rate = tokens.item() * trainer.world_size / (now - self._last)
-            pl_module.log("train/tokens_per_s", rate, prog_bar=True)
-        self._last = now

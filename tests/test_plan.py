@@ -1,0 +1,204 @@
+"""What is planned on fake tensors is what a real step takes."""
+
+import re
+
+import pytest
+import torch
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiments import plan
+from experiments.forecast import Sample, forecast, make_batch
+from experiments.rehearsal import _ATTENTION, _SMALLEST
+from experiments.run import build, plain
+from lightning_modules.stage import build as build_stage
+
+WORDS = [
+    "experiment=resume_probe",
+    "data.frames.sampler.num_frames=8",
+    "tokens=96",
+    "data.batch_size=2",
+    "model.llm.config.tie_word_embeddings=false",
+    "model.llm.config.attention_dropout=0.0",
+]
+
+
+@pytest.fixture(scope="module")
+def planned(compose, tmp_path_factory):
+    """`planned(*overrides, ranks=1)`: config and forecast of a tiny recipe."""
+
+    def run(*overrides, ranks=1):
+        config = compose([*WORDS, *overrides], tmp_path_factory.mktemp("plan"), "plan")
+        return config, forecast(config, ranks)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(planned):
+    return planned()
+
+
+class RealFrames:
+    """In the place of the fake mode: what is made in it is real, and holds no NaN."""
+
+    def __enter__(self):
+        self._empty, torch.empty = torch.empty, torch.zeros
+
+    def __exit__(self, *error):
+        torch.empty = self._empty
+
+
+@pytest.fixture(scope="module")
+def real(alone):
+    """The same step with numbers, its second: what is there before it, and what it does."""
+    config, _ = alone
+    module = build(config.module, "module", scheduler=None)(model=plain(config.model))
+    module.configure_model()
+    batch = make_batch(module.network, RealFrames(), Sample(1, 8, None, 96, 0.5), 2)
+    optimizer = module.configure_optimizers()
+
+    def step():
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+
+    trained = [p for p in module.parameters() if p.requires_grad]
+    with pytest.warns(UserWarning, match="self.log"):
+        step()
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+            step()
+        with profile(profile_memory=True) as recorded:
+            step()
+    return module, optimizer, counter.get_total_flops(), highest(recorded)
+
+
+def highest(recorded):
+    """Bytes that the allocator had given out at most, beyond what was there before."""
+    events = recorded.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    now = most = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        now += change
+        most = max(most, now)
+    return most
+
+
+def rounded(tensors):
+    return sum(-(-t.nbytes // _SMALLEST) * _SMALLEST for t in tensors)
+
+
+def test_weights_gradients_and_moments_are_the_real_ones_to_the_byte(alone, real):
+    module, optimizer, _, _ = real
+    memory = alone[1].step.memory
+    buffers = list(module.buffers())
+    assert memory["weights"] == rounded([*module.parameters(), *buffers])
+    assert memory["gradients"] == rounded([p.grad for p in module.parameters() if p.grad is not None])
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    assert memory["optimizer"] == rounded(states)
+
+
+def test_flops_are_those_of_the_real_step(alone, real):
+    assert alone[1].step.computed == real[2]
+    assert sum(alone[1].step.flops.values()) == pytest.approx(real[2], rel=0.02)
+
+
+def test_the_peak_is_what_the_allocator_gives_out(alone, real):
+    """Weights, gradients and moments are there before the step that is recorded."""
+    memory = alone[1].step.memory
+    kept = memory["weights"] + memory["gradients"] + memory["optimizer"]
+    assert alone[1].step.peak - kept == pytest.approx(real[3], rel=0.05)
+
+
+def test_a_rank_of_eight_keeps_an_eighth(alone, planned):
+    whole = alone[1].step
+    _, found = planned("trainer=fsdp_sim", "data.global_batch_size=16", ranks=8)
+    for kind in ("weights", "optimizer"):
+        pieces = 8 * found.step.memory[kind]
+        assert whole.memory[kind] < pieces * 1.001, "nothing is lost"
+        assert pieces < 1.5 * whole.memory[kind], "padding of small tensors aside"
+    assert found.step.parameters == whole.parameters
+    assert found.step.flops == whole.flops
+    assert found.step.memory["gathered"] > 0
+
+
+def test_ddp_keeps_everything_and_a_copy_of_the_gradients(alone, planned):
+    _, found = planned("trainer=ddp_sim", ranks=2)
+    assert found.step.memory["weights"] == alone[1].step.memory["weights"]
+    assert found.step.memory["gathered"] == 4 * found.step.trained
+
+
+def test_accumulation_keeps_gradients_while_the_model_runs(planned):
+    _, once = planned("data.global_batch_size=2")
+    _, twice = planned("data.global_batch_size=4")
+    assert twice.step.flops == once.step.flops
+    assert twice.seconds == pytest.approx(2 * once.seconds)
+    assert twice.step.memory["gradients"] >= once.step.memory["gradients"]
+
+
+def test_time_and_hours_follow_from_the_stated_share_of_the_peak(planned):
+    config, found = planned("mfu=0.5", "device.peak_flops=1.0e12", "samples=6400")
+    assert found.seconds == pytest.approx(found.step.computed * 4 / 0.5e12)
+    assert found.tokens_per_s == pytest.approx(8 * 96 / found.seconds)
+    assert found.steps == 6400 // 8 * config.trainer.max_epochs
+    assert found.gpu_hours == pytest.approx(found.steps * found.seconds / 3600)
+
+
+@pytest.mark.parametrize(
+    ("group", "option", "parameters"),
+    [
+        ("llm", "qwen2_7b", 7_615_616_512),  # as the models' pages on the hub count them
+        ("llm", "vicuna_7b", 6_738_415_616),
+    ],
+)
+def test_known_sizes_make_the_published_models(group, option, parameters, compose, tmp_path):
+    config = compose([f"{group}={option}"], tmp_path, "plan")
+    spec = plain(config.model[group])
+    spec |= {"source": None, "config": plain(config.sizes[spec["source"]])}
+    with torch.device("meta"):
+        stage = build_stage(spec)
+    assert sum(p.numel() for p in stage.parameters()) == parameters
+
+
+def test_a_hub_id_is_planned_without_its_weights(planned, compose, tmp_path):
+    sizes = plain(compose(WORDS, tmp_path, "plan").model.llm.config)
+    fields = ",".join(f"{k}: {v}" for k, v in sizes.items() if k != "rope_parameters")
+    fields = fields.replace("True", "true").replace("False", "false")
+    words = ["model.llm.source=some/model", "model.llm.dtype=bfloat16"]
+    _, found = planned(*words, f"+sizes={{some/model: {{{fields}}}}}")
+    assert found.step.parameters > 0
+    with pytest.raises(ValueError, match="sizes of no/model"):
+        planned("model.llm.source=no/model")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "says"),
+    [
+        (["data.global_batch_size=8"], 3, "legal batch sizes for 3 ranks|legal global batch"),
+        (["tokens=10"], 1, "8 frames are 32 tokens, but tokens=10"),
+        (["+trainer.strategy={_target_: x, tensor_parallel_size: 2}"], 2, "no tensor parallelism"),
+    ],
+)
+def test_what_cannot_be_is_refused(overrides, ranks, says, planned):
+    with pytest.raises(ValueError, match=says):
+        planned(*overrides, ranks=ranks)
+
+
+def test_the_program_prints_a_line_for_each_world_and_what_would_fit(compose, tmp_path, capsys):
+    words = [*WORDS, "ranks=[1,2]", "trainer=ddp_sim", "device.memory_gib=0.001", "headroom=0.0"]
+    plan.plan.__wrapped__.__wrapped__(compose(words, tmp_path, "plan"))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if re.match(r" +\d+ +8 = ", line)]
+    assert [int(row[0]) for row in rows] == [1, 2]
+    advice = [line for line in lines if line.startswith("  ")]
+    assert any("data.batch_size=1" in line for line in advice)
+
+
+def test_ranks_are_given_as_for_a_sweep(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ropelab-plan", "ranks=8,64", "mfu=0.3"])
+    monkeypatch.setattr(plan, "plan", lambda: None)
+    plan.main()
+    import sys
+
+    assert sys.argv[1:] == ["ranks=[8,64]", "mfu=0.3"]
