@@ -189,7 +189,10 @@ def _sizes(config: DictConfig, source: str) -> dict[str, Any]:
 
 def _sample(config: DictConfig) -> Sample:
     frames = config.frames
-    keys = ("data.training.frames", *(f"data.frames.sampler.{n}" for n in ("num_frames", "max_frames")))
+    keys = (
+        "data.training.frames",
+        *(f"data.frames.sampler.{n}" for n in ("num_frames", "max_frames")),
+    )
     for key in keys:
         frames = OmegaConf.select(config, key) if frames is None else frames
     if frames is None:

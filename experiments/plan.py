@@ -55,7 +55,9 @@ def main() -> None:
 
 def _describe(config: DictConfig, first: Forecast) -> str:
     step, device = first.step, config.device
-    flops = ", ".join(f"{stage} {count / first.batch_size:.3g}" for stage, count in step.flops.items())
+    flops = ", ".join(
+        f"{stage} {count / first.batch_size:.3g}" for stage, count in step.flops.items()
+    )
     twice = step.computed / sum(step.flops.values())
     return "\n".join(
         [

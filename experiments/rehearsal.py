@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed._tools.fake_collectives  # noqa: F401 - collectives of fake tensors
+import torch.distributed._tools.fake_collectives
 from lightning.fabric.plugins import Precision
 from torch import Tensor, distributed, nn
 from torch._guards import active_fake_mode

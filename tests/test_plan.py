@@ -94,7 +94,9 @@ def test_weights_gradients_and_moments_are_the_real_ones_to_the_byte(alone, real
     memory = alone[1].step.memory
     buffers = list(module.buffers())
     assert memory["weights"] == rounded([*module.parameters(), *buffers])
-    assert memory["gradients"] == rounded([p.grad for p in module.parameters() if p.grad is not None])
+    assert memory["gradients"] == rounded(
+        [p.grad for p in module.parameters() if p.grad is not None]
+    )
     states = [t for state in optimizer.state.values() for t in state.values()]
     assert memory["optimizer"] == rounded(states)
 

@@ -96,7 +96,9 @@ def test_the_formula_is_the_counter_stage_by_stage(stage, trained, make):
 
     def run():
         if stage == "encoder":
-            return network.encoder(batch.frames, batch.frame_counts) * torch.ones((), requires_grad=True)
+            return network.encoder(batch.frames, batch.frame_counts) * torch.ones(
+                (), requires_grad=True
+            )
         if stage == "projector":
             return network.projector.contract(network.projector.expand(patches))
         return network.llm.head(network.llm(embeds, None, positions))
