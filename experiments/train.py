@@ -37,8 +37,7 @@ def main(config: DictConfig) -> float | None:
     # 2. The model: stages are specs until the strategy asks for them; mistakes in them show here
     module = build(config.module, "module")(model=plain(config.model))
     checkpoint = folder.checkpoint
-    if checkpoint is not None:
-        module.init = None  # a run that goes on has its own weights
+    module.resumed = checkpoint is not None
     module.check()
 
     # 3. The data, made first where the recipe makes its own

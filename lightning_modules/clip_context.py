@@ -47,10 +47,9 @@ class ContrastiveClip(nn.Module):
     Args:
         encoder: spec of a `ClipEncoder`.
         temperature: to start from; 0.01 is what CLIP's own weights have come to.
-        train_vision: whether the vision tower is trained, or the text tower alone.
     """
 
-    def __init__(self, encoder: Mapping[str, Any], temperature: float, train_vision: bool):
+    def __init__(self, encoder: Mapping[str, Any], temperature: float):
         super().__init__()
         self.encoder: ClipEncoder = build(encoder)
         if not isinstance(self.encoder, ClipEncoder):
@@ -63,9 +62,6 @@ class ContrastiveClip(nn.Module):
         positions = self.encoder.text.embeddings.position_embedding
         if isinstance(positions, SplitPositions):
             positions.kept.requires_grad_(False)
-        if not train_vision:
-            for module in (self.encoder.vision, self.encoder.visual_projection):
-                module.requires_grad_(False)
 
     def forward(self, batch: VideoBatch) -> Pairs:
         """
@@ -99,7 +95,7 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
     with all of them.
 
     Args:
-        temperature, train_vision: as in `ContrastiveClip`.
+        temperature: as in `ContrastiveClip`.
         training: whatever else `TrainingModule` takes.
 
     Raises:
@@ -112,15 +108,14 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
         optimizer: Callable[[Any], Optimizer],
         scheduler: Callable[[Optimizer, int], Any] | None = None,
         temperature: float = 0.01,
-        train_vision: bool = True,
         **training: Any,
     ):
         super().__init__({"encoder": model["encoder"]}, optimizer, scheduler, **training)
-        self.temperature, self.train_vision = temperature, train_vision
+        self.temperature = temperature
         self.retrieval = Retrieval()
 
     def build(self) -> ContrastiveClip:
-        return ContrastiveClip(self.spec["encoder"], self.temperature, self.train_vision)
+        return ContrastiveClip(self.spec["encoder"], self.temperature)
 
     def blocks(self) -> list[nn.Module]:
         return self.network.encoder.blocks()

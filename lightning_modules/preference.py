@@ -52,8 +52,8 @@ class PreferenceModule(VideoLLMModule):
     def build_initial(self) -> VideoLanguageModel:
         """A new network with the weights that training starts from."""
         network = self.build()
-        if (init := getattr(self, "init", None)) is not None:
-            init.fill(network, self.spec)
+        if self.init is not None:
+            self.init.fill(network, self.spec)
         return network
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:

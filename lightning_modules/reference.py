@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from datamodules.batch import PreferenceBatch
+from lightning_modules.lora import is_lora, without_lora
 from lightning_modules.model import VideoLanguageModel
 from lightning_modules.sharding import shard
 from lightning_modules.training import TrainingModule
@@ -101,7 +102,7 @@ class BaseReference(Reference):
             ValueError: there is no LoRA, or other weights are trained.
         """
         trained = [name for name, p in policy.named_parameters() if p.requires_grad]
-        others = [name for name in trained if "lora_" not in name]
+        others = [name for name in trained if not is_lora(name)]
         if others or not trained:
             found = f"trains {others[0]} beside it" if others else "has none"
             raise ValueError(
@@ -109,8 +110,6 @@ class BaseReference(Reference):
                 f"{found}: set tuning=lora and freeze the rest with tuning.freeze, or set "
                 "module/reference=frozen"
             )
-        from lightning_modules.lora import without_lora  # pyright: ignore[reportMissingImports]
-
         with without_lora(policy), _evaluating(policy):
             return policy.log_probs(batch).sums
 

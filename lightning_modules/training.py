@@ -44,6 +44,7 @@ class TrainingModule(LightningModule, Generic[Network]):
             self.spec["lora"] = dict(self.tuning.lora)
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self.init = Initial(init, **(init_allow or {})) if init else None
+        self.resumed = False  # whether a checkpoint is loaded next, which has its own weights
         self.model: Network | None = None
 
     @abstractmethod
@@ -57,7 +58,7 @@ class TrainingModule(LightningModule, Generic[Network]):
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self.build()
-            if self.init is not None:
+            if self.init is not None and not self.resumed:
                 self.init.fill(self.model, self.spec)
             self.tuning.prepare(self.model)
         if self.device_mesh is not None:
@@ -73,7 +74,7 @@ class TrainingModule(LightningModule, Generic[Network]):
             with torch.device("meta"):
                 network = self.build()
                 self.tuning.prepare(network)
-            if self.init is not None:
+            if self.init is not None and not self.resumed:
                 self.init.match(network)
 
     @property

@@ -58,7 +58,7 @@ def clip(tmp_path_factory):
 
 def from_source(folder, **arguments):
     spec = ENCODER | {"source": folder, "feature_layer": -1} | arguments
-    return ContrastiveClip(spec, temperature=math.exp(-2.6592), train_vision=True)
+    return ContrastiveClip(spec, temperature=math.exp(-2.6592))
 
 
 def make_batch(numbers, counts=(1, 1, 3, 1), length=12, vocabulary=64, size=16):
@@ -140,10 +140,9 @@ def test_stretching_keeps_the_pretrained_words_and_first_positions(clip):
     assert torch.equal(positions.stretched[::4], trained.position_embedding.weight[20:])
 
 
-@pytest.mark.parametrize("train_vision", [True, False])
-def test_gradients_reach_the_stretched_positions_and_not_the_kept_ones(train_vision, clip):
+def test_gradients_reach_the_stretched_positions_and_not_the_kept_ones(clip):
     spec = ENCODER | {"source": clip[1], "feature_layer": -1, "context_length": 248}
-    network = ContrastiveClip(spec, 0.01, train_vision)
+    network = ContrastiveClip(spec, 0.01)
     pairs = network(make_batch(range(4), length=200))
     contrast(pairs, pairs.visuals, pairs.captions, rank=0).backward()
     text = network.encoder.text
@@ -155,7 +154,7 @@ def test_gradients_reach_the_stretched_positions_and_not_the_kept_ones(train_vis
     assert text.embeddings.token_embedding.weight.grad.abs().sum() > 0
     assert all(p.grad is not None for p in text.encoder.parameters())
     vision = [*network.encoder.vision.parameters(), network.encoder.visual_projection.weight]
-    assert {p.grad is not None for p in vision} == {train_vision}
+    assert all(p.grad is not None for p in vision)
 
 
 # Retrieval
