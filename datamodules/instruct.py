@@ -232,6 +232,12 @@ class InstructDataModule(StepsDataModule):
             return ShuffledOrder(manifests[0], micro_batch, options, per_step)
         return mix(self._parts, manifests, options, micro_batch, per_step)
 
+    def samples_after(self, steps: int) -> int:
+        if self._options.max_tokens is None:
+            return super().samples_after(steps)
+        batches = len(self._train_order())
+        return self._samples_before(*divmod(steps * self.per_step, batches))
+
     def _samples_before(self, epoch: int, micro_batches: int) -> int:
         if self._budget is None:
             return super()._samples_before(epoch, micro_batches)

@@ -73,7 +73,7 @@ class StepsDataModule(LightningDataModule):
 
     def samples_after(self, steps: int) -> int:
         """Samples of the first optimizer steps of the training."""
-        return self._samples_before(*divmod(steps * self.per_step, self._batches or 1))
+        return steps * self.global_batch_size
 
     def _samples_before(self, epoch: int, micro_batches: int) -> int:
         return (epoch * self._batches + micro_batches) * self.batch_size

@@ -13,7 +13,7 @@ from datamodules.batch import VISUAL_SLOT
 from datamodules.budget import BudgetOrder, cut, halve
 from datamodules.conversation import ConversationEncoder
 from datamodules.frames import FpsSampler, FrameReader, UniformSampler
-from datamodules.index import index_path, join, lengths_path, read_manifest
+from datamodules.index import index_path, info_path, join, lengths_path, read_counts, read_manifest
 from datamodules.instruct import InstructDataModule
 from datamodules.lengths import read_lengths, read_tokens
 from datamodules.mixture import Part, mix
@@ -326,6 +326,19 @@ def test_lengths_lie_where_the_index_can(tmp_path):
     assert len([*cache.glob("*.len"), *beside]) == 1
 
 
+def test_measuring_leaves_the_counts_of_a_folder_in_use(tmp_path):
+    """They are passed over where the folder is newer, and every index is opened then."""
+    write_shards(tmp_path / "s", [3, 2], num_frames=4)
+    info = info_path(str(tmp_path / "s"))
+    info.parent.mkdir()
+    counts = {"shard-000000.tar": 3, "shard-000001.tar": 2}
+    info.write_text(json.dumps({"shard_counts": counts}))
+    assert read_counts(str(tmp_path / "s")) == counts
+    assert shards(["measure", str(tmp_path / "s"), "--workers", "1"]) == 0
+    assert len([*(tmp_path / "s").glob("*.len")]) == 2
+    assert read_counts(str(tmp_path / "s")) == counts
+
+
 def test_the_place_of_a_checkpoint_knows_the_budget(measured):
     """Other tokens, other batches: a checkpoint of these is refused."""
     prints = [
@@ -373,6 +386,7 @@ def test_a_sampler_that_cannot_count_is_one_line(measured):
         data(measured, sampler=lambda times: [0]).train_dataloader()
 
 
+@pytest.mark.slow
 def test_a_training_that_is_stopped_inside_an_epoch_goes_on(compose, tmp_path, monkeypatch):
     """Through the program: the keys of every step, and the samples that it says to have seen."""
     write_shards(tmp_path / "s", [20, 13], num_frames=4)
