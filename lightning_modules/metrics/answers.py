@@ -94,7 +94,6 @@ def generate_answers(
     ids = network.generate(
         batch.select(rows or [0]).questions(),
         max_new_tokens=max(max(lengths), 1),
-        synced_gpus=sharded,
         eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
         **GREEDY,
