@@ -213,14 +213,13 @@ def _steps(config: DictConfig, global_batch: int) -> int | None:
 
 
 def _precision(config: DictConfig) -> Any:
-    """The trainer's plugin, which casts weights or the forward. float16 takes what bfloat16 does."""
+    """The trainer's plugin, which casts weights or the forward; float16 takes no more."""
     asked = config.trainer.precision
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
         precision="bf16-mixed" if asked == "16-mixed" else asked,
-        enable_progress_bar=False,
-        **quiet,
+        logger=False,
+        enable_checkpointing=False,
     )
     return trainer.precision_plugin

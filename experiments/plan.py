@@ -43,7 +43,7 @@ def plan(config: DictConfig) -> None:
     # 2. Where it does not fit: what would, planned in the same way
     for tight in forecasts:
         if config.advise and tight.gib > usable:
-            print(f"\n{tight.ranks} ranks need {tight.gib:.1f} GiB each, {usable:.1f} are there:")
+            print(f"\n{tight.ranks} ranks need {tight.gib:.3g} GiB each, {usable:.3g} are there:")
             _advise(config, tight, usable)
 
 
@@ -65,7 +65,7 @@ def _describe(config: DictConfig, first: Forecast) -> str:
             f"{config.mfu:.0%} of {device.peak_flops / 1e12:.0f} TFLOP/s",
             f"{step.parameters / 1e9:.3g} B parameters, {step.trained / 1e9:.3g} B trained; "
             f"a sample: {first.visual_tokens} visual and {first.words} text tokens",
-            f"FLOPs of a sample: {flops}; what is computed twice makes it {twice:.2f} times as many",
+            f"FLOPs of a sample: {flops}; with what is computed twice, {twice:.2f} times as many",
         ]
     )
 
@@ -106,7 +106,7 @@ def _advise(config: DictConfig, tight: Forecast, usable: float) -> None:
         taken.append(word)
         fits = best.gib <= usable
         print(
-            f"  {' '.join(taken)}: {best.gib:.1f} GiB, {best.seconds:.3g} s a step"
+            f"  {' '.join(taken)}: {best.gib:.3g} GiB, {best.seconds:.3g} s a step"
             + (", fits" if fits else "")
         )
         if fits:

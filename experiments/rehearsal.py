@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed._tools.fake_collectives
+import torch.distributed._tools.fake_collectives  # defines them for fake tensors
 from lightning.fabric.plugins import Precision
 from torch import Tensor, distributed, nn
 from torch._guards import active_fake_mode
@@ -195,9 +195,9 @@ class MemoryWatch(TorchDispatchMode):
         self._resize = torch.UntypedStorage.resize_
         watch = self
 
-        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
-            result = watch._resize(storage, size)
-            watch._resized(storage)
+        def resize_(self: torch.UntypedStorage, size: int) -> Any:
+            result = watch._resize(self, size)
+            watch._resized(self)
             return result
 
         torch.UntypedStorage.resize_ = resize_  # no operator: sharding frees and refills so

@@ -110,7 +110,7 @@ def _amounts(error: str) -> tuple[str, str]:
     asked = re.search(r"tried to allocate ([\d.]+) (\w+)", error, re.IGNORECASE)
     free = re.search(r"of which ([\d.]+) (\w+) is free", error)
     there = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return _amount(asked), _amount(free) if free else _gib(there)
+    return _amount(asked), _amount(free) if free else _gib(float(there))
 
 
 def _amount(found: re.Match[str] | None) -> str:

@@ -57,7 +57,8 @@ class Throughput(Callback):
         self._worked += time.perf_counter() - self._started
         if trainer.global_step != self._step:  # otherwise gradients are still accumulated
             self._step = trainer.global_step
-            if self._step % trainer.log_every_n_steps == 0:
+            every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+            if self._step % every == 0:
                 self._log(trainer, pl_module)
         self._ended = time.perf_counter()
 

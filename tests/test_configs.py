@@ -38,7 +38,8 @@ def targets(node) -> list[str]:
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
 def test_every_option_composes_and_names_what_exists(group, name, compose, tmp_path):
     data = ["experiment=vniah_d_tiny"] if group in ("eval", "debug") else []
-    config = compose([*data, f"{group}={name}"], tmp_path)
+    program = "plan" if group == "device" else "train"
+    config = compose([*data, f"{group}={name}"], tmp_path, program)
     for target in targets(config):
         module, _, attribute = target.rpartition(".")
         assert hasattr(import_module(module), attribute), target

@@ -1,6 +1,8 @@
 """What is planned on fake tensors is what a real step takes."""
 
 import re
+import sys
+import warnings
 
 import pytest
 import torch
@@ -65,8 +67,10 @@ def real(alone):
         optimizer.step()
 
     trained = [p for p in module.parameters() if p.requires_grad]
-    with pytest.warns(UserWarning, match="self.log"):
+    with pytest.warns(UserWarning, match=r"self\.log"):
         step()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*self\.log")
         with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
             step()
         with profile(profile_memory=True) as recorded:
@@ -110,7 +114,7 @@ def test_the_peak_is_what_the_allocator_gives_out(alone, real):
     """Weights, gradients and moments are there before the step that is recorded."""
     memory = alone[1].step.memory
     kept = memory["weights"] + memory["gradients"] + memory["optimizer"]
-    assert alone[1].step.peak - kept == pytest.approx(real[3], rel=0.05)
+    assert alone[1].step.peak - kept == pytest.approx(real[3], rel=0.02)
 
 
 def test_a_rank_of_eight_keeps_an_eighth(alone, planned):
@@ -131,19 +135,24 @@ def test_ddp_keeps_everything_and_a_copy_of_the_gradients(alone, planned):
     assert found.step.memory["gathered"] == 4 * found.step.trained
 
 
-def test_accumulation_keeps_gradients_while_the_model_runs(planned):
-    _, once = planned("data.global_batch_size=2")
-    _, twice = planned("data.global_batch_size=4")
-    assert twice.step.flops == once.step.flops
-    assert twice.seconds == pytest.approx(2 * once.seconds)
-    assert twice.step.memory["gradients"] >= once.step.memory["gradients"]
+@pytest.fixture(scope="module")
+def at_once(planned):
+    """The step of one micro-batch, where the other one has four."""
+    words = ["data.global_batch_size=2", "mfu=0.5", "device.peak_flops=1.0e12", "samples=6400"]
+    return planned(*words)
 
 
-def test_time_and_hours_follow_from_the_stated_share_of_the_peak(planned):
-    config, found = planned("mfu=0.5", "device.peak_flops=1.0e12", "samples=6400")
-    assert found.seconds == pytest.approx(found.step.computed * 4 / 0.5e12)
-    assert found.tokens_per_s == pytest.approx(8 * 96 / found.seconds)
-    assert found.steps == 6400 // 8 * config.trainer.max_epochs
+def test_accumulation_repeats_the_micro_batch(alone, at_once):
+    assert (alone[1].accumulation, at_once[1].accumulation) == (4, 1)
+    assert at_once[1].step.flops == alone[1].step.flops
+    assert at_once[1].step.peak <= alone[1].step.peak, "gradients go before the backward"
+
+
+def test_time_and_hours_follow_from_the_stated_share_of_the_peak(at_once):
+    config, found = at_once
+    assert found.seconds == pytest.approx(found.step.computed / 0.5e12)
+    assert found.tokens_per_s == pytest.approx(2 * 96 / found.seconds)
+    assert found.steps == 6400 // 2 * config.trainer.max_epochs
     assert found.gpu_hours == pytest.approx(found.steps * found.seconds / 3600)
 
 
@@ -187,20 +196,33 @@ def test_what_cannot_be_is_refused(overrides, ranks, says, planned):
         planned(*overrides, ranks=ranks)
 
 
-def test_the_program_prints_a_line_for_each_world_and_what_would_fit(compose, tmp_path, capsys):
-    words = [*WORDS, "ranks=[1,2]", "trainer=ddp_sim", "device.memory_gib=0.001", "headroom=0.0"]
-    plan.plan.__wrapped__.__wrapped__(compose(words, tmp_path, "plan"))
-    lines = capsys.readouterr().out.splitlines()
-    rows = [line.split() for line in lines if re.match(r" +\d+ +8 = ", line)]
-    assert [int(row[0]) for row in rows] == [1, 2]
-    advice = [line for line in lines if line.startswith("  ")]
+@pytest.fixture
+def printed(compose, tmp_path, capsys):
+    def run(*words):
+        plan.plan.__wrapped__.__wrapped__(compose([*WORDS, *words], tmp_path, "plan"))
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_the_program_prints_a_line_for_each_world(printed):
+    lines = printed("ranks=[2,3]", "trainer=fsdp_sim", "device.memory_gib=0.001", "advise=false")
+    (row,) = (line.split() for line in lines if re.match(r" +2 +8 = 2 x 2 x 2 ", line))
+    assert row[-3:] == ["does", "not", "fit"]
+    assert re.search(r"^ +3 .*legal numbers of ranks: 1, 2, 4", lines[-1])
+
+
+@pytest.mark.slow
+def test_advice_is_planned_one_change_on_the_other(printed):
+    lines = printed("ranks=[2]", "trainer=ddp_sim", "device.memory_gib=0.004", "headroom=0.0")
+    advice = [line for line in lines if line.startswith("  trainer=fsdp")]
     assert any("data.batch_size=1" in line for line in advice)
+    sizes = [float(line.split(": ")[1].split()[0]) for line in advice]
+    assert sizes == sorted(set(sizes), reverse=True)
 
 
 def test_ranks_are_given_as_for_a_sweep(monkeypatch):
     monkeypatch.setattr("sys.argv", ["ropelab-plan", "ranks=8,64", "mfu=0.3"])
     monkeypatch.setattr(plan, "plan", lambda: None)
     plan.main()
-    import sys
-
     assert sys.argv[1:] == ["ranks=[8,64]", "mfu=0.3"]

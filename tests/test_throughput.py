@@ -1,7 +1,6 @@
 """FLOPs by formula, how fast a run says it is, and what it says when memory ends."""
 
 import csv
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +143,14 @@ class Clock:
         return self.now
 
 
+class Validation:
+    def __len__(self):
+        return 1
+
+    def __iter__(self):
+        yield make_batch()
+
+
 class Data(LightningDataModule):
     def __init__(self, clock=None, count=8):
         super().__init__()
@@ -161,7 +168,7 @@ class Data(LightningDataModule):
         return self
 
     def val_dataloader(self):
-        return [make_batch()]
+        return Validation()
 
 
 class TimedModule(VideoLLMModule):
@@ -305,7 +312,7 @@ def test_the_end_of_memory_is_one_line_with_stage_and_key(stage, back, place, sa
         network.projector.linear_2 = GreedyBlock(network.projector.linear_2, back)
     else:
         layers = network.encoder.vision.encoder if stage == "encoder" else network.llm.decoder
-        layers.layers[1] = GreedyBlock(layers.layers[1], back)
+        layers.layers[0] = GreedyBlock(layers.layers[0], back)
     trainer = build(
         config.trainer,
         "trainer",
@@ -329,14 +336,15 @@ def test_the_end_of_memory_is_one_line_with_stage_and_key(stage, back, place, sa
 
 
 def test_an_error_of_cuda_is_read_as_it_is_written(make):
-    module, _ = make()
+    module, config = make()
+    trainer = build(config.trainer, "trainer", logger=False, enable_checkpointing=False)
     error = torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79.11 GiB "
         "of which 512.00 MiB is free. Including non-PyTorch memory, this process has …"
     )
     report = OutOfMemory(SETTINGS)
     report.on_before_optimizer_step()
-    report.on_exception(SimpleNamespace(strategy=None), module, error)  # pyright: ignore[reportArgumentType]
+    report.on_exception(trainer, module, error)
     (line,) = error.__notes__
     assert line.startswith("out of memory in optimizer: 1.50 GiB asked, 0.50 GiB free; ")
     assert "trainer=fsdp or tuning=lora" in line
