@@ -23,8 +23,7 @@ LLAVA_RULES = (
 class LlavaNextImporter(Importer):
     """CLIP's vision tower alone: poolers that a prompt guides need an encoder that reads prompts.
 
-    Patches are not pooled, as published; `image_newline` is used where the model has a place for
-    it.
+    Patches are not pooled, as published, and rows of tiles end with `image_newline`.
     """
 
     name = "llava_next"
@@ -43,12 +42,13 @@ class LlavaNextImporter(Importer):
             "pooler": {"_target_": "lightning_modules.pooler.identity.IdentityPooler"},
             "rotary": {"_target_": "lightning_modules.rotary.vanilla.VanillaRope"},
             "llm": causal_lm(config.text_config),
+            "tiles": {"newline": True},
         }
 
     def on_purpose(self) -> list[str]:
         config: Any = LlavaNextConfig.from_dict(self.config)
         behind = layers_behind(config.vision_config, config.vision_feature_layer)
-        return [*super().on_purpose(), *behind, "*image_newline"]
+        return [*super().on_purpose(), *behind]
 
 
 def causal_lm(config: PreTrainedConfig) -> dict[str, Any]:
