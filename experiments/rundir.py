@@ -147,7 +147,7 @@ class RunDirectory:
         former = yaml.safe_load(path.read_text()) if path.is_file() else None
         if former is None or not (self.path / "checkpoints").is_dir():
             return former
-        differences = _differences({"model": former["model"]}, {"model": self._config["model"]})
+        differences = _differences(*map(_network, (former, self._config)))
         if differences:
             key, (then, now) = next(iter(differences.items()))
             raise ValueError(
@@ -192,6 +192,11 @@ def read_versions() -> dict[str, Any]:
         commit = None
     versions = {"python": python_version()} | {name: version(name) for name in _PACKAGES}
     return {"versions": versions, "git_commit": commit}
+
+
+def _network(config: dict[str, Any]) -> dict[str, Any]:
+    """What weights fit to no other: the stages, and what they are trained as."""
+    return {"model": config["model"], "module": {"_target_": config["module"]["_target_"]}}
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from datamodules.batch import PreferenceBatch
 from lightning_modules.lora import is_lora, without_lora
 from lightning_modules.model import VideoLanguageModel
-from lightning_modules.sharding import shard
 from lightning_modules.training import TrainingModule
 
 Settings = Callable[[], Mapping[str, str]]
@@ -78,8 +77,7 @@ class FrozenReference(Reference):
         network.requires_grad_(False).eval()
         if stage._trainer is not None:  # as Lightning does with the policy
             stage.trainer.precision_plugin.convert_module(network)
-        if stage.device_mesh is not None:
-            shard(network, network.blocks(), stage.device_mesh["data_parallel"])
+        stage.shard(network, network.blocks())
         self._network = network
 
     @torch.no_grad()

@@ -39,11 +39,17 @@ class ShardedStrategy(ModelParallelStrategy):
         return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+def shard(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    travel: torch.dtype | None = None,
+) -> None:
     """Shards `model` in place: each block gathers its weights when it runs, the rest all at once.
 
     Ranks gather together, so each must run the same blocks in the same order, a block once in a
-    forward. Gradients are summed in float32 whatever the precision.
+    forward. Gradients are summed in float32 whatever the precision. Weights are gathered, and
+    blocks run, in the dtype `travel`; None: in their own.
 
     Raises:
         ValueError: weights of several dtypes would have to travel together.
@@ -54,10 +60,10 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> No
     if len(dtypes) > 1:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ValueError(
-            f"weights of {found} cannot be sharded together: set trainer.precision and "
+            f"weights of {found} cannot be trained together in shards: set trainer.precision and "
             "model.llm.dtype to the same, such as bf16-true and bfloat16"
         )
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=travel, reduce_dtype=torch.float32)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

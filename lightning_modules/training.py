@@ -61,8 +61,13 @@ class TrainingModule(LightningModule, Generic[Network]):
             if self.init is not None and not self.resumed:
                 self.init.fill(self.model, self.spec)
             self.tuning.prepare(self.model)
+        self.shard(self.model, self.blocks())
+
+    def shard(self, network: nn.Module, blocks: list[nn.Module]) -> None:
+        """Spreads a network over the ranks, where the strategy is to have it so."""
         if self.device_mesh is not None:
-            shard(self.model, self.blocks(), self.device_mesh["data_parallel"])
+            travel = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            shard(network, blocks, self.device_mesh["data_parallel"], travel)
 
     def check(self) -> None:
         """Finds mistakes in the stages on the meta device, before weights or data are read.

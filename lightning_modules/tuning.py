@@ -25,7 +25,7 @@ class Tuning:
         freeze: parts that are not trained. LoRA's own weights always are.
         lora: arguments of `add_lora`, kept in the model's config and so with its weights.
         groups: options of the optimizer (`lr`, `weight_decay`, …) by part, in the place of those
-            of `optim.optimizer`. Where several parts hold a parameter the last one decides.
+            of `optim.optimizer`; None: no group. The last part that holds a parameter decides.
         decay_norms_and_biases: whether weight decay pulls at parameters of one axis, too.
         checkpointing: stages whose blocks keep their input alone, and run again in the backward.
         compile: stages whose blocks are compiled, one by one.
@@ -34,7 +34,7 @@ class Tuning:
 
     freeze: Sequence[str] = ()
     lora: Mapping[str, Any] | None = None
-    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    groups: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     decay_norms_and_biases: bool = False
     checkpointing: Sequence[str] = ()
     compile: Sequence[str] = ()
@@ -61,17 +61,18 @@ class Tuning:
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
         """What is trained, as an optimizer takes it: a group of each part, and one of the rest."""
+        own = {part: options for part, options in self.groups.items() if options}
         owner = {name: "rest" for name, p in network.named_parameters() if p.requires_grad}
-        for part in self.groups:
+        for part in own:
             held = [name for name, _ in _below(network, part, "groups")]
             owner |= {name: part for name in held if name in owner}
         parameters = dict(network.named_parameters())
         groups = [
             {"name": part, **options, "params": [parameters[n] for n in owner if owner[n] == part]}
-            for part, options in ({"rest": {}} | dict(self.groups)).items()
+            for part, options in ({"rest": {}} | own).items()
         ]
         groups = [group for group in groups if group["params"]]
-        return groups if self.groups else [{"params": group["params"]} for group in groups]
+        return groups if own else [{"params": group["params"]} for group in groups]
 
     def spare_norms_and_biases(self, optimizer: Optimizer) -> None:
         """Splits each group that decays: what has one axis goes into a group that does not."""

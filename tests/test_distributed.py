@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Callback, LightningDataModule
+from torch.nn.utils import get_total_norm
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Tiles, VideoBatch, pad_rows
 from experiments import evaluate, train
@@ -111,7 +112,8 @@ def fit(compose, tiny):
         words = [*MODEL, *overrides, f"trainer.devices={world}"]
         config = compose([*tiny, *words], folder)
         optimizer = build(config.optim.optimizer, "optim")
-        module = VideoLLMModule(plain(config.model), optimizer)
+        tuning = build(config.tuning, "tuning")
+        module = VideoLLMModule(plain(config.model), optimizer, tuning=tuning)
         losses = Losses()
         trainer = build(
             config.trainer,
@@ -148,6 +150,68 @@ def alone(fit, tmp_path_factory):
     return losses, whole(module), (folder / "samples.jsonl").read_text()
 
 
+#: LoRA with dropout, blocks that run again in the backward, groups with rates of their own, and a
+#: norm that is clipped in every step: SGD takes steps of the clipped length.
+TUNED = [
+    "tuning=lora",
+    "tuning.lora.rank=4",
+    "tuning.lora.dropout=0.2",
+    "tuning.checkpointing=[llm,encoder]",
+    "tuning.freeze=[encoder.text]",
+    "tuning.groups.llm.lr=0.1",
+    "tuning.groups.encoder={lr: 0.01}",
+    "tuning.groups.projector=null",
+    "optim.optimizer._target_=torch.optim.SGD",
+    "~optim.optimizer.betas",
+    "optim.optimizer.fused=false",
+    "optim.optimizer.lr=0.05",
+    "trainer.gradient_clip_val=0.3",
+]
+
+
+class Norms(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        self.seen.append(float(get_total_norm(gradients)))
+
+
+@pytest.fixture(scope="module")
+def alone_tuned(fit, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    norms = Norms()
+    _, module, losses = fit(folder, 1, *TUNED, callbacks=[norms])
+    assert min(norms.seen) > 0.3, "each step was to be clipped"
+    return losses, whole(module)
+
+
+def in_turn(results):
+    """Losses of two ranks in the order in which one process meets its micro-batches."""
+    together = [loss for pair in zip(*(r[0] for r in results), strict=True) for loss in pair]
+    assert len(together) == STEPS * PER_STEP
+    return together
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp_sim", "fsdp_sim"])
+def test_tuned_in_part_two_ranks_learn_what_one_process_learns(
+    trainer, fit, alone_tuned, run_ranks, tmp_path
+):
+    def run(rank):
+        _, module, losses = fit(tmp_path, 2, *TUNED, f"trainer={trainer}")
+        return losses, whole(module), sha256(module)
+
+    results = run_ranks(2, run)
+    losses, weights = alone_tuned
+    torch.testing.assert_close(in_turn(results), losses, rtol=1e-4, atol=1e-5)
+    assert sum(losses[:8]) > 1.1 * sum(losses[-8:])
+    for _, after, _ in results:
+        torch.testing.assert_close(after, weights, rtol=0, atol=1e-5)
+    assert results[0][2] == results[1][2]
+
+
 @pytest.mark.parametrize("trainer", ["ddp_sim", "fsdp_sim"])
 def test_two_ranks_learn_what_one_process_learns(trainer, fit, alone, run_ranks, tmp_path):
     def run(rank):
@@ -156,9 +220,7 @@ def test_two_ranks_learn_what_one_process_learns(trainer, fit, alone, run_ranks,
 
     results = run_ranks(2, run)
     losses, weights, samples = alone
-    together = [loss for pair in zip(*(r[0] for r in results), strict=True) for loss in pair]
-    assert len(together) == STEPS * PER_STEP
-    torch.testing.assert_close(together, losses, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(in_turn(results), losses, rtol=1e-4, atol=1e-5)
     assert sum(losses[:8]) > 1.1 * sum(losses[-8:])
     for _, after, _ in results:
         torch.testing.assert_close(after, weights, rtol=0, atol=1e-6)
@@ -182,6 +244,52 @@ def test_two_ranks_learn_the_same_where_one_has_images_in_tiles(trainer, fit, ru
     assert "model.image_newline" in alone
     for weights in run_ranks(2, run):
         torch.testing.assert_close(weights, alone, rtol=0, atol=1e-6)
+
+
+class Angles(Callback):
+    """How far cos is from that of float32 angles, rounded at the very end."""
+
+    def __init__(self):
+        self.worst, self.dtype = 0.0, None
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.network.llm.decoder.rotary_emb.register_forward_hook(self._compare)
+
+    def _compare(self, rotary, args, output):
+        x, _ = args
+        with torch.autocast("cpu", enabled=False):
+            frequencies, _ = rotary.frequencies(x.device, 1)
+            reads = rotary.scheme.axes(frequencies.numel())
+            turned = rotary.axis_positions.movedim(0, -1)[..., reads] * rotary.scheme.text_step
+            cos = (turned.float() * frequencies.float()).cos().repeat(1, 1, 2)
+        self.dtype = output[0].dtype
+        self.worst = max(self.worst, (output[0] - cos.to(self.dtype)).abs().max().item())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_every_precision_trains_lora_in_shards_with_float32_angles(
+    precision, fit, run_ranks, tmp_path
+):
+    words = ["tuning=lora", "tuning.lora.rank=4", "tuning.freeze=[]", "tuning.checkpointing=[llm]"]
+    kept = torch.bfloat16 if precision == "bf16-true" else torch.float32
+
+    def run(rank):
+        angles, options = Angles(), [*OPTIM, *words, "trainer=fsdp_sim"]
+        _, module, losses = fit(
+            tmp_path, 2, *options, f"trainer.precision={precision}", steps=3, callbacks=[angles]
+        )
+        assert {p.dtype for p in module.parameters()} == {kept}
+        assert all_finite(module)
+        return losses, angles.dtype, angles.worst
+
+    _, _, expected = fit(tmp_path / "alone", 1, *OPTIM, *words, steps=3)
+    for rank, (losses, dtype, worst) in enumerate(run_ranks(2, run)):
+        assert dtype == (torch.float32 if precision == "32-true" else torch.bfloat16)
+        assert worst == 0
+        close = (
+            {"rtol": 1e-4, "atol": 1e-5} if precision == "32-true" else {"rtol": 0.02, "atol": 0}
+        )
+        torch.testing.assert_close(losses, expected[rank::2], **close)
 
 
 @pytest.mark.slow
