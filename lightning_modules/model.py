@@ -27,8 +27,8 @@ class VideoLanguageModelConfig(PreTrainedConfig):
     """One spec (`_target_` and arguments) for each stage; saved with the weights.
 
     So a checkpoint runs with the rotary scheme and the pooler that it was trained with; another
-    one has to be asked for by name: `from_pretrained(folder, rotary={"_target_": …})`. `lora` is no
-    stage but what stands beside one's linears: the arguments of `add_lora`, rank and alpha included.
+    one has to be asked for by name: `from_pretrained(folder, rotary={"_target_": …})`. `lora` is
+    what stands beside a stage's linears: the arguments of `add_lora`, rank and alpha included.
     """
 
     model_type = "ropelab"

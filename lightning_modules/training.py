@@ -6,6 +6,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import nn
 from torch.optim import Optimizer
 
@@ -89,6 +91,26 @@ class TrainingModule(LightningModule, Generic[Network]):
             self.configure_model()
         assert self.model is not None
         return self.model
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's, for fused optimizers in bf16-mixed, too.
+
+        There it refuses them, as they undo the scaling of float16's gradients by themselves; those
+        of bfloat16 are not scaled.
+        """
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
 
     def configure_optimizers(self) -> Any:
         optimizer = self._make_optimizer(self.tuning.parameter_groups(self.network))

@@ -54,6 +54,7 @@ class Tuning:
                     parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in network.parameters()):
             raise ValueError(f"tuning.freeze={list(self.freeze)} leaves nothing to train")
+        self.parameter_groups(network)  # a mistake in them shows here
         for block in _blocks(network, self.checkpointing, "checkpointing"):
             recompute(block)
         for block in _blocks(network, self.compile, "compile"):
@@ -97,10 +98,10 @@ def recompute(block: nn.Module) -> None:
     Random numbers are drawn again as they were, so dropout is the same. transformers wraps the
     layer's `forward`, inside of the hooks by which FSDP2 gathers its weights.
     """
-    for layer in block.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    layers = [layer for layer in block.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # pyright: ignore[reportArgumentType]
 
 
 def _blocks(network: nn.Module, stages: Iterable[str], key: str) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
@@ -106,7 +107,14 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _trained(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    """As they were named before `torch.compile`."""
+    """As they were named before `torch.compile`, and as they are kept.
+
+    What has no blocks of its own stays gathered after a forward without backward, in the dtype in
+    which it has travelled.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             yield name.replace("_orig_mod.", ""), parameter

@@ -1,4 +1,4 @@
-"""What is trained: frozen parts, LoRA, groups with their own rates, recomputed and compiled blocks."""
+"""What is trained: frozen parts, LoRA, groups with their rates, recomputed and compiled blocks."""
 
 import json
 import os
@@ -127,7 +127,6 @@ def test_a_mistake_is_one_line_before_anything_is_read(tuning, says):
     module = make_module(Tuning(**tuning))
     with pytest.raises(ValueError, match=says) as caught:
         module.check()
-        module.tuning.parameter_groups(module.network)
     assert "\n" not in str(caught.value)
 
 
