@@ -182,8 +182,9 @@ def _sizes(config: DictConfig, source: str) -> dict[str, Any]:
             "config.json to `sizes` in configs/plan.yaml, or give a folder that holds it"
         ) from error
     if isinstance(read, CLIPConfig):
-        vision, text = read.vision_config.to_diff_dict(), read.text_config.to_diff_dict()
-        return {"vision": vision, "text": text, "projection_dim": read.projection_dim}
+        towers: Any = read
+        vision, text = towers.vision_config.to_diff_dict(), towers.text_config.to_diff_dict()
+        return {"vision": vision, "text": text, "projection_dim": towers.projection_dim}
     return read.to_diff_dict() | {"model_type": read.model_type}
 
 

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 
 from datamodules.batch import VideoBatch
 from lightning_modules.flops import FlopMeter
@@ -135,9 +135,8 @@ def _step(
 
     watch = MemoryWatch(fake)
     watch.own(module, optimizer, batch)
-    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     meter = FlopMeter(module.network)
-    with watch, counter:
+    with watch:
         with precision.forward_context():
             loss: Any = module.training_step(batch, 0)
         if accumulation == 1:
@@ -155,13 +154,13 @@ def _step(
         trained=sum(p.numel() for p in trained),
         trained_bytes=trained_bytes,
         flops=dict(meter.flops),
-        computed=counter.get_total_flops(),
+        computed=watch.flops,
         tokens=int(meter.tokens),
     )
 
 
 class MemoryWatch(TorchDispatchMode):
-    """Adds up the storages that live, real or fake, and keeps their sum at its highest.
+    """Adds up FLOPs, and the storages that live, real or fake, whose highest sum it keeps.
 
     Within it, sharding's buffers and rows to be filled are fake from the start; and what a real
     mask selects from a fake tensor has a size.
@@ -170,6 +169,7 @@ class MemoryWatch(TorchDispatchMode):
     def __init__(self, fake: FakeTensorMode):
         super().__init__()
         self.phase = "forward"
+        self.flops = 0
         self.peak: Counter[str] = Counter()
         self.peak_phase = self.phase
         self._fake = fake
@@ -223,6 +223,8 @@ class MemoryWatch(TorchDispatchMode):
             if func.overloadpacket in _INDEXED and isinstance(args[0], FakeTensor):
                 args = (args[0], _as_numbers(args[1]), *args[2:])
             result = func(*args, **kwargs)
+        if count := _FLOPS.get(func.overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
             self._add(tensor, kind)
         return result
@@ -298,11 +300,14 @@ def _attention_backward(_: Any, query: Any, key: Any, value: Any, *args: Any, **
     return 2 * sdpa_flop_count(query, key, value)
 
 
-#: What PyTorch's counter lacks: fake tensors are on the CPU.
-_ATTENTION = {
+#: What PyTorch's formulas lack: fake tensors are on the CPU.
+ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+#: Not by `FlopCounterMode`, which keeps hold of the tensors of blocks that run twice.
+_FLOPS: dict[Any, Any] = {**flop_registry, **{op: shape_wrapper(f) for op, f in ATTENTION.items()}}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import plan
 from experiments.forecast import Sample, forecast, make_batch
-from experiments.rehearsal import _ATTENTION, _SMALLEST
+from experiments.rehearsal import ATTENTION, _SMALLEST
 from experiments.run import build, plain
 from lightning_modules.stage import build as build_stage
 
@@ -71,7 +71,7 @@ def real(alone):
         step()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*self\.log")
-        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             step()
         with profile(profile_memory=True) as recorded:
             step()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, VideoBatch
-from experiments.rehearsal import _ATTENTION
+from experiments.rehearsal import ATTENTION
 from experiments.run import build, plain, user_errors_in_one_line
 from lightning_modules import throughput
 from lightning_modules.flops import FlopMeter
@@ -61,7 +61,7 @@ def make(compose, tmp_path):
 def count(run, network):
     """FLOPs of `run()` by the formula, by stage, and as PyTorch counts them."""
     meter = FlopMeter(network)
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         run().sum().backward()
     meter.remove()
     return dict(meter.flops), counter.get_total_flops()
