@@ -3,17 +3,21 @@
 import re
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from torch.profiler import profile
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import plan
 from experiments.forecast import Sample, forecast, make_batch
-from experiments.rehearsal import ATTENTION, _SMALLEST
+from experiments.rehearsal import _SMALLEST, ATTENTION, rehearse
 from experiments.run import build, plain
 from lightning_modules.stage import build as build_stage
+from lightning_modules.video_llm import VideoLLMModule
 
 WORDS = [
     "experiment=resume_probe",
@@ -41,6 +45,10 @@ def alone(planned):
     return planned()
 
 
+#: What `WORDS` say of it.
+SAMPLE = Sample(visuals=1, frames=8, words=None, tokens=96, labelled=0.5)
+
+
 class RealFrames:
     """In the place of the fake mode: what is made in it is real, and holds no NaN."""
 
@@ -51,14 +59,13 @@ class RealFrames:
         torch.empty = self._empty
 
 
-@pytest.fixture(scope="module")
-def real(alone):
-    """The same step with numbers, its second: what is there before it, and what it does."""
-    config, _ = alone
-    module = build(config.module, "module", scheduler=None)(model=plain(config.model))
+def take(module):
+    """The same step with numbers, a later one: its optimizer, its FLOPs, and what it takes."""
     module.configure_model()
-    batch = make_batch(module.network, RealFrames(), Sample(1, 8, None, 96, 0.5), 2)
+    module.train()
+    batch = make_batch(module.network, RealFrames(), SAMPLE, 2)
     optimizer = module.configure_optimizers()
+    trained = [p for p in module.parameters() if p.requires_grad]
 
     def step():
         loss = module.training_step(batch, 0)
@@ -66,16 +73,21 @@ def real(alone):
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
-    trained = [p for p in module.parameters() if p.requires_grad]
-    with pytest.warns(UserWarning, match=r"self\.log"):
-        step()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r".*self\.log")
+        step()
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             step()
         with profile(profile_memory=True) as recorded:
             step()
-    return module, optimizer, counter.get_total_flops(), highest(recorded)
+    return optimizer, counter.get_total_flops(), highest(recorded)
+
+
+@pytest.fixture(scope="module")
+def real(alone):
+    config, _ = alone
+    module = build(config.module, "module", scheduler=None)(model=plain(config.model))
+    return module, *take(module)
 
 
 def highest(recorded):
@@ -117,6 +129,31 @@ def test_the_peak_is_what_the_allocator_gives_out(alone, real):
     assert alone[1].step.peak - kept == pytest.approx(real[3], rel=0.02)
 
 
+class Checkpointed(VideoLLMModule):
+    def configure_model(self):
+        super().configure_model()
+        for block in self.network.blocks():
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def test_blocks_that_run_twice_are_planned_as_they_run(alone):
+    """What is freed on the way stays out, however many blocks there are."""
+    config, plainly = alone
+    spec = plain(config.model)
+    spec["llm"]["config"] |= {"num_hidden_layers": 8, "intermediate_size": 256}
+    optimizer = build(config.optim.optimizer, "optim")
+    precision = Precision()
+    batch = partial(make_batch, sample=SAMPLE, rows=2)
+    module = Checkpointed(spec, optimizer)
+    found = rehearse(module, batch, precision, ranks=1, sharded=False, accumulation=4, clip=1.0)
+    kept = sum(found.memory[kind] for kind in ("weights", "gradients", "optimizer"))
+    _, flops, peak = take(Checkpointed(spec, optimizer))
+    assert found.computed == flops > 1.1 * sum(found.flops.values())
+    assert found.peak - kept == pytest.approx(peak, rel=0.02)
+    assert plainly.step.computed < 1.01 * sum(plainly.step.flops.values())
+
+
 def test_a_rank_of_eight_keeps_an_eighth(alone, planned):
     whole = alone[1].step
     _, found = planned("trainer=fsdp_sim", "data.global_batch_size=16", ranks=8)
@@ -129,6 +166,7 @@ def test_a_rank_of_eight_keeps_an_eighth(alone, planned):
     assert found.step.memory["gathered"] > 0
 
 
+@pytest.mark.slow
 def test_ddp_keeps_everything_and_a_copy_of_the_gradients(alone, planned):
     _, found = planned("trainer=ddp_sim", ranks=2)
     assert found.step.memory["weights"] == alone[1].step.memory["weights"]
@@ -172,6 +210,7 @@ def test_known_sizes_make_the_published_models(group, option, parameters, compos
     assert sum(p.numel() for p in stage.parameters()) == parameters
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_planned_without_its_weights(planned, compose, tmp_path):
     sizes = plain(compose(WORDS, tmp_path, "plan").model.llm.config)
     fields = ",".join(f"{k}: {v}" for k, v in sizes.items() if k != "rope_parameters")
