@@ -45,7 +45,7 @@ class ScoreBook(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: VideoBatch,
+        batch: VideoBatch | PreferenceBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
