@@ -9,7 +9,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from datamodules.batch import VISUAL_SLOT, VideoBatch
+from datamodules.batch import VISUAL_SLOT, PreferenceBatch, VideoBatch
 from lightning_modules.metrics.answers import GREEDY
 
 _PACKAGES = ("ropelab", "torch", "transformers", "torchmetrics")
