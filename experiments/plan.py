@@ -91,7 +91,8 @@ def _row(found: Forecast, usable: float) -> str:
 
 def _advise(config: DictConfig, tight: Forecast, usable: float) -> None:
     """Takes one change after the other, each on top of those that helped, until it fits."""
-    changed, ranks, best, taken = config.copy(), tight.ranks, tight, []
+    changed, ranks, best = config.copy(), tight.ranks, tight
+    taken: dict[str, str] = {}  # word by key, as a later one may replace an earlier one
     for word, change in _changes(config, ranks):
         attempt, more = changed.copy(), ranks
         with open_dict(attempt):
@@ -103,10 +104,10 @@ def _advise(config: DictConfig, tight: Forecast, usable: float) -> None:
         if found.gib >= best.gib:
             continue
         changed, ranks, best = attempt, more, found
-        taken.append(word)
+        taken[word.partition("=")[0]] = word
         fits = best.gib <= usable
         print(
-            f"  {' '.join(taken)}: {best.gib:.3g} GiB, {best.seconds:.3g} s a step"
+            f"  {' '.join(taken.values())}: {best.gib:.3g} GiB, {best.seconds:.3g} s a step"
             + (", fits" if fits else "")
         )
         if fits:
