@@ -148,10 +148,11 @@ def pack_shard(task: PackTask, videos: Path, short_side: int | None) -> Outcome:
 
 def _members(published: Any, videos: Path, short_side: int | None) -> dict[str, bytes]:
     entry = to_conversation(published)
-    read_task(entry, read_turns(entry))
     names = [*_names(entry, "image"), *_names(entry, "video")]
     for answered in with_answers(entry):
-        match_slots(read_turns(answered), names)
+        turns = read_turns(answered)
+        match_slots(turns, names)
+        read_task(answered, turns)
     span = _span(entry)
     if span:
         if short_side is None:
