@@ -59,7 +59,7 @@ class TrainingModule(LightningModule, Generic[Network]):
 
     def configure_model(self) -> None:
         if self.model is None:
-            self.model = self.build()
+            self.model = self.build().train()  # what was loaded from a source is not so by itself
             if self.init is not None and not self.resumed:
                 self.init.fill(self.model, self.spec)
             self.tuning.prepare(self.model)

@@ -269,9 +269,8 @@ class Angles(Callback):
         self.worst = max(self.worst, (output[0] - cos.to(self.dtype)).abs().max().item())
 
 
-@pytest.mark.parametrize(
-    "precision", ["bf16-mixed", *(pytest.param(p, marks=SLOW) for p in ("32-true", "bf16-true"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_every_precision_trains_lora_in_shards_with_float32_angles(
     precision, fit, run_ranks, tmp_path
 ):
@@ -331,6 +330,32 @@ def test_a_sharded_checkpoint_of_two_ranks_is_resumed_by_any_number(
         torch.testing.assert_close(weights, whole(module), rtol=0, atol=1e-6)
     lines = (tmp_path / "on" / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_with_lora_and_groups_is_resumed(fit, run_ranks, tmp_path):
+    words = [*OPTIM, *TUNED[:5], "optim.optimizer.weight_decay=0.1"]
+    words += ["tuning.groups.encoder={lr: 1.0e-3}", "tuning.decay_norms_and_biases=false"]
+    sharded = [*words, "trainer=fsdp_sim"]
+
+    def save(rank):
+        trainer, _, _ = fit(tmp_path / "first", 2, *sharded, steps=3)
+        trainer.save_checkpoint(tmp_path / "saved")
+
+    def resume(rank):
+        more, saved = "trainer.max_epochs=2", tmp_path / "saved"
+        trainer, module, _ = fit(tmp_path / "on", 2, *sharded, more, steps=3, checkpoint=saved)
+        names = [group["name"] for group in trainer.optimizers[0].param_groups]
+        return whole(module), names
+
+    run_ranks(2, save)
+    assert build_network(read_checkpoint(tmp_path / "saved")).config.lora["alpha"] == 256
+    trainer, module, _ = fit(tmp_path / "alone", 1, *words, "trainer.max_epochs=2", steps=3)
+    expected = [group["name"] for group in trainer.optimizers[0].param_groups]
+    assert "encoder_undecayed" in expected
+    for weights, names in run_ranks(2, resume):
+        assert names == expected
+        torch.testing.assert_close(weights, whole(module), rtol=0, atol=1e-6)
 
 
 def build_network(checkpoint):
