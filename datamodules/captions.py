@@ -18,8 +18,11 @@ class CaptionEncoder(ConversationEncoder):
     What is asked is not read. Of the arguments `prompt_tokenizer` and `max_prompt_length` matter.
     """
 
-    def __call__(self, turns: Sequence[Turn]) -> EncodedConversation:
-        """
+    def __call__(
+        self, turns: Sequence[Turn], prompt_with_answers: bool | None = None
+    ) -> EncodedConversation:
+        """`prompt_with_answers` is not read, either: the answers are all there is.
+
         Raises:
             BadSampleError: not_one_visual.
         """

@@ -123,7 +123,7 @@ def test_a_row_without_a_visual_is_refused(clip):
 def test_only_clip_has_a_context_to_train():
     spec = {"_target_": "lightning_modules.rotary.tad.TadRope"}
     with pytest.raises(ValueError, match=r"^model\.encoder is TadRope, .*encoder=clip_large_336"):
-        ContrastiveClip(spec, 0.01, True)
+        ContrastiveClip(spec, 0.01)
 
 
 # What is trained

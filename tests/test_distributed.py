@@ -246,9 +246,6 @@ def test_two_ranks_learn_the_same_where_one_has_images_in_tiles(trainer, fit, ru
         torch.testing.assert_close(weights, alone, rtol=0, atol=1e-6)
 
 
-SLOW = pytest.mark.slow
-
-
 class Angles(Callback):
     """How far cos is from that of float32 angles, rounded at the very end."""
 

@@ -28,11 +28,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
+#: Ends of the names of metrics that depend on it.
+CLOCK = ("_per_s", "/data_wait", "/mfu")
+
+
 def metrics(folder: Path) -> list[dict[str, str]]:
     """Rows of metrics.csv but for what depends on the clock."""
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if not k.endswith("_per_s")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.endswith(CLOCK)} for row in rows]
 
 
 def program(*arguments: str, cwd: Path, name: str = "train") -> subprocess.CompletedProcess:
