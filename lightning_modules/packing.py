@@ -41,7 +41,8 @@ class Placement:
 
     def spread(self, tokens: Shaped[Tensor, "n ..."], fill: int = 0) -> Shaped[Tensor, "b l ..."]:
         """Puts the tokens of all samples, one sample after the other, in their places."""
-        row = torch.cat([torch.full((stop - start,), row) for row, start, stop in self.spans])
+        lengths = torch.tensor([stop - start for _, start, stop in self.spans])
+        row = torch.tensor([span.row for span in self.spans]).repeat_interleave(lengths)
         column = torch.cat([torch.arange(start, stop) for _, start, stop in self.spans])
         place = row.to(tokens.device), column.to(tokens.device)
         rows = tokens.new_full((self.rows, self.width, *tokens.shape[1:]), fill)

@@ -68,7 +68,8 @@ class TrainingModule(LightningModule, Generic[Network]):
     def shard(self, network: nn.Module, blocks: list[nn.Module]) -> None:
         """Spreads a network over the ranks, where the strategy is to have it so."""
         if self.device_mesh is not None:
-            travel = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            mixed = self._trainer is not None and self._trainer.precision == "bf16-mixed"
+            travel = torch.bfloat16 if mixed else None
             shard(network, blocks, self.device_mesh["data_parallel"], travel)
 
     def check(self) -> None:
