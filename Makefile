@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help install demo test fuzz check format bench clean
+.PHONY: help install demo test recipes slow fuzz check format bench clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -45,6 +45,16 @@ test: export WANDB_MODE := offline
 test: export HF_HUB_OFFLINE := 1
 test: install  ## every test but the slow ones (ARGS="-k rotary" passes options on)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+
+recipes: export WANDB_MODE := offline
+recipes: export HF_HUB_OFFLINE := 1
+recipes: install  ## train the small twin of every recipe
+	$(BIN)/python -m pytest tests/test_recipes.py -m slow -n 2 $(ARGS)
+
+slow: export WANDB_MODE := offline
+slow: export HF_HUB_OFFLINE := 1
+slow: install  ## the tests that take minutes each, an hour in all
+	$(BIN)/python -m pytest -m slow --ignore=tests/test_recipes.py -n 2 --dist loadfile $(ARGS)
 
 fuzz: export FUZZ_CASES ?= 2400
 fuzz: export FUZZ_SEED ?= $(shell date +%Y%m%d)

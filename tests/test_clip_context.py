@@ -463,6 +463,7 @@ def test_a_checkpoint_of_another_stage_of_training_is_refused(done, compose, tmp
     context.on_load_checkpoint(of_clip)
 
 
+@pytest.mark.slow
 def test_the_scale_stays_within_100(compose, tmp_path):
     run_train(compose, tmp_path, "module.temperature=0.001", "trainer.max_epochs=1")
     weights = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]

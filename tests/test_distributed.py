@@ -246,6 +246,23 @@ def test_two_ranks_learn_the_same_where_one_has_images_in_tiles(trainer, fit, ru
         torch.testing.assert_close(weights, alone, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp_sim", "fsdp_sim"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by torch.compile
+def test_compiled_blocks_of_two_ranks_learn_the_same(trainer, fit, alone, run_ranks, tmp_path):
+    compiled = ["tuning.compile=[llm]", "+tuning.compiler.backend=eager"]
+
+    def run(rank):
+        _, module, losses = fit(tmp_path, 2, *OPTIM, *compiled, f"trainer={trainer}", steps=4)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return losses, graphs, list(module.state_dict())
+
+    for rank, (losses, graphs, names) in enumerate(run_ranks(2, run)):
+        torch.testing.assert_close(losses, alone[0][rank : 4 * PER_STEP : 2], rtol=1e-4, atol=1e-5)
+        assert graphs > 0, "nothing was compiled"
+        assert not [name for name in names if "_orig_mod" in name]
+
+
 class Angles(Callback):
     """How far cos is from that of float32 angles, rounded at the very end."""
 

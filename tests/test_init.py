@@ -182,6 +182,7 @@ def die_at_the_fourth():
     return counting
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_its_own_weights(run_train, trained, weights, tmp_path, monkeypatch):
     """Killed and started again, with nothing left to start from: as if nothing had happened."""
     source = tmp_path / "source"

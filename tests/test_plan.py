@@ -137,6 +137,7 @@ class Checkpointed(VideoLLMModule):
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
+@pytest.mark.slow
 def test_blocks_that_run_twice_are_planned_as_they_run(alone):
     """What is freed on the way stays out, however many blocks there are."""
     config, plainly = alone
@@ -154,6 +155,7 @@ def test_blocks_that_run_twice_are_planned_as_they_run(alone):
     assert plainly.step.computed < 1.01 * sum(plainly.step.flops.values())
 
 
+@pytest.mark.slow
 def test_a_rank_of_eight_keeps_an_eighth(alone, planned):
     whole = alone[1].step
     _, found = planned("trainer=fsdp_sim", "data.global_batch_size=16", ranks=8)
