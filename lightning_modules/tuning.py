@@ -11,9 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lightning_modules.lora import is_lora, merge_lora, without_lora
-
-__all__ = ["Tuning", "merge_lora", "recompute", "without_lora"]
+from lightning_modules.lora import is_lora
 
 
 @dataclass(frozen=True)

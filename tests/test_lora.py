@@ -1,4 +1,4 @@
-"""LoRA is a part of the model: saved, opened, merged, left out, and evaluated with its own alpha."""
+"""LoRA is part of the model: saved, opened, merged, left out, and evaluated with its own alpha."""
 
 import json
 
@@ -8,9 +8,9 @@ import yaml
 from test_tuning import LORA, hidden, make_module, train, trained_lora
 
 from experiments import evaluate
-from lightning_modules.lora import is_lora, lora_layers
+from lightning_modules.lora import is_lora, lora_layers, merge_lora, without_lora
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
-from lightning_modules.tuning import Tuning, merge_lora, without_lora
+from lightning_modules.tuning import Tuning
 
 
 def test_a_fresh_lora_changes_nothing_and_can_be_left_out_later():
