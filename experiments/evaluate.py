@@ -104,7 +104,8 @@ def load(
         return VideoLanguageModel.from_pretrained(run, **named).eval(), 0
     path = run / "checkpoints" / name if name else newest_whole(run / "checkpoints")
     if path is None or not path.exists():
-        raise ValueError(f"no checkpoint {name or ''} in {run}: name a run directory with one")
+        wanted = f"checkpoint {name}" if name else "checkpoint"
+        raise ValueError(f"no {wanted} in {run}: set run= to a run directory with one")
     checkpoint = read_checkpoint(path)
     stages = checkpoint["stages"]
     if rotary and rotary != stages["rotary"]:

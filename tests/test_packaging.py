@@ -42,7 +42,14 @@ def test_only_the_packages_are_installed(tmp_path):
     assert result.stdout.strip() == "['experiments']", result.stderr
 
 
-@pytest.mark.parametrize("script", sorted(SCRIPTS))
+#: Ten seconds of imports each, and the same as those of ropelab-train.
+HEAVY = {f"ropelab-{name}" for name in ("export", "import", "plan", "reference")}
+
+
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(s, marks=[pytest.mark.slow] if s in HEAVY else []) for s in sorted(SCRIPTS)],
+)
 def test_programs_run_from_any_directory(script, tmp_path):
     config = CONFIG_DIR / f"{script.removeprefix('ropelab-')}.yaml"
     arguments = ["--cfg", "job"] if config.is_file() else ["--help"]
