@@ -231,7 +231,7 @@ def test_two_ranks_learn_what_one_process_learns(trainer, fit, alone, run_ranks,
     assert lines[1]["keys"] == [f"s{m}.tar/{n}" for m in range(4, 8) for n in range(2)]
 
 
-@pytest.mark.parametrize("trainer", ["ddp_sim", "fsdp_sim"])
+@pytest.mark.parametrize("trainer", [pytest.param("ddp_sim", marks=pytest.mark.slow), "fsdp_sim"])
 def test_two_ranks_learn_the_same_where_one_has_images_in_tiles(trainer, fit, run_ranks, tmp_path):
     options = [*OPTIM, "+model.tiles={newline: true}"]
 

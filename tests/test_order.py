@@ -364,6 +364,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_a_place_among_a_billion_samples_is_found_fast(tmp_path):
     """A million shards, 4,096 ranks: what any of their readers does before its first sample."""
     (tmp_path / ".nv-meta").mkdir()

@@ -112,13 +112,10 @@ def test_kill_9_at_random_moments(moments, whole, tmp_path):
     assert samples(folder) == samples(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "worlds"),
-    [
-        ("ddp_sim", [(2, 12)]),
-        pytest.param("ddp_sim", [(2, 12), (4, 33)], marks=pytest.mark.slow),
-        pytest.param("fsdp_sim", [(2, 12), (4, 33)], marks=pytest.mark.slow),
-    ],
+    [("ddp_sim", [(2, 12), (4, 33)]), ("fsdp_sim", [(2, 12), (4, 33)])],
 )
 def test_a_killed_rank_and_a_resume_on_more_and_fewer(trainer, worlds, whole, tmp_path):
     """One of 2 ranks is killed, then one of 4; then one process goes on to the end."""
