@@ -43,7 +43,7 @@ person people man woman child dog cat bird car bike bus boat house tree street r
 moving moves standing sitting walking running playing holding looking eating going fast slow
 yes no not only one two three four five six seven eight nine ten zero small large big old new
 card cards
-""".split()  # noqa: SIM905 - a hundred quoted words are no easier to read  # noqa: SIM905 - as a list it would be one word a line
+""".split()  # noqa: SIM905 - as a list it would be one word a line
 
 
 def load_tokenizer(source: str | None) -> PreTrainedTokenizerFast:
