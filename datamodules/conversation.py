@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError
-from datamodules.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from datamodules.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_video
 from datamodules.tokenizer import load_tokenizer
 
 VISUALS = VIDEO_SUFFIXES | IMAGE_SUFFIXES
@@ -118,10 +118,6 @@ def match_visuals(turns: Sequence[Turn], raw: dict[str, Any]) -> list[str]:
     """
     suffixes = [suffix for suffix in raw if suffix.rpartition(".")[2] in VISUALS]
     return match_slots(turns, sorted(suffixes, key=_by_number))
-
-
-def is_video(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in VIDEO_SUFFIXES
 
 
 def _by_number(suffix: str) -> tuple[int, str]:

@@ -144,6 +144,10 @@ class FrameReader:
         pixels = np.array(picture.resize(size, Image.Resampling.BICUBIC))
         return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()  # h w c -> 1 c h w
 
+    def read(self, name: str, data: bytes) -> tuple[UInt8[Tensor, "n c h w"], Tiles | None]:
+        """Frames of a visual by the ending of its name; raises as `video` and `picture`."""
+        return (self.video(data), None) if is_video(name) else self.picture(data)
+
     def picture(self, data: bytes) -> tuple[UInt8[Tensor, "n c h w"], Tiles | None]:
         """An image as one frame, or as a thumbnail and tiles; raises as `image`."""
         if self.tiles is None:
@@ -162,6 +166,10 @@ class FrameReader:
             width=self.image_size, height=self.image_size, format="rgb24", interpolation="AREA"
         )
         return upright(small.to_ndarray(), frame)
+
+
+def is_video(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in VIDEO_SUFFIXES
 
 
 def frame_times(data: bytes) -> list[float]:

@@ -33,7 +33,6 @@ from datamodules.budget import BudgetOrder
 from datamodules.conversation import (
     ConversationEncoder,
     EncodedConversation,
-    is_video,
     parse_sample,
     read_entry,
 )
@@ -70,10 +69,7 @@ def decode_sample(
     task = read_task(read_entry(raw), turns)
     # What is asked of a model must not be given away to the pooler.
     text = conversation(turns, prompt_with_answers=False if task else None)
-    read = [
-        (frames.video(raw[suffix]), None) if is_video(suffix) else frames.picture(raw[suffix])
-        for suffix in suffixes
-    ]
+    read = [frames.read(suffix, raw[suffix]) for suffix in suffixes]
     return Sample(
         key=f"{raw['__url__']}/{raw['__key__']}",
         text=text,
@@ -186,7 +182,7 @@ class InstructDataModule(StepsDataModule):
         return {
             "data": manifest.fingerprint(),
             "samples": len(manifest),
-            "frames": _facts(self._frames),
+            "frames": described(self._frames),
             "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16],
             "max_length": conversation.max_length,
             "max_prompt_length": conversation.max_prompt_length,
@@ -297,7 +293,7 @@ class InstructDataModule(StepsDataModule):
         return self.trainer.global_rank if self.trainer else 0
 
 
-def _facts(made: Any) -> dict[str, Any]:
+def described(made: Any) -> dict[str, Any]:
     """An object's settings as plain containers, those of the objects in it too."""
-    settings = {k: _facts(v) if hasattr(v, "__dict__") else v for k, v in vars(made).items()}
+    settings = {k: described(v) if hasattr(v, "__dict__") else v for k, v in vars(made).items()}
     return {"name": type(made).__name__, **settings}

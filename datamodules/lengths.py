@@ -25,8 +25,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from datamodules.batch import VISUAL_SLOT, BadSampleError
-from datamodules.conversation import ConversationEncoder, is_video, parse_sample
-from datamodules.frames import frame_times
+from datamodules.conversation import ConversationEncoder, parse_sample
+from datamodules.frames import frame_times, is_video
 from datamodules.index import (
     Manifest,
     Shard,

@@ -9,8 +9,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from datamodules.batch import BadSampleError
-from datamodules.conversation import Turn, is_video, parse_sample
-from datamodules.frames import FrameReader
+from datamodules.conversation import Turn, parse_sample
+from datamodules.frames import FrameReader, is_video
 from datamodules.index import read_manifest
 from datamodules.stream import ShardReader
 from datamodules.tar import untar_sample

@@ -18,13 +18,14 @@ from webdataset import TarWriter  # pyright: ignore[reportAttributeAccessIssue]
 
 from datamodules.annotations import to_conversation, with_answers
 from datamodules.batch import BadSampleError
-from datamodules.conversation import VISUALS, is_video, match_slots, parse_sample, read_turns
+from datamodules.conversation import VISUALS, match_slots, parse_sample, read_turns
 from datamodules.frames import (
     IMAGE_SUFFIXES,
     FrameReader,
     UniformSampler,
     check_image,
     count_frames,
+    is_video,
 )
 from datamodules.index import Shard, index_path, index_shard, lengths_path, write_index
 from datamodules.reencode import encode_frames, reencode

@@ -26,18 +26,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.batch import IGNORE_INDEX, BadSampleError, PreferenceBatch, VideoBatch
+from datamodules.batch import IGNORE_INDEX, BadSampleError, PreferenceBatch, Tiles, VideoBatch
 from datamodules.conversation import (
     ConversationEncoder,
     EncodedConversation,
-    is_video,
     match_visuals,
     read_entry,
     read_turns,
 )
 from datamodules.frames import FrameReader
 from datamodules.index import Manifest, Shard, join
-from datamodules.instruct import InstructDataModule, Sample
+from datamodules.instruct import InstructDataModule, Sample, described
 from datamodules.stream import ShardReader
 from datamodules.tar import untar_sample
 
@@ -52,6 +51,7 @@ class Pair:
     chosen: EncodedConversation
     rejected: EncodedConversation
     visuals: list[Tensor]  # uint8 (t c h w), t of each its own
+    tiles: list[Tiles | None]  # as in `VideoBatch`
     reference: tuple[float, float] | None  # log-probabilities of chosen and rejected
     settings: dict[str, str]  # what `reference` was made with
 
@@ -77,13 +77,11 @@ def decode_pair(
     if chosen.input_ids == rejected.input_ids:
         detail = f"the answers are the same in the first {conversation.max_length} tokens"
         raise BadSampleError("no_preference", detail)
-    visuals = [
-        frames.video(raw[suffix]) if is_video(suffix) else frames.image(raw[suffix])
-        for suffix in suffixes
-    ]
+    read = [frames.read(suffix, raw[suffix]) for suffix in suffixes]
+    visuals, tiles = [visual for visual, _ in read], [tiles for _, tiles in read]
     reference, settings = _reference(entry)
     key = f"{raw['__url__']}/{raw['__key__']}"
-    return Pair(key, chosen, rejected, visuals, reference, settings)
+    return Pair(key, chosen, rejected, visuals, tiles, reference, settings)
 
 
 def _question(entry: Any) -> list[Any]:
@@ -127,8 +125,8 @@ def _reference(entry: dict[str, Any]) -> tuple[tuple[float, float] | None, dict[
 def collate_pairs(
     pairs: Sequence[Pair], *, collate: Callable[[list[Sample]], VideoBatch]
 ) -> PreferenceBatch:
-    chosen = collate([Sample(p.key, p.chosen, p.visuals) for p in pairs])
-    rejected = collate([Sample(p.key, p.rejected, p.visuals) for p in pairs])
+    chosen = collate([Sample(p.key, p.chosen, p.visuals, p.tiles) for p in pairs])
+    rejected = collate([Sample(p.key, p.rejected, p.visuals, p.tiles) for p in pairs])
     known = [pair.reference for pair in pairs if pair.reference is not None]
     return PreferenceBatch(
         chosen,
@@ -162,23 +160,15 @@ class PreferenceDataModule(InstructDataModule):
             for tokenizer in (text.tokenizer, text.prompt_tokenizer)
         ]
         lengths = [text.max_length, text.max_prompt_length, text.prompt_with_answers]
-        described = {
-            "data.frames": _described(self._frames),
+        parts = {
+            "data.frames": described(self._frames),
             "data.conversation": [*words, lengths],
         }
-        return {key: _digest(value) for key, value in described.items()}
+        return {key: _digest(value) for key, value in parts.items()}
 
 
-def _described(thing: Any) -> Any:
-    """An object of settings as plain containers: its class and what it was made with."""
-    if not hasattr(thing, "__dict__"):
-        return thing
-    values = {name: _described(value) for name, value in vars(thing).items()}
-    return {"class": type(thing).__qualname__, **values}
-
-
-def _digest(described: Any) -> str:
-    text = json.dumps(described, sort_keys=True, default=str)
+def _digest(settings: Any) -> str:
+    text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

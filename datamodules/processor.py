@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from datamodules.batch import VideoBatch
-from datamodules.conversation import ConversationEncoder, Turn, is_video
+from datamodules.conversation import ConversationEncoder, Turn
 from datamodules.frames import FrameReader
 from datamodules.instruct import Sample, collate
 
@@ -101,13 +101,11 @@ class Processor:
         words = sum(self.conversation.count_slots(turn) for turn in turns)
         if words != len(paths):
             raise ValueError(f"{words} words <video> or <image> in the text, {len(paths)} files")
-        visuals = [
-            (self._frames.video if is_video(path.name) else self._frames.image)(path.read_bytes())
-            for path in paths
-        ]
+        read = [self._frames.read(path.name, path.read_bytes()) for path in paths]
         ends_with_answer = bool(turns) and turns[-1].role == "assistant"
         encode = self.conversation if ends_with_answer else self.conversation.ask
-        return Sample(" ".join(path.name for path in paths), encode(turns), visuals)
+        key = " ".join(path.name for path in paths)
+        return Sample(key, encode(turns), [v for v, _ in read], [tiles for _, tiles in read])
 
 
 def _build(spec: Mapping[str, Any]) -> Any:

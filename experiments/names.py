@@ -43,6 +43,6 @@ def device_flops() -> dict[str, float]:
     return {device.name: device.peak_flops for device in devices}
 
 
-OmegaConf.register_new_resolver("device_flops", device_flops, replace=True)
+OmegaConf.register_new_resolver("device_flops", device_flops, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("run_name", name_run, replace=True)
 OmegaConf.register_new_resolver("installed", find_installed, replace=True)

@@ -83,6 +83,10 @@ class ContrastiveClip(nn.Module):
             self.logit_scale.float().exp(),
         )
 
+    def blocks(self) -> list[nn.Module]:
+        """The units to shard, in the order in which they run."""
+        return self.encoder.blocks()
+
     @torch.no_grad()
     def clamp_scale(self) -> None:
         self.logit_scale.clamp_(max=_LARGEST_LOG_SCALE)
@@ -116,9 +120,6 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
 
     def build(self) -> ContrastiveClip:
         return ContrastiveClip(self.spec["encoder"], self.temperature)
-
-    def blocks(self) -> list[nn.Module]:
-        return self.network.encoder.blocks()
 
     def setup(self, stage: str) -> None:
         trainer = self.trainer

@@ -16,6 +16,7 @@ length, `dynamic` and `longrope`, read the longest sample of the batch, packed o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -41,12 +42,16 @@ class Placement:
 
     def spread(self, tokens: Shaped[Tensor, "n ..."], fill: int = 0) -> Shaped[Tensor, "b l ..."]:
         """Puts the tokens of all samples, one sample after the other, in their places."""
-        lengths = torch.tensor([stop - start for _, start, stop in self.spans])
-        row = torch.tensor([span.row for span in self.spans]).repeat_interleave(lengths)
-        column = torch.cat([torch.arange(start, stop) for _, start, stop in self.spans])
-        place = row.to(tokens.device), column.to(tokens.device)
+        place = tuple(numbers.to(tokens.device) for numbers in self._place)
         rows = tokens.new_full((self.rows, self.width, *tokens.shape[1:]), fill)
         return rows.index_put(place, tokens)  # no view, which FSDP's hooks would warn of
+
+    @cached_property
+    def _place(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each token, one sample after the other."""
+        lengths = torch.tensor([stop - start for _, start, stop in self.spans])
+        row = torch.tensor([span.row for span in self.spans]).repeat_interleave(lengths)
+        return row, torch.cat([torch.arange(start, stop) for _, start, stop in self.spans])
 
     def restart(self, positions: Float[Tensor, "4 b l"]) -> Float[Tensor, "4 b l"]:
         """Makes documents of the padding at the end of rows, none longer than a sample."""

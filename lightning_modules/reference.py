@@ -77,7 +77,7 @@ class FrozenReference(Reference):
         network.requires_grad_(False).eval()
         if stage._trainer is not None:  # as Lightning does with the policy
             stage.trainer.precision_plugin.convert_module(network)
-        stage.shard(network, network.blocks())
+        stage.shard(network)
         self._network = network
 
     @torch.no_grad()

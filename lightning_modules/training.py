@@ -53,24 +53,20 @@ class TrainingModule(LightningModule, Generic[Network]):
     def build(self) -> Network:
         """A new network of `spec`, on whatever device and with whatever dtype torch is set to."""
 
-    @abstractmethod
-    def blocks(self) -> list[nn.Module]:
-        """The units of the network to shard, in the order in which they run."""
-
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self.build().train()  # what was loaded from a source is not so by itself
             if self.init is not None and not self.resumed:
                 self.init.fill(self.model, self.spec)
             self.tuning.prepare(self.model)
-        self.shard(self.model, self.blocks())
+        self.shard(self.model)
 
-    def shard(self, network: nn.Module, blocks: list[nn.Module]) -> None:
-        """Spreads a network over the ranks, where the strategy is to have it so."""
+    def shard(self, network: Any) -> None:
+        """Spreads a network over the ranks by its `blocks`, where the strategy is to have it so."""
         if self.device_mesh is not None:
             mixed = self._trainer is not None and self._trainer.precision == "bf16-mixed"
             travel = torch.bfloat16 if mixed else None
-            shard(network, blocks, self.device_mesh["data_parallel"], travel)
+            shard(network, network.blocks(), self.device_mesh["data_parallel"], travel)
 
     def check(self) -> None:
         """Finds mistakes in the stages on the meta device, before weights or data are read.

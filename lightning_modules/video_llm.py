@@ -39,9 +39,6 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
     def build(self) -> VideoLanguageModel:
         return VideoLanguageModel(VideoLanguageModelConfig(**self.spec))
 
-    def blocks(self) -> list[nn.Module]:
-        return self.network.blocks()
-
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
         output: Output = self.network(batch, packing=self.packing)
         self.log("train/loss", output.loss, prog_bar=True, batch_size=len(batch))

@@ -9,7 +9,6 @@ than a second each, and tell the server of it.
 import csv
 import json
 import logging
-import os
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -121,16 +120,11 @@ class Table(NamedTuple):
 
 def append_table(folder: Path, table: Table) -> None:
     """Beyond what a kill of this process can take when it returns."""
-    with open(folder / _TABLES, "ab") as file:
-        if file.tell() and not _ends_whole(folder / _TABLES):
+    with open(folder / _TABLES, "ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        if file.read() not in (b"", b"\n"):
             file.write(b"\n")  # behind what a kill has torn
         file.write(json.dumps(table._asdict()).encode() + b"\n")
-
-
-def _ends_whole(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"
 
 
 def read_tables(folder: Path) -> Iterator[Table]:

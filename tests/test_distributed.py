@@ -467,7 +467,7 @@ def test_a_sharded_run_is_trained_tested_and_evaluated(tiny, compose, run_ranks,
     def run(rank):
         train.main.__wrapped__(compose(words, tmp_path))
 
-    def test_again(rank):
+    def evaluate_again(rank):
         config = compose(words, tmp_path / "again")
         model, steps = evaluate.load(tmp_path, None)
         trainer, datamodule = build(config.trainer, "trainer", logger=False), build(config.data, "")
@@ -479,7 +479,7 @@ def test_a_sharded_run_is_trained_tested_and_evaluated(tiny, compose, run_ranks,
     assert before.status == "tested"
     assert before.generations
     (tmp_path / "again").mkdir()
-    hashes = run_ranks(2, test_again)
+    hashes = run_ranks(2, evaluate_again)
     assert load_run(tmp_path / "again").needle.cells == before.needle.cells
     assert hashes == [sha256(evaluate.load(tmp_path, None)[0])] * 2
 

@@ -9,10 +9,13 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from datamodules.batch import IGNORE_INDEX
+from datamodules.instruct import decode_sample
+from datamodules.preference import decode_pair
 from datamodules.processor import Processor
 from datamodules.synthetic import draw_frames, encode_image, encode_video
 from experiments.evaluate import load
@@ -196,3 +199,24 @@ def test_peft_reads_the_adapter_beside_a_plain_llm(run_with_lora, tmp_path):
     assert all(torch.equal(own[name], theirs[name]) for name in own)
     scale = {layer.scaling["default"] for _, layer in lora_layers(adapted)}
     assert scale == {layer.scaling["default"] for _, layer in lora_layers(model)} == {2.0}
+
+
+def test_tiles_are_cut_as_in_training(compose, tmp_path):
+    """The same image, through the processor, through the stream, and as one of a pair."""
+    words = [f"experiment={RECIPE}", "name=a", "run_name=b", "tiles=llava_next"]
+    export(leave_run(compose(words, tmp_path / "run"), tmp_path / "run"), tmp_path / "out")
+    processor = Processor.from_pretrained(tmp_path / "out")
+    image = encode_image(Image.new("RGB", (90, 40), "red"))
+    (tmp_path / "a.jpg").write_bytes(image)
+    question = "<image>\nWhat color is it?"
+    asked = processor([[{"role": "user", "content": question}]], [[tmp_path / "a.jpg"]])
+    assert asked.tiles[0] is not None
+    frames, conversation = processor._frames, processor.conversation
+    turns = [{"from": "human", "value": question}]
+    answered = {"conversations": [*turns, {"from": "gpt", "value": "red"}]}
+    pair = {"conversations": turns, "chosen": "red", "rejected": "blue"}
+    raw = {"__key__": "k", "__url__": "u", "jpg": image}
+    for decode, entry in ((decode_sample, answered), (decode_pair, pair)):
+        sample = decode({**raw, "json": json.dumps(entry).encode()}, frames, conversation)
+        assert sample.tiles == asked.tiles
+        assert torch.equal(sample.visuals[0], asked.frames)

@@ -190,14 +190,14 @@ def test_offline_fragments_are_one_run_once_synced(server, whole, tmp_path, monk
 def test_an_end_that_is_reached_again_is_summed_up_anew(server, tmp_path):
     """A finished run is tested again with other lengths: one row, the newer number on top."""
 
-    def test_it(score: float) -> None:
+    def log_end(score: float) -> None:
         logger = make_logger(tmp_path)
         logger.log_metrics({"needle/plain": score}, 12)
         logger.log_metrics({"val/loss": score}, 12)
         finish_wandb(0)
 
     for score in (0.25, 0.75):
-        assert in_child(partial(test_it, score)) == 0
+        assert in_child(partial(log_end, score)) == 0
     (run,) = server.runs.values()
     first, second = run.rows
     assert (first["needle/plain"], second["val/loss"]) == (0.25, 0.25)

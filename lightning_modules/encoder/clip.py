@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, PretrainedConfig
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from lightning_modules.stage import set_attention
@@ -14,6 +14,14 @@ from lightning_modules.stage import set_attention
 from .base import Encoder
 from .bt_adapter import BTAdapter
 from .prompt import extend_context
+from .towers import (
+    check_given,
+    check_image_size,
+    embed_patches,
+    layers_before,
+    load_whole,
+    tower_sizes,
+)
 
 
 class ClipEncoder(Encoder):
@@ -53,11 +61,7 @@ class ClipEncoder(Encoder):
         super().__init__()
         clip = _load(source, config)
         set_attention(clip, "encoder", attention)
-        if image_size not in (None, clip.vision_model.config.image_size):
-            raise ValueError(
-                f"model.encoder.image_size is {image_size}, but the tower reads frames of "
-                f"{clip.vision_model.config.image_size} pixels: set it to that"
-            )
+        check_image_size(image_size, clip.vision_model.config.image_size)
         self.feature_layer, self.kept_positions = feature_layer, kept_positions
         self.attention = attention
         self.stretched = context_length is not None
@@ -169,22 +173,12 @@ def normalise(frames: Num[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
 
 
 def _load(source: str | None, config: Mapping[str, Any] | None) -> CLIPModel:
-    if (source is None) == (config is None):
-        raise ValueError("set one of model.encoder.source and model.encoder.config, and only one")
-    if config is not None:
-        text, vision = dict(config["text"]), dict(config["vision"])
-        dim = config["projection_dim"]
-        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim))
-    loaded: Any = CLIPModel.from_pretrained(
-        source, dtype=torch.get_default_dtype(), output_loading_info=True
-    )
-    clip, report = loaded
-    if report["missing_keys"]:
-        raise ValueError(
-            f"{source} lacks {len(report['missing_keys'])} of CLIP's weights, such as "
-            f"{min(report['missing_keys'])}: set model.encoder.source to a whole CLIP model"
-        )
-    return clip
+    check_given(source, config)
+    if config is None:
+        return load_whole(CLIPModel, source, "CLIP")
+    text, vision = dict(config["text"]), dict(config["vision"])
+    dim = config["projection_dim"]
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim))
 
 
 def embed(tower: CLIPVisionModel, frames: Float[Tensor, "n c h w"]) -> Float[Tensor, "n s d"]:
@@ -193,27 +187,10 @@ def embed(tower: CLIPVisionModel, frames: Float[Tensor, "n c h w"]) -> Float[Ten
     Not transformers' own forward: that reads the position ids from a buffer which no checkpoint
     holds, so a tower that was built on the meta device would read whatever is in memory.
     """
-    embeddings, side = tower.embeddings, tower.config.image_size
-    if frames.shape[-2:] != (side, side):
-        raise ValueError(
-            f"frames of {frames.shape[-2]} x {frames.shape[-1]} pixels, but the encoder reads "
-            f"{side} x {side}: set data.frames.image_size to {side}"
-        )
-    weight = embeddings.patch_embedding.weight
-    patches = embeddings.patch_embedding(frames.to(weight.dtype)).flatten(2).mT  # n p d
+    embeddings = tower.embeddings
+    patches = embed_patches(embeddings, frames, tower.config.image_size)  # n p d
     token = embeddings.class_embedding.expand(frames.shape[0], 1, -1)
     return torch.cat([token, patches], dim=1) + embeddings.position_embedding.weight
-
-
-def layers_before(feature_layer: int, depth: int) -> int:
-    """How many layers run before hidden state `feature_layer` of a tower of `depth` layers."""
-    count = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
-    if not 0 <= count <= depth:
-        raise ValueError(
-            f"model.encoder.feature_layer {feature_layer} is not in a tower of {depth} layers: "
-            f"take {-depth - 1} to {depth}"
-        )
-    return count
 
 
 def _branch_start(adapter_depth: int, kept: int, depth: int) -> int:
@@ -225,9 +202,3 @@ def _branch_start(adapter_depth: int, kept: int, depth: int) -> int:
             f"layer {kept} of {depth}, so take {depth - kept + 1} to {depth}"
         )
     return start
-
-
-def tower_sizes(config: PretrainedConfig) -> dict[str, Any]:
-    """What rebuilds a tower: its architecture, without what transformers notes beside it."""
-    notes = ("transformers_version", "model_type", "architectures", "dtype", "projection_dim")
-    return {k: v for k, v in config.to_diff_dict().items() if k not in notes}

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from .base import Encoder
-from .clip import embed, layers_before, normalise, tower_sizes
+from .clip import embed, normalise
+from .towers import check_image_size, layers_before, tower_sizes
 
 
 class ClipVisionEncoder(Encoder):
@@ -35,11 +36,7 @@ class ClipVisionEncoder(Encoder):
         super().__init__()
         self.vision = CLIPVisionModel(CLIPVisionConfig(**config["vision"]))
         architecture: Any = self.vision.config
-        if image_size not in (None, architecture.image_size):
-            raise ValueError(
-                f"model.encoder.image_size is {image_size}, but the tower reads frames of "
-                f"{architecture.image_size} pixels: set it to that"
-            )
+        check_image_size(image_size, architecture.image_size)
         self.feature_layer = feature_layer
         layers = self.vision.encoder.layers
         self.vision.encoder.layers = layers[: layers_before(feature_layer, len(layers))]

@@ -16,9 +16,16 @@ from transformers import (
 )
 
 from .base import Encoder
-from .clip import layers_before, tower_sizes
 from .clip_vision import no_prompts
 from .prompt import extend_context
+from .towers import (
+    check_given,
+    check_image_size,
+    embed_patches,
+    layers_before,
+    load_whole,
+    tower_sizes,
+)
 
 
 class SiglipEncoder(Encoder):
@@ -54,11 +61,7 @@ class SiglipEncoder(Encoder):
         self.vision = towers.vision_model if self.reads_prompts else towers
         self.text = towers.text_model if self.reads_prompts else None
         architecture = self.vision.config
-        if image_size not in (None, architecture.image_size):
-            raise ValueError(
-                f"model.encoder.image_size is {image_size}, but the tower reads frames of "
-                f"{architecture.image_size} pixels: set it to that"
-            )
+        check_image_size(image_size, architecture.image_size)
         self.feature_layer, self.kept_positions = feature_layer, kept_positions
         layers = self.vision.encoder.layers
         self.vision.encoder.layers = layers[: layers_before(feature_layer, len(layers))]
@@ -151,14 +154,8 @@ class SiglipEncoder(Encoder):
         Raises:
             ValueError: frames of another size than the tower reads.
         """
-        embeddings, side = self.vision.embeddings, self.image_size
-        if frames.shape[-2:] != (side, side):
-            raise ValueError(
-                f"frames of {frames.shape[-2]} x {frames.shape[-1]} pixels, but the encoder reads "
-                f"{side} x {side}: set data.frames.image_size to {side}"
-            )
-        weight = embeddings.patch_embedding.weight
-        patches = embeddings.patch_embedding(frames.to(weight.dtype)).flatten(2).mT  # n p d
+        embeddings = self.vision.embeddings
+        patches = embed_patches(embeddings, frames, self.image_size)  # n p d
         return patches + embeddings.position_embedding.weight
 
 
@@ -168,20 +165,10 @@ def _normalise(frames: Num[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
 
 
 def _load(source: str | None, config: Mapping[str, Any] | None) -> PreTrainedModel:
-    if (source is None) == (config is None):
-        raise ValueError("set one of model.encoder.source and model.encoder.config, and only one")
-    if config is not None:
-        vision = dict(config["vision"])
-        if "text" not in config:
-            return SiglipVisionModel(SiglipVisionConfig(**vision))
-        return SiglipModel(SiglipConfig(vision_config=vision, text_config=dict(config["text"])))
-    loaded: Any = SiglipModel.from_pretrained(
-        source, dtype=torch.get_default_dtype(), output_loading_info=True
-    )
-    siglip, report = loaded
-    if report["missing_keys"]:
-        raise ValueError(
-            f"{source} lacks {len(report['missing_keys'])} of SigLIP's weights, such as "
-            f"{min(report['missing_keys'])}: set model.encoder.source to a whole SigLIP"
-        )
-    return siglip
+    check_given(source, config)
+    if config is None:
+        return load_whole(SiglipModel, source, "SigLIP")
+    vision = dict(config["vision"])
+    if "text" not in config:
+        return SiglipVisionModel(SiglipVisionConfig(**vision))
+    return SiglipModel(SiglipConfig(vision_config=vision, text_config=dict(config["text"])))

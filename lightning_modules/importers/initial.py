@@ -13,6 +13,7 @@ from lightning_modules.checkpoint import newest_whole
 from lightning_modules.checkpoint.whole import what_is_wrong
 from lightning_modules.importers.match import Allowed, Match, Rule, check, copy, match
 from lightning_modules.importers.stored import open_weights
+from lightning_modules.lora import is_lora
 from lightning_modules.weights import read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -20,8 +21,8 @@ logger = logging.getLogger(__name__)
 #: Stages keep their names from one training to the next.
 _SAME = (Rule("", ""),)
 
-#: In the names of an adapter's own weights, and of what it stands beside (peft).
-_LORA, _BASE = "lora_", ".base_layer."
+#: In the names of what LoRA stands beside (peft).
+_BASE = ".base_layer."
 
 
 class Initial:
@@ -50,8 +51,8 @@ class Initial:
             self._opened = _open(self.path)
         stored = _into_adapted(self._opened[0], network)
         found = match(stored, network, _SAME)
-        if not any(_LORA in name for name in stored):  # fresh adapters change nothing yet
-            found.unfilled = [name for name in found.unfilled if _LORA not in name]
+        if not any(map(is_lora, stored)):  # fresh adapters change nothing yet
+            found.unfilled = [name for name in found.unfilled if not is_lora(name)]
         check(found, self._allowed, f"init={self.path}")
         return found
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import LlavaNextConfig, PreTrainedConfig
 
-from lightning_modules.encoder.clip import tower_sizes
+from lightning_modules.encoder.towers import tower_sizes
 from lightning_modules.importers.base import Importer
 from lightning_modules.importers.match import Rule
 
