@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -320,3 +321,5 @@ def _fake_group(ranks: int, wanted: bool) -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+        # What PyTorch remembers of sharded operators names the fake rank, also to a later group.
+        _clear_sharding_prop_cache()

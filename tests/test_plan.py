@@ -8,6 +8,9 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.plugins import Precision
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -153,6 +156,21 @@ def test_blocks_that_run_twice_are_planned_as_they_run(alone):
     assert found.computed == flops > 1.1 * sum(found.flops.values())
     assert found.peak - kept == pytest.approx(peak, rel=0.02)
     assert plainly.step.computed < 1.01 * sum(plainly.step.flops.values())
+
+
+def test_a_plan_leaves_no_rank_of_its_own_behind(planned, run_ranks):
+    planned("trainer=fsdp_sim", ranks=2)
+
+    def place(rank):
+        distributed.init_process_group("gloo", rank=rank, world_size=2)
+        names = ("data_parallel", "tensor_parallel")
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=names)["data_parallel"]
+        weight = distribute_tensor(torch.zeros(32), mesh, [Shard(0)])
+        found = weight.detach().device_mesh.get_coordinate()
+        distributed.destroy_process_group()
+        return found
+
+    assert run_ranks(2, place) == [(0,), (1,)]
 
 
 @pytest.mark.slow
