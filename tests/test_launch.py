@@ -225,7 +225,10 @@ def test_gpus_that_cannot_be_shared_are_one_line(start):
 # Stopping
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)],
+)
 def test_a_signal_stops_the_jobs_and_the_same_command_goes_on(number, code, start, run):
     count = 2
     command = ["launcher=local_parallel", f"hydra.launcher.n_jobs={count}", "seed=0,1,2"]

@@ -127,7 +127,10 @@ def test_a_killed_second_test_is_not_taken_for_the_first(whole, run_train, tmp_p
     assert {c.needle for c in load_run(folder).needle.cells["plain"]} == {0, 1, 2}
 
 
-@pytest.mark.parametrize(("batches", "killed_at"), [(1, 7), (2, 7), (3, 11)])
+@pytest.mark.parametrize(
+    ("batches", "killed_at"),
+    [*(pytest.param(n, 7, marks=pytest.mark.slow) for n in (1, 2)), (3, 11)],
+)
 def test_a_killed_run_goes_on_to_the_same_end(batches, killed_at, run_train, tmp_path, at_batch):
     options = [f"data.global_batch_size={4 * batches}", "callbacks.checkpoint.every_n_steps=2"]
     run_train(tmp_path / "whole", *options, "test=false")
@@ -149,7 +152,9 @@ def test_a_killed_run_goes_on_to_the_same_end(batches, killed_at, run_train, tmp
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_told_to_stop_a_run_ends_the_step_saves_and_resumes(
     number, whole, run_train, tmp_path, at_batch
 ):

@@ -120,6 +120,7 @@ def test_what_the_user_cancels_stays_cancelled(cluster, start, until, tmp_path):
     assert (second / "done.json").is_file()
 
 
+@pytest.mark.slow
 def test_an_array_survives_its_launcher_and_only_what_is_missing_is_submitted(
     cluster, start, until, tmp_path
 ):
@@ -151,6 +152,7 @@ def test_an_array_survives_its_launcher_and_only_what_is_missing_is_submitted(
     assert [len(starts(run)) for run in runs(tmp_path, 4)] == [1] * 4
 
 
+@pytest.mark.slow
 def test_jobs_of_a_lost_node_run_on_another(cluster, start, until, tmp_path):
     sweep = start("launcher=slurm", "seed=0")
     (run,) = runs(tmp_path, 1)
