@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
+from lightning import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 #: Label of a token that is not learnt, as `torch.nn.functional.cross_entropy` ignores it.
@@ -239,3 +241,15 @@ def _join(first: Any, second: Any, name: str) -> Any:
     joined[: len(first), : first.shape[1]] = first
     joined[len(first) :, : second.shape[1]] = second
     return joined
+
+
+def data_rank(trainer: Trainer) -> tuple[int, int]:
+    """Which of how many shares of the micro-batches this process reads.
+
+    Those of a rank, but where ranks split the layers of a model among them: these read the same.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        shared = strategy.distributed_sampler_kwargs
+        return shared["rank"], shared["num_replicas"]
+    return trainer.global_rank, trainer.world_size

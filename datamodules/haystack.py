@@ -28,7 +28,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.batch import BadSampleError, VideoBatch
+from datamodules.batch import BadSampleError, VideoBatch, data_rank
 from datamodules.conversation import ConversationEncoder
 from datamodules.frames import FrameReader
 from datamodules.grid import GridPlan, NeedleGrid
@@ -188,9 +188,7 @@ class HaystackDataModule(StepsDataModule):
     ) -> StreamLoader:
         samples = HaystackSamples(*self._sets[split], plan, self.conversation)
         stream = HaystackStream(samples, self.batch_size, self._collate, per_step)
-        rank, world = (
-            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        )
+        rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
         return StreamLoader(
             lambda epoch: stream, stream, Faults("raise"), rank=rank, world=world, **position
         )

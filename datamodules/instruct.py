@@ -28,7 +28,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from datamodules.batch import IGNORE_INDEX, Task, Tiles, VideoBatch, pad_rows
+from datamodules.batch import IGNORE_INDEX, Task, Tiles, VideoBatch, data_rank, pad_rows
 from datamodules.budget import BudgetOrder
 from datamodules.conversation import (
     ConversationEncoder,
@@ -263,13 +263,14 @@ class InstructDataModule(StepsDataModule):
         self, split: str, order: FileOrder | MixtureOrder | BudgetOrder, **position: Any
     ) -> StreamLoader:
         decode, batch = self.decoder(), self.collater()
+        rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
         manifest, timeout_s = join(self._manifests[split]), self._options.timeout_s
         return StreamLoader(
             lambda epoch: EpochStream(manifest, order.epoch(epoch), decode, batch, timeout_s),
             order,
             self.faults[split],
-            rank=self._rank,
-            world=self.trainer.world_size if self.trainer else 1,
+            rank=rank,
+            world=world,
             num_workers=self._options.num_workers,
             **position,
         )

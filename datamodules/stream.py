@@ -27,7 +27,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from lightning import Trainer
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.batch import BadSampleError
+from datamodules.batch import BadSampleError, data_rank
 from datamodules.budget import BudgetOrder
 from datamodules.index import Manifest, Shard
 from datamodules.mixture import MixtureOrder
@@ -250,7 +250,7 @@ def trained_on(trainer: Trainer | None) -> tuple[int, int]:
         return 0, 0
     current = trainer.fit_loop.epoch_loop.batch_progress.current
     done = current.processed  # pyright: ignore[reportAttributeAccessIssue]
-    return trainer.current_epoch, done * trainer.world_size
+    return trainer.current_epoch, done * data_rank(trainer)[1]
 
 
 class StreamLoader:

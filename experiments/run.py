@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.syntax import Syntax
 
-from datamodules.batch import BadSampleError
+from datamodules.batch import BadSampleError, data_rank
 from datamodules.module import StepsDataModule
 from experiments import cluster, launcher, names  # noqa: F401 - Hydra knows launchers and `run_name`
 from lightning_modules.loggers import finish_wandb
@@ -68,7 +68,15 @@ def share_steps(trainer: Trainer, datamodule: StepsDataModule) -> None:
     Raises:
         ValueError: batches and ranks do not divide it, or the trainer was told something else.
     """
-    micro_batches = datamodule.accumulation(trainer.world_size)
+    ranks = data_rank(trainer)[1]
+    try:
+        micro_batches = datamodule.accumulation(ranks)
+    except ValueError as error:
+        if (readers := trainer.world_size // ranks) == 1:
+            raise
+        raise ValueError(
+            f"{error} (ranks of {readers} processes each, trainer.strategy.tensor_parallel_size)"
+        ) from None
     if trainer.accumulate_grad_batches not in (1, micro_batches):
         raise ValueError(
             f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but "

@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import distributed
 
-from datamodules.batch import PreferenceBatch, VideoBatch
+from datamodules.batch import PreferenceBatch, VideoBatch, data_rank
 
 _COLUMNS = ["step", "key", "prompt", "answer", "generated"]
 
@@ -97,7 +97,7 @@ class BadSamples(Callback):
             everyone: list[Any] = [dict(faults.new)] * trainer.world_size
             if trainer.world_size > 1:
                 distributed.all_gather_object(everyone, everyone[0])
-            faults.merge(everyone)
+            faults.merge(everyone[:: _readers(trainer)])
         pl_module.log("data/bad_samples", float(faults.counts.total()))
         faults.judge(data.trained_samples)
 
@@ -142,10 +142,16 @@ class SampleAudit(Callback):
             distributed.all_gather_object(ranks, self._keys)
         self._step, self._keys = trainer.global_step, []
         if trainer.is_global_zero:
-            micro_batches = [keys for turn in zip(*ranks, strict=True) for keys in turn]
+            shares = ranks[:: _readers(trainer)]
+            micro_batches = [keys for turn in zip(*shares, strict=True) for keys in turn]
             line = {"step": self._step, "keys": [key for keys in micro_batches for key in keys]}
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _readers(trainer: Trainer) -> int:
+    """Ranks in a row that read the same batches."""
+    return trainer.world_size // data_rank(trainer)[1]
 
 
 def _end_of_step(file: BinaryIO, step: int) -> int:

@@ -98,7 +98,7 @@ class NeedleModule(LightningModule):
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
-            shard(self.model, self.model.blocks(), self.device_mesh["data_parallel"])
+            shard(self.model, self.model.blocks(), self.device_mesh)
 
     @torch.no_grad()
     def on_test_start(self) -> None:

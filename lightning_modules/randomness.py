@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from datamodules.batch import data_rank
+
 
 class SeedByPosition(Callback):
     """Seeds torch for each training micro-batch from the run's seed, the epoch and its number.
@@ -31,7 +33,8 @@ class SeedByPosition(Callback):
         device = pl_module.device
         devices = [] if device.type == "cpu" else [device]
         self._forked.enter_context(torch.random.fork_rng(devices, device_type=device.type))
-        number = batch_idx * trainer.world_size + trainer.global_rank
+        rank, ranks = data_rank(trainer)
+        number = batch_idx * ranks + rank
         place = np.random.SeedSequence([self.seed, trainer.current_epoch, number])
         torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
 

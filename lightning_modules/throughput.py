@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from datamodules.batch import data_rank
 from lightning_modules.flops import FlopMeter
 
 
@@ -82,7 +83,9 @@ class Throughput(Callback):
         device = trainer.strategy.root_device
         sums = trainer.strategy.reduce(torch.tensor(own, device=device), reduce_op="sum")
         tokens, flops, waited, seconds = cast(Tensor, sums).tolist()  # of all ranks
-        pl_module.log("train/tokens_per_s", tokens / seconds * trainer.world_size, prog_bar=True)
+        ranks = data_rank(trainer)[1]
+        flops *= ranks / trainer.world_size  # each counts the layers that it shares as its own
+        pl_module.log("train/tokens_per_s", tokens / seconds * ranks, prog_bar=True)
         pl_module.log("train/data_wait", waited / seconds, prog_bar=True)
         if self._peak:
             pl_module.log("train/mfu", flops / seconds / self._peak, prog_bar=True)

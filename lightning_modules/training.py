@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_modules.importers.initial import Initial
-from lightning_modules.sharding import shard
+from lightning_modules.sharding import clip_norm, shard
 from lightning_modules.tuning import Tuning
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -66,7 +66,7 @@ class TrainingModule(LightningModule, Generic[Network]):
         if self.device_mesh is not None:
             mixed = self._trainer is not None and self._trainer.precision == "bf16-mixed"
             travel = torch.bfloat16 if mixed else None
-            shard(network, network.blocks(), self.device_mesh["data_parallel"], travel)
+            shard(network, network.blocks(), self.device_mesh, travel)
 
     def check(self) -> None:
         """Finds mistakes in the stages on the meta device, before weights or data are read.
@@ -95,13 +95,15 @@ class TrainingModule(LightningModule, Generic[Network]):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Lightning's, for fused optimizers in bf16-mixed, too.
+        """Lightning's, also for shards of several kinds and for fused optimizers in bf16-mixed.
 
-        There it refuses them, as they undo the scaling of float16's gradients by themselves; those
-        of bfloat16 are not scaled.
+        These it refuses, as they undo the scaling of float16's gradients by themselves; those of
+        bfloat16 are not scaled.
         """
         plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+        if self.device_mesh is not None and gradient_clip_algorithm in (None, "norm"):
+            clip_norm(plugin.main_params(optimizer), gradient_clip_val or 0.0)
+        elif isinstance(plugin, MixedPrecision) and plugin.scaler is None:
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
         else:

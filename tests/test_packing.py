@@ -225,7 +225,8 @@ def gradients_of_rank(batches, packing, rank):
     """One FSDP2 step of two ranks whose batches fill different numbers of rows."""
     torch.distributed.init_process_group("gloo")
     model = make_model()
-    shard(model, model.blocks(), init_device_mesh("cpu", (2,)))
+    axes = ("data_parallel", "tensor_parallel")
+    shard(model, model.blocks(), init_device_mesh("cpu", (2, 1), mesh_dim_names=axes))
     ran = [0] * len(model.blocks())
     for number, block in enumerate(model.blocks()):
         block.register_forward_hook(lambda *_, n=number: ran.__setitem__(n, ran[n] + 1))

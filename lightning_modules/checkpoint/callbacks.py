@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
+from datamodules.batch import data_rank
 from lightning_modules.checkpoint.position import (
     mark_validation_due,
     rescale,
@@ -109,14 +110,14 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["world_size"] = trainer.world_size
+        checkpoint["world_size"] = data_rank(trainer)[1]
         mark_validation_due(trainer, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            rescale(checkpoint, trainer.world_size)
+            rescale(checkpoint, data_rank(trainer)[1])
 
     def _agree(self, trainer: Trainer) -> None:
         reason = signals.received

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import Cache
 
 
@@ -56,6 +57,17 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The units to shard, in the order in which they run; each runs once for a batch."""
+
+    @abstractmethod
+    def split(self, mesh: DeviceMesh) -> None:
+        """Splits the layers of each block over the ranks of `mesh`, which has one axis.
+
+        What goes into a block and comes out of it stays whole, and the same on these ranks, whose
+        weights are alike before.
+
+        Raises:
+            ValueError: the layers cannot be shared by so many.
+        """
 
     @abstractmethod
     def to_spec(self) -> dict:

@@ -6,11 +6,13 @@ from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GgufConfig, PreTrainedModel
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 from transformers.utils.generic import is_flash_attention_requested
 
 from lightning_modules.llm.base import LanguageModel
+from lightning_modules.llm.split import split_blocks
 from lightning_modules.stage import set_attention
 
 
@@ -102,6 +104,9 @@ class CausalLM(LanguageModel):
 
     def blocks(self) -> list[nn.Module]:
         return list(self.decoder.layers)
+
+    def split(self, mesh: DeviceMesh) -> None:
+        split_blocks(self.blocks(), self.lm.config, mesh)
 
     def to_spec(self) -> dict:
         return {
