@@ -127,6 +127,20 @@ def _split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 @torch.no_grad()
+def agree_on_gradients(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
+    """Of what is not split all ranks of a row, `mesh`, take the gradients of the first.
+
+    They are alike but for the order in which a GPU adds. Where a gradient is next to nothing, AdamW
+    makes whole steps of that, and the weights of a row would drift apart.
+    """
+    if mesh.size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None and _copies(parameter.grad) > 1:
+            distributed.broadcast(_piece(parameter.grad), group=mesh.get_group(), group_src=0)
+
+
+@torch.no_grad()
 def clip_norm(parameters: Iterable[Tensor], largest: float) -> None:
     """`clip_grad_norm_` of shards; PyTorch's takes none that are spread over different ranks.
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_modules.importers.initial import Initial
-from lightning_modules.sharding import clip_norm, shard
+from lightning_modules.sharding import agree_on_gradients, clip_norm, shard
 from lightning_modules.tuning import Tuning
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -101,6 +101,8 @@ class TrainingModule(LightningModule, Generic[Network]):
         bfloat16 are not scaled.
         """
         plugin = self.trainer.precision_plugin
+        if self.device_mesh is not None:
+            agree_on_gradients(plugin.main_params(optimizer), self.device_mesh["tensor_parallel"])
         if self.device_mesh is not None and gradient_clip_algorithm in (None, "norm"):
             clip_norm(plugin.main_params(optimizer), gradient_clip_val or 0.0)
         elif isinstance(plugin, MixedPrecision) and plugin.scaler is None:
