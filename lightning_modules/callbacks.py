@@ -150,7 +150,7 @@ class SampleAudit(Callback):
 
 
 def _readers(trainer: Trainer) -> int:
-    """Ranks in a row that read the same batches."""
+    """How many ranks in a row read the same batches."""
     return trainer.world_size // data_rank(trainer)[1]
 
 

@@ -360,31 +360,39 @@ def test_a_stage_without_llm_is_refused(run_ranks):
     run_ranks(2, run)
 
 
+@pytest.fixture(scope="module")
+def recipe(compose, tiny, tmp_path_factory):
+    return compose([*tiny, *TP, "data.batch_size=2"], tmp_path_factory.mktemp("recipe"))
+
+
+def shared(recipe, devices, size=2):
+    """A trainer that nothing runs on, once it knows how steps are shared."""
+    strategy = {**recipe.trainer.strategy, "tensor_parallel_size": size}
+    settings = {**recipe.trainer, "strategy": strategy, "devices": devices, "logger": False}
+    trainer = build(settings, "trainer")
+    share_steps(trainer, build(recipe.data, "data"))
+    return trainer
+
+
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("devices", "size", "message"),
     [
-        (["trainer.devices=3"], "tensor_parallel_size=2 does not divide 3 ranks"),
-        (
-            ["trainer.devices=6", "data.batch_size=2"],
-            r"on 3 ranks: .* legal numbers of ranks: 1, 2 \(ranks of 2 processes each, ",
-        ),
-        (["trainer.strategy.tensor_parallel_size=0"], "size is 0; set it to 1 or more"),
+        (3, 2, "tensor_parallel_size=2 does not divide 3 ranks"),
+        (6, 2, r"on 3 ranks: .* numbers of ranks: 1, 2 \(ranks of 2 processes each, "),
+        (2, 0, "size is 0; set it to 1 or more"),
     ],
 )
-def test_ranks_that_make_no_rows_are_refused_in_one_line(words, message, compose, tiny, tmp_path):
-    config = compose([*tiny, *TP, *words], tmp_path)
+def test_ranks_that_make_no_rows_are_refused_in_one_line(devices, size, message, recipe):
     with pytest.raises(ValueError, match=message):
-        share_steps(build(config.trainer, "trainer", logger=False), build(config.data, "data"))
+        shared(recipe, devices, size)
 
 
-def test_rows_share_the_steps(compose, tiny, tmp_path):
-    config = compose([*tiny, *TP, "trainer.devices=4", "data.batch_size=2"], tmp_path)
-    trainer, data = build(config.trainer, "trainer", logger=False), build(config.data, "data")
-    share_steps(trainer, data)
+def test_rows_share_the_steps(recipe):
+    trainer = shared(recipe, 4)
     assert data_rank(trainer) == (0, 2)
     assert trainer.accumulate_grad_batches == 1
 
 
-def test_a_plan_of_split_layers_is_refused(compose, tmp_path):
+def test_a_plan_of_split_layers_is_refused(recipe):
     with pytest.raises(ValueError, match="knows no tensor parallelism: plan with trainer=fsdp"):
-        is_sharded(compose(TP, tmp_path))
+        is_sharded(recipe)
