@@ -239,6 +239,32 @@ def test_an_exception_anywhere_and_the_run_goes_on_to_the_same_end(batch, every,
     assert_same_run(tmp_path, whole)
 
 
+class Steady(Tiny):
+    """Its learning rate does not depend on how long it trains."""
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory):
+    """17 steps of 2 micro-batches, of which an epoch has 12; validation after every third."""
+    folder = tmp_path_factory.mktemp("steady")
+    options = {"accumulate_grad_batches": 2, "val_check_interval": 0.25}
+    train(folder, module=Steady(folder), max_steps=17, **options)
+    return folder
+
+
+@pytest.mark.parametrize("ends", [[5], [6], [11], [12], [13], [2, 3, 14, 15]])
+def test_more_max_steps_go_on_where_fewer_have_ended(ends, steady, tmp_path):
+    """Within an epoch, behind a validation, at the end of an epoch."""
+    options = {"accumulate_grad_batches": 2, "val_check_interval": 0.25}
+    for end in [*ends, 17]:
+        trainer = train(tmp_path, module=Steady(tmp_path), max_steps=end, **options)
+        assert trainer.global_step == end
+    assert_same_run(tmp_path, steady)
+
+
 def fake_world(folder: Path, world: int) -> None:
     """Makes the checkpoint one of several ranks: each of these counts its share alone."""
     path = folder / "checkpoints/last.ckpt"

@@ -13,6 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from datamodules.batch import data_rank
 from lightning_modules.checkpoint.position import (
+    close_epoch,
+    leave_epoch_open,
     mark_validation_due,
     rescale,
     validation_is_next,
@@ -58,6 +60,7 @@ class LastCheckpoint(Checkpoint):
         trainer.strategy.checkpoint_io = DiskCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        close_epoch(trainer)
         self._step, self._stopping = trainer.global_step, None
         self._deferral.enter_context(signals.deferred())
         resumed = trainer.ckpt_path and Path(trainer.ckpt_path).resolve()
@@ -112,6 +115,7 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         checkpoint["world_size"] = data_rank(trainer)[1]
         mark_validation_due(trainer, checkpoint)
+        leave_epoch_open(trainer, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

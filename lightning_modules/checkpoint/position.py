@@ -53,3 +53,33 @@ def mark_validation_due(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     before = seen["total"]["completed"]
     seen["current"] = dict.fromkeys(_COUNTERS, 0)
     seen["total"] = dict.fromkeys(_COUNTERS, before) | {"ready": before + 1, "started": before + 1}
+
+
+def leave_epoch_open(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Lets a run that ended within an epoch, by `max_steps` or a callback, go on within it.
+
+    Lightning takes such an epoch for one that is over, and leaves the rest of its batches out. So
+    the checkpoint becomes one that was saved at the end of a batch, its validation behind it.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs = loops["epoch_progress"]
+    if trainer.is_last_batch or epochs["current"]["processed"] != epochs["current"]["started"]:
+        return
+    batches = loops["epoch_loop.batch_progress"]
+    for span in ("current", "total"):
+        epochs[span]["processed"] -= 1
+        batches[span]["completed"] -= 1
+    if not trainer.fit_loop._should_accumulate():  # counted between the end of a batch and here
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def close_epoch(trainer: Trainer) -> None:
+    """Lets a run that goes on from the end of an epoch begin the next one; asked at its start.
+
+    Under `max_steps` Lightning goes on in the epoch that is over, and counts one without batches.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_on_epoch_end:
+        loop.epoch_progress.increment_completed()
+        loop.reset_restart_stage()
+        loop._restarting = loop.epoch_loop.restarting = False

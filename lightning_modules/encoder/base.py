@@ -53,3 +53,7 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def to_spec(self) -> dict:
         """Class path and arguments that rebuild this stage without reading its source again."""
+
+    def copied(self) -> dict[str, str]:
+        """Parameters that start as copies of others, and of which; names as in the state dict."""
+        return {}

@@ -145,6 +145,15 @@ class ClipEncoder(Encoder):
         beside = [self.adapter] if self.adapter else []
         return [*self.vision.encoder.layers, *beside, *self.text.encoder.layers]
 
+    def copied(self) -> dict[str, str]:
+        if self.adapter is None:
+            return {}
+        return {
+            f"adapter.spatial.{n}.{name}": f"vision.encoder.layers.{self.branch_start + n}.{name}"
+            for n, layer in enumerate(self.adapter.spatial)
+            for name in layer.state_dict()
+        }
+
     def to_spec(self) -> dict:
         config = {
             "vision": tower_sizes(self.vision.config),

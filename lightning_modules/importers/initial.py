@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules.checkpoint import newest_whole
 from lightning_modules.checkpoint.whole import what_is_wrong
+from lightning_modules.encoder.base import Encoder
 from lightning_modules.importers.match import Allowed, Match, Rule, check, copy, match
 from lightning_modules.importers.stored import open_weights
 from lightning_modules.lora import is_lora
@@ -49,7 +50,7 @@ class Initial:
         """
         if self._opened is None:
             self._opened = _open(self.path)
-        stored = _into_adapted(self._opened[0], network)
+        stored = _with_copies(_into_adapted(self._opened[0], network), network)
         found = match(stored, network, _SAME)
         if not any(map(is_lora, stored)):  # fresh adapters change nothing yet
             found.unfilled = [name for name in found.unfilled if not is_lora(name)]
@@ -60,16 +61,19 @@ class Initial:
         """Copies tensor by tensor; under several ranks each reads for itself.
 
         Whatever rotary scheme the weights were trained with, that of `spec` is used; a line in the
-        log says where the two differ.
+        log says where the two differ, as one says which parts are not in the stored weights.
         """
-        copy(network, self.match(network).values)
+        found = self.match(network)
+        copy(network, found.values)
         assert self._opened is not None
-        self._note(self._opened[1].get("rotary"), spec.get("rotary"))
+        self._note(found, self._opened[1].get("rotary"), spec.get("rotary"))
         self._opened = None
 
     @rank_zero_only
-    def _note(self, trained: Any, asked: Any) -> None:
-        logger.info("starts from the weights of %s", self.path)
+    def _note(self, found: Match, trained: Any, asked: Any) -> None:
+        fresh = ", ".join(_parts(found.unfilled, found.values))
+        others = f"; as new models have them: {fresh}" if fresh else ""
+        logger.info("starts from the weights of %s%s", self.path, others)
         if None not in (trained, asked) and trained != asked:
             logger.warning(
                 "init=%s has learnt with rotary %s, this training has %s", self.path, trained, asked
@@ -80,6 +84,23 @@ def _into_adapted(stored: Mapping[str, Tensor], network: nn.Module) -> dict[str,
     """Weights saved without LoRA, by the names that they have in a network with it."""
     beside = {name.replace(_BASE, "."): name for name in network.state_dict() if _BASE in name}
     return {beside.get(name, name): value for name, value in stored.items()}
+
+
+def _with_copies(stored: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Parameters that start as copies of others do so here, too, where they are not stored."""
+    encoder = getattr(network, "encoder", None)
+    copied = encoder.copied() if isinstance(encoder, Encoder) else {}
+    pairs = {f"encoder.{name}": f"encoder.{of}" for name, of in copied.items()}
+    if any(name in stored for name in pairs):
+        return stored
+    return stored | {name: stored[of] for name, of in pairs.items() if of in stored}
+
+
+def _parts(names: Sequence[str], others: Mapping[str, Tensor]) -> list[str]:
+    """What a reader calls these parameters: their stages, or parts of those that others are in."""
+    shared = {name.partition(".")[0] for name in others}
+    paths = [name.split(".")[:2] for name in names]
+    return list(dict.fromkeys(".".join(p) if p[0] in shared else p[0] for p in paths))
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
