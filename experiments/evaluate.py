@@ -1,5 +1,8 @@
 """ropelab-evaluate: tests a trained model, with its own stages and another grid if one likes.
 
+Needles where the data hides some, scores where it has questions; of an encoder that was trained
+alone (module=clip_context), its recall.
+
 ropelab-evaluate run=runs/vniah_d_tiny/videorope-seed0 data.grid.frames=[24,512]
 ropelab-evaluate run=runs/run/videorope-seed0 data.val=held-out/ scores=[mc,hallucer]
 """
@@ -12,7 +15,9 @@ from typing import Any
 import hydra
 import lightning
 import yaml
+from lightning import LightningDataModule, Trainer
 from omegaconf import DictConfig
+from torch import nn
 
 from experiments import CONFIG_DIR
 from experiments.needles import test_needles
@@ -20,6 +25,7 @@ from experiments.run import build, build_all, plain, print_config, user_errors_i
 from experiments.rundir import RunDirectory
 from experiments.scores import score_answers
 from lightning_modules.checkpoint import newest_whole
+from lightning_modules.clip_context import ClipContextModule
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.weights import read_checkpoint
 
@@ -45,7 +51,12 @@ def main() -> None:
     @user_errors_in_one_line
     def evaluate(config: DictConfig) -> float | None:
         # 1. The model as it was trained
-        model, step = load(Path(config.run), plain(config.model.rotary) if named else None)
+        run = Path(config.run)
+        stage = build(config.module, "module")(model=plain(config.model))
+        if isinstance(stage, ClipContextModule):
+            model, step = None, load_encoder(run, stage)
+        else:
+            model, step = load(run, plain(config.model.rotary) if named else None)
         folder = RunDirectory(config)
         print_config(config)
         lightning.seed_everything(config.seed, workers=True, verbose=False)
@@ -58,9 +69,12 @@ def main() -> None:
         for made in trainer.loggers:
             made.log_hyperparams(plain(config))
 
-        # 3. The test: needles where the data hides some, scores where it has questions
-        score = test_needles(config, trainer, model, datamodule, step)
-        score_answers(config, trainer, model, datamodule, step)
+        # 3. The test: needles where the data hides some, scores where it has questions; or recall
+        if model is None:
+            score = measure_recall(config, trainer, stage, datamodule)
+        else:
+            score = test_needles(config, trainer, model, datamodule, step)
+            score_answers(config, trainer, model, datamodule, step)
         folder.finish(step, score)
         return score
 
@@ -70,7 +84,7 @@ def main() -> None:
 def training_overrides(typed: list[str]) -> list[str]:
     """What was overridden when the run named by `run=` was trained, to be overridden in turn.
 
-    What lies under its `paths.data` is found again from any directory.
+    What lies under its `paths.data`, or was made in its directory, is found again from any other.
     """
     if any(word in ("-m", "--multirun") for word in typed):
         sys.exit("error: one run at a time; call ropelab-evaluate once for each run=")
@@ -86,7 +100,11 @@ def training_overrides(typed: list[str]) -> list[str]:
     except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
         sys.exit(f"error: the files that say what {run} is are damaged ({type(error).__name__})")
     replayed = [word for word in words if not word.lstrip("+~").startswith(_NOT_REPLAYED)]
-    return [*replayed, f"paths.data='{Path(cwd) / data}'"]
+    found = [f"paths.data='{Path(cwd) / data}'"]
+    made = run.resolve() / "shards"
+    if made.is_dir():
+        found.append(f"paths.shards='{made}'")
+    return [*replayed, *found]
 
 
 def load(
@@ -102,22 +120,59 @@ def load(
     if (run / "config.json").is_file():
         named: dict[str, Any] = {"rotary": rotary} if rotary else {}
         return VideoLanguageModel.from_pretrained(run, **named).eval(), 0
-    path = run / "checkpoints" / name if name else newest_whole(run / "checkpoints")
-    if path is None or not path.exists():
-        wanted = f"checkpoint {name}" if name else "checkpoint"
-        raise ValueError(f"no {wanted} in {run}: set run= to a run directory with one")
-    checkpoint = read_checkpoint(path)
+    path, checkpoint = _read(run, name)
     stages = checkpoint["stages"]
+    if "llm" not in stages:
+        raise ValueError(
+            f"{path} holds {', '.join(stages)} alone, as module=clip_context trains it: start a "
+            f"training of an llm from it with init={run}, or ask for its recall with "
+            f"ropelab-evaluate run={run} experiment=clip_context"
+        )
     if rotary and rotary != stages["rotary"]:
         logger.warning("trained with %s, run with %s as asked", stages["rotary"], rotary)
         stages = {**stages, "rotary": rotary}
     model = VideoLanguageModel(VideoLanguageModelConfig(**stages))
+    _fill(model, checkpoint, path)
+    return model.eval(), checkpoint["global_step"]
+
+
+def load_encoder(run: Path, stage: ClipContextModule) -> int:
+    """Gives `stage` the encoder that was trained in `run`; returns its steps.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is that of another stage of training.
+    """
+    path, checkpoint = _read(run, None)
+    stage.on_load_checkpoint(checkpoint)  # refuses others
+    stage.spec, stage.resumed = dict(checkpoint["stages"]), True
+    _fill(stage.network, checkpoint, path)
+    return checkpoint["global_step"]
+
+
+def measure_recall(
+    config: DictConfig, trainer: Trainer, stage: ClipContextModule, datamodule: LightningDataModule
+) -> float:
+    """Share of the captions of `data.val` whose own visual is the most similar one."""
+    if not config.data.get("val"):
+        raise ValueError("no captions to find visuals by: set data.val to shards that have some")
+    (metrics,) = trainer.validate(stage, datamodule=datamodule, verbose=False)
+    return metrics["val/t2i_r1"]
+
+
+def _read(run: Path, name: str | None) -> tuple[Path, dict[str, Any]]:
+    path = run / "checkpoints" / name if name else newest_whole(run / "checkpoints")
+    if path is None or not path.exists():
+        wanted = f"checkpoint {name}" if name else "checkpoint"
+        raise ValueError(f"no {wanted} in {run}: set run= to a run directory with one")
+    return path, read_checkpoint(path)
+
+
+def _fill(network: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
     weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
     try:
-        model.load_state_dict(weights)
+        network.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its own stages: {error}") from None
-    return model.eval(), checkpoint["global_step"]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 from lightning import LightningDataModule, Trainer
 from omegaconf import DictConfig
 
+from datamodules.preference import PreferenceDataModule
 from experiments.run import build, plain
 from lightning_modules import weights
 from lightning_modules.model import VideoLanguageModel
@@ -23,9 +24,17 @@ def score_answers(
     """The numbers by name; none where no scores are chosen or the data has nothing held out.
 
     `step` is what the model was trained to.
+
+    Raises:
+        ValueError: what is held out are pairs of answers.
     """
     if not config.scores or not config.data.get("val"):
         return {}
+    if isinstance(datamodule, PreferenceDataModule):
+        raise ValueError(
+            "data.val holds pairs of answers, of which no score is known here: take needles "
+            "(data=vniah eval=vniah_d_tiny) or questions (data=instruct data.val=SHARDS)"
+        )
     scores: dict[str, Any] = build(config.scores, "scores")
     optimizer = build(config.optim.optimizer, "optim")  # not used
     module = VideoLLMModule(plain(config.model), optimizer, scores=scores)
