@@ -8,8 +8,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments import report_tables as tables
-from experiments.report_data import Run, load_runs
-from experiments.report_plots import COLOURS, draw_all
+from experiments.report_data import ABSENT, Run, load_runs
+from experiments.report_plots import COLOURS, draw_all, save_stages
 
 SHOWN_GENERATIONS = 8
 
@@ -18,12 +18,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("ropelab-report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
     parser.add_argument("--output", type=Path, help="where to write (default: the first of RUNS)")
+    parser.add_argument(
+        "--stages", type=Path, metavar="PNG", help="draw RUNS as stages in a row, and nothing else"
+    )
     options = parser.parse_args(arguments)
     try:
         runs = load_runs(options.runs)
+        if options.stages:
+            print(describe_stages(runs))
     except (ValueError, OSError) as error:
         sys.exit(f"ropelab-report: {error}")
-    for path in write_report(runs, options.output or options.runs[0]):
+    if options.stages:
+        written = [save_stages(runs, options.stages)]
+    else:
+        written = write_report(runs, options.output or options.runs[0])
+    for path in written:
         print(path.resolve())
 
 
@@ -53,6 +62,32 @@ def write_report(runs: list[Run], output: Path) -> list[Path]:
         path.write_text(environment.get_template(f"report.{suffix}.j2").render(facts))
         written.append(path)
     return written
+
+
+def describe_stages(runs: list[Run]) -> str:
+    """A Markdown table of runs that started from one another: each from its first step to its last.
+
+    Raises:
+        ValueError: a run has no loss yet.
+    """
+    lines = ["| stage | steps | train/loss | val/loss | other metrics of the last validation |"]
+    lines.append("|---|---|---|---|---|")
+    for run in runs:
+        if "train/loss" not in run.curves:
+            raise ValueError(f"{run.folder}: {run.status}")
+        spans = [_span(run.curves.get(name)) for name in ("train/loss", "val/loss")]
+        others = [
+            f"{name.removeprefix('val/')} {points[-1][1]:.3g}"
+            for name, points in sorted(run.curves.items())
+            if name.startswith("val/") and name != "val/loss"
+        ]
+        name, steps = run.config.get("name", run.folder.name), run.last_step + 1
+        lines.append(f"| {name} | {steps} | {' | '.join(spans)} | {', '.join(others)} |")
+    return "\n".join(lines)
+
+
+def _span(points: list[tuple[int, float]] | None) -> str:
+    return f"{points[0][1]:.3f} → {points[-1][1]:.3f}" if points else ABSENT
 
 
 def describe(runs: list[Run], groups: list[tables.Group], axes: list[str]) -> dict:

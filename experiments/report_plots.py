@@ -14,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from experiments.report_data import ABSENT, Cell, Needle
+from experiments.report_data import ABSENT, Cell, Needle, Run
 from experiments.report_tables import CONDITIONS, Group, score
 
 #: Okabe and Ito (2008): eight colours that every kind of colour vision tells apart; without the
@@ -113,6 +113,27 @@ def save_heatmap(needle: Needle, path: Path) -> Path:
         bar = ScalarMappable(Normalize(0, 1), HEATMAP)
         figure.colorbar(bar, ax=axes, label="share found", shrink=0.9, aspect=14, pad=0.015)
         figure.savefig(path, dpi=150)
+    return path
+
+
+def save_stages(runs: list[Run], path: Path) -> Path:
+    """Loss curves of runs that started from one another, side by side as they followed, as a PNG.
+
+    A loss is that of its stage alone: each has an axis of its own.
+    """
+    with _figure(1, len(runs), 3.6, 2.9) as figure:
+        axes = figure.subplots(1, len(runs), squeeze=False)[0]
+        for number, (ax, run) in enumerate(zip(axes, runs, strict=True)):
+            for name, look in (("train/loss", {"lw": 1.3}), ("val/loss", {"lw": 0, "marker": "o"})):
+                if name in run.curves:
+                    colour = COLOURS[0] if name == "train/loss" else COLOURS[1]
+                    steps, values = _smooth(run.curves[name])
+                    ax.plot(steps + 1, values, color=colour, label=name, ms=5, **look)
+            title = f"{number + 1}. {run.config.get('name', run.folder.name)}"
+            ax.set(title=title, xlabel="optimiser step", xlim=(0, None), ylim=(0, None))
+        axes[0].set_ylabel("loss")
+        _legend(figure, list(axes))
+        figure.savefig(path, dpi=110)
     return path
 
 

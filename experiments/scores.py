@@ -33,7 +33,8 @@ def score_answers(
     if isinstance(datamodule, PreferenceDataModule):
         raise ValueError(
             "data.val holds pairs of answers, of which no score is known here: take needles "
-            "(data=vniah eval=vniah_d_tiny) or questions (data=instruct data.val=SHARDS)"
+            "(data=vniah eval=vniah_d_tiny) or questions (data=instruct data.train=null "
+            "data.val=SHARDS)"
         )
     scores: dict[str, Any] = build(config.scores, "scores")
     optimizer = build(config.optim.optimizer, "optim")  # not used

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from datamodules.captions import CaptionEncoder
 from datamodules.conversation import parse_sample
 from datamodules.synthetic_captions import KINDS, make_captioned
 from datamodules.tokenizer import tiny_tokenizer
-from experiments import train
+from experiments import evaluate, train
 from experiments.report_data import read_curves
 from experiments.run import build, plain
 from lightning_modules.clip_context import ClipContextModule, ContrastiveClip, contrast
@@ -273,7 +274,10 @@ def test_synthetic_captions_tell_only_behind_the_77th_token():
 #: With a large eps, as AdamW else makes whole steps of the rounding where a gradient is zero.
 SMALL = [
     "experiment=clip_context_tiny",
+    "model.encoder.image_size=32",
+    "model.encoder.config.vision.patch_size=8",
     "model.encoder.config.vision.hidden_size=32",
+    "model.encoder.config.vision.intermediate_size=192",
     "model.encoder.config.vision.num_attention_heads=2",
     "model.encoder.config.vision.num_hidden_layers=2",
     "model.encoder.config.text.hidden_size=32",
@@ -461,6 +465,24 @@ def test_a_checkpoint_of_another_stage_of_training_is_refused(done, compose, tmp
     with pytest.raises(ValueError, match=r"^the checkpoint holds encoder, llm, .*, but"):
         context.on_load_checkpoint(of_llm)
     context.on_load_checkpoint(of_clip)
+
+
+def test_evaluation_finds_the_recall_of_the_training_again(done, tmp_path, monkeypatch):
+    """From anywhere, on the shards that the recipe has made in the run's directory."""
+    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ropelab-evaluate", f"run={done}", f"hydra.run.dir={out}"])
+    evaluate.main()
+    trained, again = (json.loads((f / "done.json").read_text()) for f in (done, out))
+    found = {n: v for n, v in trained["metrics"].items() if n.startswith("val/")}
+    assert again["metrics"] == pytest.approx(found | {"score": found["val/t2i_r1"]})
+    assert again["steps"] == trained["steps"] == 8
+
+
+def test_an_encoder_alone_is_no_model_of_language(done):
+    with pytest.raises(ValueError, match=r"holds encoder alone, .* init=.* its recall") as caught:
+        evaluate.load(done, None)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

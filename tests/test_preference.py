@@ -25,7 +25,7 @@ from datamodules.pack import write_shard
 from datamodules.preference import decode_pair
 from datamodules.synthetic import make_pair, write_shards
 from datamodules.tar import untar_sample
-from experiments import CONFIG_DIR, train
+from experiments import CONFIG_DIR, evaluate, train
 from experiments import reference as program
 from experiments.run import build, plain, share_steps
 from lightning_modules.dpo import HingeLoss, IPOLoss, SigmoidLoss
@@ -45,6 +45,15 @@ OPTIONS = {
 #: The recipe at a size that trains in seconds.
 TINY = [
     "experiment=ppllava_dpo_tiny",
+    "encoder=clip_tiny",
+    "model.encoder.image_size=32",
+    "model.encoder.config.vision={patch_size:8,hidden_size:32,num_attention_heads:2}",
+    "model.encoder.config.vision.num_hidden_layers=2",
+    "llm=tiny",
+    "model.llm.config={hidden_size:64,intermediate_size:64,num_hidden_layers:2}",
+    "model.llm.config.num_attention_heads=2",
+    "model.llm.config.num_key_value_heads=2",
+    "tuning=full",
     "prepare=null",
     "data.batch_size=2",
     "data.global_batch_size=4",
@@ -500,6 +509,31 @@ def test_kill_9(whole, words, tmp_path):
     first, second = (json.loads((f / "done.json").read_text()) for f in (whole, tmp_path / "run"))
     assert second["weights_sha256"] == first["weights_sha256"]
     assert second["metrics"] == first["metrics"]
+
+
+def evaluated(run, folder, monkeypatch, *words):
+    """done.json of ropelab-evaluate on a run."""
+    monkeypatch.chdir(folder)
+    argv = ["ropelab-evaluate", f"run={run}", *words, f"hydra.run.dir={folder / 'out'}"]
+    monkeypatch.setattr(sys, "argv", argv)
+    evaluate.main()
+    return json.loads((folder / "out" / "done.json").read_text())
+
+
+def test_a_run_is_evaluated_on_needles(whole, needle_shards, tmp_path, monkeypatch):
+    words = ["data=vniah", "eval=vniah_d_tiny", f"paths.data={needle_shards}"]
+    grid = ["data.grid.frames=[4]", "data.grid.needles=2", "data.grid.depths=[0.0]"]
+    period = "data.grid.conditions.periodic.period=2"
+    done = evaluated(whole, tmp_path, monkeypatch, *words, *grid, period)
+    assert done["steps"] == 4
+    assert 0 <= done["metrics"]["score"] <= 1
+    assert (tmp_path / "out" / "needle.json").is_file()
+
+
+def test_pairs_have_no_score_and_a_line_says_what_has(whole, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"pairs of answers.*data=vniah .*data=instruct") as caught:
+        evaluated(whole, tmp_path, monkeypatch)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -389,3 +389,25 @@ class TestBootstrap:
             bootstrap_interval([])
         with pytest.raises(ValueError, match="2 values, but 1"):
             bootstrap_interval([0, 1], ["a"])
+
+
+class TestStages:
+    def test_runs_in_a_row_are_a_picture_and_a_table(self, sweep, tmp_path, capsys):
+        picture = tmp_path / "stages.png"
+        main([str(sweep / "6"), str(sweep / "0"), "--stages", str(picture)])
+        header, _, first, second, path = capsys.readouterr().out.splitlines()
+        assert path == str(picture)
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert [header.count("|"), first.count("|")] == [6, 6]
+        for line, name in ((first, "6"), (second, "0")):
+            curves = load_run(sweep / name).curves
+            spans = [f"{p[0][1]:.3f} → {p[-1][1]:.3f}" for p in curves.values()]
+            assert line.startswith(f"| {name} | 596 | {spans[0]} | {spans[1]} |")
+        assert not (sweep / "6" / "report.html").exists()
+
+    def test_a_run_without_a_loss_is_one_line(self, tmp_path):
+        folder = write_run(tmp_path / "run", "tad", 0)
+        (folder / "metrics.csv").unlink()
+        with pytest.raises(SystemExit, match=r"ropelab-report: .*/run: no metrics.csv"):
+            main([str(folder), "--stages", str(tmp_path / "stages.png")])
+        assert not (tmp_path / "stages.png").exists()

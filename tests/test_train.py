@@ -184,6 +184,17 @@ def test_fewer_steps_than_a_checkpoint_takes_still_leave_one(run_train, tmp_path
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 
 
+def test_more_max_steps_go_on_within_the_epoch(run_train, tmp_path):
+    """As one run of so many steps, where the learning rate does not depend on them."""
+    words = ["optim.scheduler.name=constant", "test=false"]
+    for folder, ends in (("whole", [5]), ("cut", [2, 5])):
+        for steps in ends:
+            run_train(tmp_path / folder, *words, f"+trainer.max_steps={steps}")
+    cut, undisturbed = tmp_path / "cut", tmp_path / "whole"
+    assert metrics(cut) == metrics(undisturbed)
+    torch.testing.assert_close(weights(cut), weights(undisturbed), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
