@@ -99,7 +99,10 @@ def training_overrides(typed: list[str]) -> list[str]:
         data = yaml.safe_load((run / "config.yaml").read_text())["paths"]["data"]
     except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
         sys.exit(f"error: the files that say what {run} is are damaged ({type(error).__name__})")
-    replayed = [word for word in words if not word.lstrip("+~").startswith(_NOT_REPLAYED)]
+    left_out = _NOT_REPLAYED
+    if any(word.startswith("data=") and word not in words for word in typed):
+        left_out += ("data=", "data.", "data/")  # of another datamodule
+    replayed = [word for word in words if not word.lstrip("+~").startswith(left_out)]
     found = [f"paths.data='{Path(cwd) / data}'"]
     made = run.resolve() / "shards"
     if made.is_dir():

@@ -9,6 +9,10 @@ from lightning_modules.weights import read_checkpoint
 
 TUNINGS = [f"ppllava_vicuna7b_{data}" for data in ("video", "image_video", "multi_image")]
 
+CLIP, TUNING, DPO = "clip_context_tiny", "ppllava_vicuna7b_video_tiny", "ppllava_dpo_tiny"
+OTHER = "videorope_qwen2_7b_vanilla_tiny"
+SUFFIXES = ["", pytest.param("_tiny", marks=pytest.mark.slow)]
+
 
 @pytest.fixture(scope="module")
 def stage(compose, tmp_path_factory):
@@ -51,14 +55,14 @@ def save(module, folder):
     return folder
 
 
-@pytest.mark.parametrize("suffix", ["", "_tiny"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_each_recipe_starts_from_the_one_before_without_a_word(suffix, stage, left):
     tuned = f"ppllava_vicuna7b_video{suffix}"
     stage(tuned, left(f"clip_context{suffix}")).check()
     stage(f"ppllava_dpo{suffix}", left(tuned)).check()
 
 
-@pytest.mark.parametrize("suffix", ["", "_tiny"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_the_three_tunings_are_one_model_and_allow_the_same(suffix, compose, tmp_path):
     configs = [compose([f"experiment={name}{suffix}"], tmp_path) for name in TUNINGS]
     for key in ("model", "init_allow"):
@@ -90,10 +94,10 @@ def test_a_wrong_start_is_refused(before, after, says, stage, left):
 def test_tuning_starts_with_the_encoder_of_post_training(stage, tmp_path):
     """BT-Adapter, which that has not, begins as a copy of what it has made of the layers."""
     torch.manual_seed(1)
-    folder = save(stage("clip_context_tiny"), tmp_path)
+    folder = save(stage(CLIP), tmp_path)
     stored = read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
     torch.manual_seed(2)
-    filled = stage("ppllava_vicuna7b_video_tiny", folder).network.state_dict()
+    filled = stage(TUNING, folder).network.state_dict()
     kept = [n for n in filled if n.startswith("encoder.") and not n.startswith("encoder.adapter.")]
     assert kept
     for name in kept:
@@ -107,10 +111,10 @@ def test_tuning_starts_with_the_encoder_of_post_training(stage, tmp_path):
 
 def test_preference_tuning_and_its_reference_start_as_tuning_has_ended(stage, tmp_path):
     torch.manual_seed(1)
-    folder = save(stage("ppllava_vicuna7b_video_tiny"), tmp_path)
+    folder = save(stage(TUNING), tmp_path)
     stored = read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
     torch.manual_seed(2)
-    module = stage("ppllava_dpo_tiny", folder)
+    module = stage(DPO, folder)
     module.configure_model()
     for network in (module.network, module.reference._network):
         state = {f"model.{name}": value for name, value in network.state_dict().items()}

@@ -255,7 +255,7 @@ def steady(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("ends", [[5], [6], [12], [2, 3, 14, 15]])
+@pytest.mark.parametrize("ends", [[12], [2, 3, 14, 15]])
 def test_more_max_steps_go_on_where_fewer_have_ended(ends, steady, tmp_path):
     """Within an epoch, behind a validation, at the end of an epoch."""
     options = {"accumulate_grad_batches": 2, "val_check_interval": 0.25}
