@@ -1,5 +1,7 @@
 """One stage of training starts from the one before it: which weights go over, which start anew."""
 
+from functools import partial
+
 import pytest
 import torch
 from omegaconf import open_dict
@@ -11,7 +13,8 @@ TUNINGS = [f"ppllava_vicuna7b_{data}" for data in ("video", "image_video", "mult
 
 CLIP, TUNING, DPO = "clip_context_tiny", "ppllava_vicuna7b_video_tiny", "ppllava_dpo_tiny"
 OTHER = "videorope_qwen2_7b_vanilla_tiny"
-SUFFIXES = ["", pytest.param("_tiny", marks=pytest.mark.slow)]
+slow = partial(pytest.param, marks=pytest.mark.slow)
+SUFFIXES = ["", slow("_tiny")]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,7 @@ def test_tuning_starts_with_the_encoder_of_post_training(stage, tmp_path):
         assert torch.equal(filled[name], stored[trunk]), name
 
 
+@pytest.mark.slow
 def test_preference_tuning_and_its_reference_start_as_tuning_has_ended(stage, tmp_path):
     torch.manual_seed(1)
     folder = save(stage(TUNING), tmp_path)

@@ -520,6 +520,7 @@ def evaluated(run, folder, monkeypatch, *words):
     return json.loads((folder / "out" / "done.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_on_needles(whole, needle_shards, tmp_path, monkeypatch):
     words = ["data=vniah", "eval=vniah_d_tiny", f"paths.data={needle_shards}"]
     grid = ["data.grid.frames=[4]", "data.grid.needles=2", "data.grid.depths=[0.0]"]
@@ -530,6 +531,7 @@ def test_a_run_is_evaluated_on_needles(whole, needle_shards, tmp_path, monkeypat
     assert (tmp_path / "out" / "needle.json").is_file()
 
 
+@pytest.mark.slow
 def test_pairs_have_no_score_and_a_line_says_what_has(whole, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"pairs of answers.*data=vniah .*data=instruct") as caught:
         evaluated(whole, tmp_path, monkeypatch)

@@ -184,6 +184,7 @@ def test_fewer_steps_than_a_checkpoint_takes_still_leave_one(run_train, tmp_path
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 
 
+@pytest.mark.slow
 def test_more_max_steps_go_on_within_the_epoch(run_train, tmp_path):
     """As one run of so many steps, where the learning rate does not depend on them."""
     words = ["optim.scheduler.name=constant", "test=false"]
