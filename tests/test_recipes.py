@@ -36,14 +36,7 @@ def train(name: str, folder: Path, *options: str) -> list[float]:
     return losses
 
 
-@pytest.mark.slow  # half a minute each
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [name for name in TWINS if name not in ROW])
-def test_a_twin_trains_and_learns(name, tmp_path):
-    train(name, tmp_path)
-
-
-@pytest.mark.slow
+@pytest.mark.slow  # first, as it takes longest
 @pytest.mark.timeout(1200)
 def test_the_three_stages_of_training_in_a_row(tmp_path):
     """What a stage freezes is to the bit what the stage before has learnt."""
@@ -65,6 +58,13 @@ def test_the_three_stages_of_training_in_a_row(tmp_path):
     moved = {name: (preferred[name] - tuned[name]).abs().max() for name in tuned.keys() - frozen}
     assert all(0 < change < 0.04 for change in moved.values())
     assert losses[2][0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-5), "its reference"
+
+
+@pytest.mark.slow  # a minute each
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [name for name in TWINS if name not in ROW])
+def test_a_twin_trains_and_learns(name, tmp_path):
+    train(name, tmp_path)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
