@@ -215,7 +215,8 @@ def test_two_sharded_ranks_hold_the_same_weights_in_pieces(
     def run(rank):
         torch.distributed.init_process_group("gloo")
         module = make_module(trained if source == "file" else saved, seed=rank)
-        module._device_mesh = {"data_parallel": init_device_mesh("cpu", (2,))}
+        axes = ("data_parallel", "tensor_parallel")
+        module._device_mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=axes)
         module.configure_model()
         state = module.network.state_dict()
         local = sum(p.to_local().numel() for p in module.network.parameters())
