@@ -153,6 +153,9 @@ def _without_reading(config: DictConfig) -> DictConfig:
                 if stage.get("dtype"):
                     sizes["dtype"] = stage.dtype
                 stage.source, stage.config = None, sizes
+            # Flash and flex kernels may not be here, and keep for the backward what sdpa keeps.
+            if isinstance(stage, DictConfig) and stage.get("attention") not in (None, "eager"):
+                stage.attention = "sdpa"
         if OmegaConf.is_missing(config.data, "train"):
             config.data.train = None
         if config.get("tuning"):

@@ -81,6 +81,23 @@ class TrainingModule(LightningModule, Generic[Network]):
             if self.init is not None and not self.resumed:
                 self.init.match(network)
 
+    def on_fit_start(self) -> None:
+        """
+        Raises:
+            ValueError: training needs a gradient that a CPU has no kernel for.
+        """
+        for stage, spec in self.spec.items():
+            if spec.get("attention") != "flex_attention" or self.device.type != "cpu":
+                continue
+            # Gradients on their way to other stages run through the LLM, trained or not.
+            if stage == "llm" or any(
+                p.requires_grad for p in getattr(self.network, stage).parameters()
+            ):
+                raise ValueError(
+                    f"model.{stage}.attention=flex_attention has no backward on a CPU: set "
+                    f"model.{stage}.attention=sdpa, or train on a GPU (trainer=gpu)"
+                )
+
     @property
     def network(self) -> Network:
         """The model, once it is there."""

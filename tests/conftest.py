@@ -6,6 +6,7 @@ import os
 import pickle
 import socket
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
+from transformers.integrations.flex_attention import WrappedFlexAttention
 
 import experiments.run  # noqa: F401 - registers the resolver of run names
 from datamodules.pack import write_shard
@@ -196,3 +198,14 @@ def _rank(rank: int, world: int, port: int, function: Callable, pipe: Connection
 @pytest.fixture(scope="session", name="run_ranks")
 def run_ranks_fixture() -> Callable[[int, Callable[[int], Any]], list[Any]]:
     return run_ranks
+
+
+@pytest.fixture
+def uncompiled_flex(monkeypatch):
+    """flex_attention by PyTorch's own reference; what it compiles otherwise takes a minute."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        warnings.filterwarnings("ignore", "_compile flag on create_block_mask")
+        yield

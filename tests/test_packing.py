@@ -89,6 +89,31 @@ def test_packed_equals_separate(rotary, attention):
     assert_alike(gradients, expected, 2e-6)
 
 
+@pytest.mark.parametrize("rotary", ROTARY)
+@torch.no_grad()
+def test_flex_attention_sees_the_same_documents_and_padding(rotary, uncompiled_flex):
+    model, batch = make_model(rotary=rotary).eval(), batch_of_samples()
+    flex = make_model("flex_attention", rotary=rotary).eval()
+    for packing in (PACKING, None):
+        expected, found = (network(batch, packing=packing) for network in (model, flex))
+        mask = found.inputs.mask
+        assert not mask.all(), "padding is part of the test"
+        assert not torch.equal(found.hidden[mask], expected.hidden[mask]), "another way to the same"
+        assert_alike([found.hidden[mask]], [expected.hidden[mask]])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_attention_compiled_gives_the_same():
+    """Rows of two lengths, so that what was compiled for one serves the other."""
+    model, flex = make_model().eval(), make_model("flex_attention").eval()
+    for batch in (batch_of_samples(), batch_of_samples().select([0, 1])):
+        for packing in (PACKING, None):
+            expected, found = (network(batch, packing=packing) for network in (model, flex))
+            mask = found.inputs.mask
+            assert_alike([found.hidden[mask]], [expected.hidden[mask]])
+
+
 def test_one_sample_a_row_is_what_it_was():
     """Without packing there is a mask, and a row is a sample."""
     model, batch = make_model().eval(), batch_of_samples()

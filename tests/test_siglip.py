@@ -193,3 +193,33 @@ def test_the_yaml_names_the_encoder_and_its_arguments():
         encoder = SiglipEncoder(**{**node, "source": None, "config": config})
     assert encoder.grid == (27, 27)
     assert encoder.context_length == 196
+
+
+def make_encoder(name, **options):
+    """`clip_vision` or `siglip`; with this seed the same weights each time."""
+    torch.manual_seed(0)
+    if name == "clip_vision":
+        return ClipVisionEncoder({"vision": VISION}, **options).eval()
+    return SiglipEncoder(config={"vision": VISION, "text": TEXT}, **options).eval()
+
+
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+@pytest.mark.parametrize("name", ["clip_vision", "siglip"])
+@torch.no_grad()
+def test_every_attention_gives_the_same_and_is_kept(name, attention, uncompiled_flex):
+    encoder = make_encoder(name, attention=attention)
+    expected = make_encoder(name)(frames(3), [1, 2])
+    found = encoder(frames(3), [1, 2])
+    assert not torch.equal(found, expected), "another way to the same"
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    again = build(encoder.to_spec())
+    assert again.attention == again.vision.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("name", ["clip_vision", "siglip"])
+def test_an_attention_that_is_not_there_is_one_line(name):
+    with pytest.raises(
+        ValueError, match=r"model\.encoder\.attention=sdpaa .*not supported"
+    ) as caught:
+        make_encoder(name, attention="sdpaa")
+    assert "\n" not in str(caught.value)

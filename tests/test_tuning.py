@@ -362,3 +362,20 @@ def test_every_attention_gives_the_same(stage, tmp_path):
         config = network.llm.lm.config if stage == "llm" else network.encoder.vision.config
         assert config._attn_implementation == "eager"
         torch.testing.assert_close(hidden(network), hidden(base), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("stage", ["llm", "encoder"])
+def test_training_with_flex_attention_on_a_cpu_is_refused_in_one_line(stage):
+    module = make_module()
+    module.spec[stage]["attention"] = "flex_attention"
+    line = rf"model\.{stage}\.attention=flex_attention has no backward on a CPU: set .*=sdpa"
+    with pytest.raises(ValueError, match=line) as caught:
+        train(module, 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_frozen_encoder_may_have_flex_attention_on_a_cpu(uncompiled_flex):
+    module = make_module(Tuning(freeze=["encoder"]), pooler="average")
+    module.spec["encoder"]["attention"] = "flex_attention"
+    train(module, 1)
+    assert module.network.encoder.vision.config._attn_implementation == "flex_attention"

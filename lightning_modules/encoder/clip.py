@@ -41,7 +41,8 @@ class ClipEncoder(Encoder):
         bt_adapter: `{"depth": ..., "max_frames": ...}`: BT-Adapter beside the last `depth`
             layers of the whole tower, for visuals of up to `max_frames`.
         image_size: side of a frame in pixels, for the data to read; that of `source` or `config`.
-        attention: implementation that transformers knows: sdpa, eager, flash_attention_2, …
+        attention: of both towers, as transformers calls it: sdpa, eager, flash_attention_2,
+            flex_attention, …
 
     Raises:
         ValueError: the arguments do not fit together; the message says which and what would.

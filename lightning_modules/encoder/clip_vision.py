@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from lightning_modules.stage import set_attention
+
 from .base import Encoder
 from .clip import embed, normalise
 from .towers import check_image_size, layers_before, tower_sizes
@@ -17,7 +19,7 @@ class ClipVisionEncoder(Encoder):
 
     Args:
         config: `{"vision": {...}}`, the names in it those of transformers' CLIPVisionConfig.
-        feature_layer: as in `ClipEncoder`.
+        feature_layer, attention: as in `ClipEncoder`.
         image_size: side of a frame in pixels, for the data to read; that of `config`.
 
     Raises:
@@ -32,12 +34,14 @@ class ClipVisionEncoder(Encoder):
         config: Mapping[str, Any],
         feature_layer: int = -2,
         image_size: int | None = None,
+        attention: str = "sdpa",
     ):
         super().__init__()
         self.vision = CLIPVisionModel(CLIPVisionConfig(**config["vision"]))
+        set_attention(self.vision, "encoder", attention)
         architecture: Any = self.vision.config
         check_image_size(image_size, architecture.image_size)
-        self.feature_layer = feature_layer
+        self.feature_layer, self.attention = feature_layer, attention
         layers = self.vision.encoder.layers
         self.vision.encoder.layers = layers[: layers_before(feature_layer, len(layers))]
         self.width, self.image_size = architecture.hidden_size, architecture.image_size
@@ -73,6 +77,7 @@ class ClipVisionEncoder(Encoder):
             "config": {"vision": tower_sizes(self.vision.config)},
             "feature_layer": self.feature_layer,
             "image_size": self.image_size,
+            "attention": self.attention,
         }
 
 

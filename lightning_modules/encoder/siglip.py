@@ -15,6 +15,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from lightning_modules.stage import set_attention
+
 from .base import Encoder
 from .clip_vision import no_prompts
 from .prompt import extend_context
@@ -37,7 +39,7 @@ class SiglipEncoder(Encoder):
         source: hub id or folder of a whole SigLIP, vision and text.
         config: sizes for one with random weights: `{"vision": {...}, "text": {...}}`, the names
             in it those of transformers' SigLIP configs. Without `text` no prompt is read.
-        feature_layer, context_length, kept_positions: as in `ClipEncoder`.
+        feature_layer, context_length, kept_positions, attention: as in `ClipEncoder`.
         image_size: side of a frame in pixels, for the data to read; that of `source` or `config`.
 
     Raises:
@@ -54,15 +56,18 @@ class SiglipEncoder(Encoder):
         context_length: int | None = 196,
         kept_positions: int = 20,
         image_size: int | None = None,
+        attention: str = "sdpa",
     ):
         super().__init__()
         towers: Any = _load(source, config)
+        set_attention(towers, "encoder", attention)
         self.reads_prompts = isinstance(towers, SiglipModel)
         self.vision = towers.vision_model if self.reads_prompts else towers
         self.text = towers.text_model if self.reads_prompts else None
         architecture = self.vision.config
         check_image_size(image_size, architecture.image_size)
         self.feature_layer, self.kept_positions = feature_layer, kept_positions
+        self.attention = attention
         layers = self.vision.encoder.layers
         self.vision.encoder.layers = layers[: layers_before(feature_layer, len(layers))]
         self.width, self.image_size = architecture.hidden_size, architecture.image_size
@@ -143,6 +148,7 @@ class SiglipEncoder(Encoder):
             "context_length": self.context_length if self.stretched else None,
             "kept_positions": self.kept_positions,
             "image_size": self.image_size,
+            "attention": self.attention,
         }
 
     def _heads(self) -> list[nn.Module]:

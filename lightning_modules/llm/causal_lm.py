@@ -22,7 +22,7 @@ class CausalLM(LanguageModel):
     Args:
         source: hub id, local folder or `.gguf` file whose weights to load; None: random weights.
         config: without `source`, the fields of the transformers config, `model_type` among them.
-        attention: implementation that transformers knows: sdpa, eager, flash_attention_2, …
+        attention: as transformers calls it: sdpa, eager, flash_attention_2, flex_attention, …
         dtype: of the weights loaded from `source`, by name; None: as they are stored.
 
     Raises:
