@@ -19,13 +19,13 @@ BEFORE, KERNEL = Grid(32, 24, 24), Grid(2, 3, 3)
 def long_way(
     pooler: PromptGuidedPooler, projector: Projector, patches: Tensor, score: Tensor
 ) -> Tensor:
-    scores = score * pooler.logit_scale.exp()
+    scores = score.float() * pooler.logit_scale.float().exp()
     wide = projector.contract(projector.expand(patches)).permute(3, 0, 1, 2)  # m t h w
-    for axis, size in enumerate(KERNEL):
+    for axis, size in enumerate(pooler.windows.fit(Grid(*score.shape)).kernel):
         wide = wide.unfold(axis + 1, size, size)
         scores = scores.unfold(axis, size, size)
     windows = wide.contiguous().flatten(4)  # m t2 h2 w2 window
-    weights = (scores.flatten(3) / pooler.temperature).softmax(-1)
+    weights = (scores.flatten(3) / pooler.temperature).softmax(-1).to(windows.dtype)
     return (windows * weights).sum(-1).permute(1, 2, 3, 0)
 
 
