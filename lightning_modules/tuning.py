@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -28,7 +29,7 @@ class Tuning:
             of `optim.optimizer`; None: no group. The last part that holds a parameter decides.
         decay_norms_and_biases: whether weight decay pulls at parameters of one axis, too.
         checkpointing: stages whose blocks keep their input alone, and run again in the backward.
-        compile: stages whose blocks are compiled, one by one.
+        compile: stages whose blocks are compiled, layer by layer.
         compiler: options of `torch.compile`: `mode`, `dynamic`, `backend`, …
     """
 
@@ -58,7 +59,7 @@ class Tuning:
         for block in _blocks(network, self.checkpointing, "checkpointing"):
             recompute(block)
         for block in _blocks(network, self.compile, "compile"):
-            block.compile(**self.compiler)
+            compile_layers(block, self.compiler)
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
         """What is trained, as an optimizer takes it: a group of each part, and one of the rest."""
@@ -98,10 +99,30 @@ def recompute(block: nn.Module) -> None:
     Random numbers are drawn again as they were, so dropout is the same. transformers wraps the
     layer's `forward`, inside of the hooks by which FSDP2 gathers its weights.
     """
-    layers = [layer for layer in block.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    for layer in layers:
+    for layer in _layers(block):
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # pyright: ignore[reportArgumentType]
+
+
+def compile_layers(block: nn.Module, options: Mapping[str, Any]) -> None:
+    """Has each layer of a block run compiled from its first call on.
+
+    PyTorch counts what it has compiled by function, and transformers has one around the layers of
+    all kinds. At PyTorch's limit of 8 the layers of five kinds, in training and in validation, with
+    a mask and without, would run uncompiled after a while, with a warning at most.
+    """
+    torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)
+    for layer in _layers(block):
+        layer.compile(**options)
+
+
+def _layers(block: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The block itself, or those that it runs as often as lengths of visuals ask for.
+
+    Their inputs are tensors alone. Compiled as a whole, such a block would be compiled again for
+    every list of lengths, and after eight of them no more.
+    """
+    return [layer for layer in block.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
 def _blocks(network: nn.Module, stages: Iterable[str], key: str) -> list[nn.Module]:
