@@ -210,7 +210,8 @@ def reckon(way: type[VideoLLMModule], size: Size) -> Rehearsal:
 
 def reckoned(name: str, size: Size) -> list[Row]:
     ways = [reckon(way, size) for way in (VideoLLMModule, Published)]
-    beside = [(way.memory["activations"] + way.memory["temporary"]) / 2**20 for way in ways]
+    kept = ("weights", "gradients", "optimizer")
+    beside = [(way.peak - sum(way.memory[kind] for kind in kept)) / 2**20 for way in ways]
     work = [way.computed / 1e9 for way in ways]
     name = f"step of {name}, reckoned"
     return [

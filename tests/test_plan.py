@@ -48,6 +48,11 @@ def alone(planned):
     return planned()
 
 
+def test_kernels_that_only_a_gpu_has_are_planned_as_sdpa(planned, alone):
+    words = ["model.llm.attention=flash_attention_2", "model.encoder.attention=flex_attention"]
+    assert planned(*words)[1].step == alone[1].step
+
+
 #: What `WORDS` say of it.
 SAMPLE = Sample(visuals=1, frames=8, words=None, tokens=96, labelled=0.5)
 

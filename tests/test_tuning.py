@@ -287,15 +287,61 @@ print("same")
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_in_any_way_blocks_give_the_same(backend):
+LENGTHS = """
+import random, sys, torch
+from test_model import S
+from test_tuning import Tuning, make_batch, make_module
+torch.set_num_threads(1)
+def batch_of(number):
+    draw, rows, counts = random.Random(number), [], []
+    for _ in range(draw.randint(2, 5)):
+        rows.append([draw.randint(1, 40) for _ in range(draw.randint(4, 30))])
+        if draw.random() < 0.7:
+            rows[-1][1] = S
+            counts.append(2 * draw.randint(1, 4))
+    return make_batch(rows, counts, seed=number)
+stages, count = ["llm", "encoder"], int(sys.argv[2])
+options = {"bt_adapter": {"depth": 2, "max_frames": 8}, "pooler": "prompt_guided"}
+tuning = Tuning(checkpointing=stages)
+compiled = Tuning(checkpointing=stages, compile=stages, compiler={"backend": sys.argv[1]})
+networks = [make_module(t, **options).network.train() for t in (tuning, compiled)]
+graphs = []
+for batch in map(batch_of, range(count)):
+    losses = [network(batch, packing=48).loss for network in networks]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+for plain, found in zip(*(network.parameters() for network in networks)):
+    if plain.grad is not None:
+        torch.testing.assert_close(found.grad, plain.grad, rtol=1e-4, atol=1e-6)
+tried = torch._dynamo.utils.counters["frames"]
+assert tried["ok"] == tried["total"], f"some run uncompiled: {tried}"
+assert graphs[-1] == graphs[count // 2] <= 16 or count < 10, graphs
+print("same")
+"""
+
+
+def run_uninstrumented(script, *arguments):
     """In a process of its own: shapes are checked by wrappers that torch.compile cannot read."""
     root = Path(__file__).parents[1]
     env = os.environ | {"JAXTYPING_DISABLE": "1", "PYTHONPATH": f"{root}:{root / 'tests'}"}
-    command = [sys.executable, "-c", COMPILE, backend]
+    command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.stdout.endswith("same\n"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_in_any_way_blocks_give_the_same(backend):
+    run_uninstrumented(COMPILE, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "batches"), [("eager", 20), ("aot_eager", 2)])
+def test_packed_and_recomputed_blocks_are_compiled_for_all_lengths_at_once(backend, batches):
+    """Batches of other lengths, rows and frames each; after ten nothing new is compiled."""
+    run_uninstrumented(LENGTHS, backend, str(batches))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
