@@ -2,48 +2,27 @@
 
 import io
 import json
-import os
 import pickle
-import resource
-import struct
-import subprocess
-import sys
 import tarfile
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
-from PIL import Image
+from hostile import CLIP, audio_alone, gif_bomb, with_frames, with_sps
+from tiny_shards import sample_tar
 
-from datamodules.batch import BadSampleError
 from datamodules.conversation import ConversationEncoder
-from datamodules.frames import FrameReader, UniformSampler, check_image
+from datamodules.frames import FrameReader, UniformSampler
 from datamodules.index import read_manifest
 from datamodules.instruct import decode_sample
 from datamodules.order import ShuffledOrder, StreamOptions
-from datamodules.source import LocalFile, PipeFile
 from datamodules.stream import EpochStream, Faults, StreamLoader
 from datamodules.synthetic import draw_frames, encode_image, make_sample
-from datamodules.tar import untar_sample
 
 COUNT = 12  # samples of each of the two shards
 BAD = 4  # the one that is broken: a video
-CLIP = make_sample(BAD)["mp4"]
-
-
-def tar_bytes(samples: list[tuple[str, dict[str, bytes]]], **options) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", **options) as tar:
-        for key, members in samples:
-            for suffix, data in members.items():
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return file.getvalue()
 
 
 def shard_samples(shard: int) -> list[tuple[str, dict[str, bytes]]]:
@@ -70,134 +49,6 @@ def stream_keys(paths: list, decode: Callable, **options) -> tuple[list[str], Fa
         lambda epoch: EpochStream(manifest, order.epoch(epoch), decode, list, 5.0), order, faults
     )
     return [sample.key.rpartition("/")[2] for (sample,) in loader], faults
-
-
-def h264_sps(side: int) -> bytes:
-    """Header of a baseline stream of side * side pixels."""
-    numbers = [0, 0, 2, 1, side // 16 - 1, side // 16 - 1]
-    coded = ["0" * (len(f"{n + 1:b}") - 1) + f"{n + 1:b}" for n in numbers]
-    bits = "".join(
-        [f"{66:08b}{0:08b}{62:08b}", *coded[:4], "0", *coded[4:], "1", "1", "0", "0", "1"]
-    )
-    bits += "0" * (-len(bits) % 8)
-    return b"\x67" + int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\0\0", b"\0\0\3")
-
-
-def with_sps(side: int) -> bytes:
-    """A clip whose decoder is told of another size."""
-    data = bytearray(CLIP)
-    at = data.find(b"avcC") + 10
-    size = struct.unpack(">H", data[at : at + 2])[0]
-    data[at + 2 : at + 2 + size] = h264_sps(side).ljust(size, b"\0")
-    return bytes(data)
-
-
-def with_frames(count: int) -> bytes:
-    """A clip whose tables claim that many frames of one byte."""
-    data = bytearray(CLIP)
-    for box, offset, values in (
-        (b"stsz", 8, (1, count)),
-        (b"stsc", 16, (count,)),
-        (b"stts", 12, (count,)),
-    ):
-        struct.pack_into(f">{len(values)}I", data, data.find(box) + offset, *values)
-    return bytes(data)
-
-
-def png_in_mov(side: int) -> bytes:
-    file = io.BytesIO()
-    with av.open(file, "w", format="mov") as out:
-        stream = out.add_stream("png", rate=5)
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "rgb24"
-        picture = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
-        out.mux(stream.encode(picture))
-        out.mux(stream.encode())
-    data = bytearray(file.getvalue())
-    at = data.find(b"IHDR")
-    struct.pack_into(">II", data, at + 4, side, side)
-    struct.pack_into(">I", data, at + 17, zlib.crc32(data[at : at + 17]))
-    return bytes(data)
-
-
-def skipped_frames(count: int, side: int) -> bytes:
-    """Large frames of a few bytes each, none of which can be reached without those before."""
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as out:
-        stream = out.add_stream("libx264", rate=30)
-        stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
-        stream.options = {"preset": "ultrafast", "g": "100000", "threads": "1"}
-        frame = av.VideoFrame.from_ndarray(np.zeros((side, side, 3), np.uint8), format="rgb24")
-        packets = []
-        for number in range(3):
-            frame.pts = number
-            packets += stream.encode(frame)
-        packets += stream.encode()
-        unit = packets[-1].pts - packets[-2].pts
-        for packet in packets[:-1]:
-            out.mux(packet)
-        last = bytes(packets[-1])
-        for number in range(2, count):
-            packet = av.Packet(last)
-            packet.stream, packet.time_base = stream, packets[-1].time_base
-            packet.pts = packet.dts = number * unit
-            out.mux(packet)
-    return file.getvalue()
-
-
-def audio_alone() -> bytes:
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as out:
-        stream = out.add_stream("aac", rate=16000, layout="mono")
-        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
-        sound.sample_rate = 16000
-        out.mux(stream.encode(sound))
-        out.mux(stream.encode())
-    return file.getvalue()
-
-
-def gif_bomb() -> bytes:
-    file = io.BytesIO()
-    Image.new("P", (16, 16)).save(
-        file, "GIF", save_all=True, append_images=[Image.new("P", (9, 9))]
-    )
-    data = bytearray(file.getvalue())
-    struct.pack_into("<HH", data, 6, 65535, 65535)
-    return bytes(data)
-
-
-def jpeg_bomb(side: int) -> bytes:
-    data = bytearray(encode_image(draw_frames(0, 1)[0][0]))
-    struct.pack_into(">HH", data, data.find(b"\xff\xc0") + 5, side, side)
-    return bytes(data)
-
-
-def jpeg_of_scans(scans: int) -> bytes:
-    """A progressive picture whose last scan comes again and again."""
-    file = io.BytesIO()
-    Image.new("L", (64, 64)).save(file, "JPEG", progressive=True)
-    data = file.getvalue()
-    last = data.rfind(b"\xff\xda")
-    return data[:-2] + (data[last:-2]) * scans + data[-2:]
-
-
-def png_bomb(side: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9)))
-
-
-def webp_bomb() -> bytes:
-    file = io.BytesIO()
-    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
-    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:])
-    data = bytearray(file.getvalue())
-    at = data.find(b"VP8X") + 12
-    data[at : at + 6] = (16382).to_bytes(3, "little") * 2
-    return bytes(data)
 
 
 def conversation(*turns, **fields) -> bytes:
@@ -268,13 +119,13 @@ def assert_only(samples, broken, reason: str, decode: Callable, folder: Path) ->
     """With one sample broken, all others come in the places in which they come without that."""
     paths = [folder / "0.tar", folder / "1.tar"]
     for path, content in zip(paths, samples, strict=True):
-        path.write_bytes(tar_bytes(content))
+        path.write_bytes(sample_tar(content))
     whole, none = stream_keys(paths, decode)
     assert sorted(whole) == [key for shard in samples for key, _ in shard]
     assert not none.counts
     content = [*samples[0][:BAD], broken, *samples[0][BAD + 1 :]]
     (folder / "0.tar.idx").unlink()
-    paths[0].write_bytes(tar_bytes(content))
+    paths[0].write_bytes(sample_tar(content))
     left, faults = stream_keys(paths, decode)
     assert faults.counts == {reason: 1}
     assert [b for a, b in zip(whole, left, strict=True) if a != broken[0]] == [
@@ -312,20 +163,6 @@ def test_nothing_of_a_shard_is_executed_or_followed(samples, decode, tmp_path):
     assert faults.counts == {"unsafe_member": 2}
     assert not trap.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "0.tar.idx"]
-
-
-def test_a_member_that_looks_compressed_is_not_decompressed(tmp_path):
-    """Its header is one of a tar and of gzip at once; the sample is what tar says."""
-    name = b"\x1f\x8b\x08\x04aaaaaa\xf0\x01"  # a gzip header with an extra field over the tar's own
-    bomb = zlib.compressobj(9, wbits=-15)
-    data = bomb.compress(tar_bytes([("b", {"json": bytes(50 << 20)})])) + bomb.flush()
-    header = bytearray(tarfile.TarInfo("x.bin").tobuf(tarfile.GNU_FORMAT))
-    header[:100] = (name + b".bin").ljust(100, b"\0")
-    header[124:136] = b"%011o\0" % len(data)
-    header[148:156] = b"        "
-    header[148:156] = b"%06o\0 " % sum(header)
-    padded = data.ljust(-(-len(data) // 512) * 512, b"\0")
-    assert untar_sample(bytes(header) + padded, "u")["bin"] == data
 
 
 # --- shards --------------------------------------------------------------------------------------
@@ -382,7 +219,7 @@ DAMAGE = {
 def test_damage_in_a_shard_costs_only_what_it_touches(name, samples, decode, tmp_path):
     """The samples before and behind come out, read through a pipe too."""
     damage, reason = DAMAGE[name]
-    data = tar_bytes(samples[0])
+    data = sample_tar(samples[0])
     key = samples[0][MIDDLE][0]
     at = offsets_of(data)[f"{key}.{next(iter(samples[0][MIDDLE][1]))}"]
     path = tmp_path / "0.tar"
@@ -404,7 +241,7 @@ def test_damage_in_a_shard_costs_only_what_it_touches(name, samples, decode, tmp
 def test_an_index_that_lies_is_no_crash(samples, decode, tmp_path):
     """Kept offsets that go back, or far behind the end, cost their samples and no memory."""
     path, index = tmp_path / "0.tar", tmp_path / "0.tar.idx"
-    path.write_bytes(tar_bytes(samples[0]))
+    path.write_bytes(sample_tar(samples[0]))
     read_manifest(str(path))
     entries = np.fromfile(index, "<u8")
     entries[3], entries[7] = 2**62, 0
@@ -413,87 +250,3 @@ def test_an_index_that_lies_is_no_crash(samples, decode, tmp_path):
     lost = {2, 3, 6, 7}
     assert set(keys) >= {key for n, (key, _) in enumerate(samples[0]) if n not in lost}
     assert set(faults.counts) == {"tar_truncated", "index_stale", "tar_corrupt"}
-
-
-@pytest.mark.parametrize("path", ["/dev/zero", "{}/folder.tar", "{}/fifo.tar", "{}/a\0b.tar"])
-def test_what_is_no_file_is_no_hang(path, tmp_path):
-    (tmp_path / "folder.tar").mkdir()
-    os.mkfifo(tmp_path / "fifo.tar")
-    with pytest.raises(BadSampleError) as caught:
-        LocalFile(path.format(tmp_path))
-    assert caught.value.reason == "shard_unreadable"
-
-
-# --- bombs ---------------------------------------------------------------------------------------
-
-BOMBS = {
-    "mp4 of 60,000 x 60,000": ("video", partial(with_sps, 60_000)),
-    "mp4 of 16,000 x 16,000": ("video", partial(with_sps, 16_000)),
-    "mov of 16,000 x 16,000": ("video", partial(png_in_mov, 16_000)),
-    "mp4 of 80 million frames": ("video", partial(with_frames, 80_000_000)),
-    "mp4 of an hour of large frames": ("video", partial(skipped_frames, 100_000, 2048)),
-    "gif": ("video", gif_bomb),
-    "png": ("image", partial(png_bomb, 60_000)),
-    "png of 16,000 x 16,000": ("image", partial(png_bomb, 16_000)),
-    "jpg": ("image", partial(jpeg_bomb, 60_000)),
-    "jpg of 16,000 x 16,000": ("image", partial(jpeg_bomb, 16_000)),
-    "jpg of scans": ("image", partial(jpeg_of_scans, 20_000)),
-    "webp": ("image", webp_bomb),
-}
-
-READ = """
-import resource, sys, time
-from datamodules.batch import BadSampleError
-from datamodules.frames import FrameReader, UniformSampler
-reader = FrameReader(32, UniformSampler(4))
-for kind, path in zip(sys.argv[1::2], sys.argv[2::2]):
-    data = open(path, "rb").read()
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    try:
-        getattr(reader, kind)(data)
-        reason = "none"
-    except BadSampleError as error:
-        reason = error.reason
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(reason, grown // 1024, round(time.process_time() - began, 1), len(data))
-"""
-
-
-def test_bombs_stay_within_memory_and_time(tmp_path):
-    """Some kilobytes that claim gigabytes or hours: refused, for a few megabytes and seconds."""
-    arguments = []
-    for number, (kind, make) in enumerate(BOMBS.values()):
-        (tmp_path / f"{number}").write_bytes(make())
-        arguments += [kind, str(tmp_path / f"{number}")]
-    lines = subprocess.run(
-        [sys.executable, "-c", READ, *arguments], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert len(lines) == len(BOMBS)
-    for name, line in zip(BOMBS, lines, strict=True):
-        reason, mib, seconds, _ = line.split()
-        assert reason != "none", name
-        assert int(mib) < 256, f"{name}: {line}"
-        assert float(seconds) < 10, f"{name}: {line}"
-
-
-def test_an_image_bomb_has_its_reason():
-    for data in (png_bomb(60_000), jpeg_bomb(60_000), jpeg_of_scans(20_000)):
-        with pytest.raises(BadSampleError) as caught:
-            check_image(data)
-        assert caught.value.reason == "image_too_large"
-
-
-def test_a_pipe_is_read_though_a_thousand_files_are_open(tmp_path):
-    path = tmp_path / "bytes"
-    path.write_bytes(bytes(range(256)))
-    former = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, former[1]), former[1]))
-    descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
-    pipe = PipeFile(f"cat {path}", timeout_s=5.0)
-    try:
-        assert pipe.read(10, 20) == bytes(range(10, 20))
-    finally:
-        pipe.close()
-        for descriptor in descriptors:
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_NOFILE, former)

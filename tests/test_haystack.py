@@ -1,4 +1,4 @@
-"""Haystacks: what is drawn, what each row of a grid shows, and what bad shards say."""
+"""Haystacks: what is drawn, and what each row of a grid shows."""
 
 from dataclasses import replace
 from unittest.mock import Mock
@@ -8,17 +8,13 @@ import pytest
 import torch
 from lightning import Trainer
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT
 from datamodules.conversation import ConversationEncoder
-from datamodules.demo import write_demo
 from datamodules.distractors import PeriodicDistractors, SingleDistractor
 from datamodules.frames import FpsSampler, FrameReader
 from datamodules.grid import GridPlan, NeedleGrid
 from datamodules.haystack import HaystackDataModule, HaystackSamples, TrainingPlan
-from datamodules.index import index_path
-from datamodules.needle import Needle, read_clips, read_needles
-from datamodules.pack import write_shard
-from datamodules.synthetic import draw_frames, encode_image
+from datamodules.needle import Needle
 
 QUESTIONS, CLIP_LENGTHS = 4, (7, 12)
 PLAN = TrainingPlan(samples=40, frames=(6, 12), needles=3, first_frames=(3, 4), growth=0.5, seed=5)
@@ -130,6 +126,13 @@ def make_module(needle_shards):
     return make
 
 
+@pytest.fixture
+def module(make_module) -> HaystackDataModule:
+    module = make_module()
+    module.setup()
+    return module
+
+
 def keys(module, rank: int, world: int, done: int = 0) -> list[list[str]]:
     module.trainer = standing(rank, world, done)
     loader = module.train_dataloader()
@@ -139,9 +142,7 @@ def keys(module, rank: int, world: int, done: int = 0) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 6])
-def test_ranks_share_all_samples(make_module, world):
-    module = make_module()
-    module.setup()
+def test_ranks_share_all_samples(module, world):
     ranks = [keys(module, rank, world) for rank in range(world)]
     steps = [[key for batch in step for key in batch] for step in zip(*ranks, strict=True)]
     assert [key for step in steps for key in step] == [f"#{n}" for n in range(48)]
@@ -155,25 +156,20 @@ def test_ranks_see_at_a_step_what_one_sees_in_a_larger_batch(make_module):
     assert [a + b for a, b in halves] == keys(one, 0, 1)
 
 
-def test_a_training_goes_on_with_the_sample_after_the_last(make_module):
-    module = make_module()
-    module.setup()
+def test_a_training_goes_on_with_the_sample_after_the_last(module):
     assert keys(module, 1, 2, done=3) == keys(module, 1, 2)[3:]
 
 
-def test_a_loader_asks_for_its_place_with_the_first_batch(make_module):
+def test_a_loader_asks_for_its_place_with_the_first_batch(module):
     """Lightning makes loaders to count steps before it restores a checkpoint."""
-    module = make_module()
-    module.setup()
     module.trainer = standing(0, 1)
     loader = module.train_dataloader()
     module.trainer = standing(0, 1, done=5)
     assert next(iter(loader)).keys == [f"#{n}" for n in range(20, 24)]
 
 
-def test_a_checkpoint_keeps_the_place_and_refuses_another_plan(make_module):
-    module, other = make_module(), make_module(batch_size=8)
-    module.setup()
+def test_a_checkpoint_keeps_the_place_and_refuses_another_plan(module, make_module):
+    other = make_module(batch_size=8)
     module.trainer = standing(1, 2, done=3)
     state = module.state_dict()
     assert (state["epoch"], state["micro_batches"], state["faults"]) == (0, 6, {})
@@ -186,9 +182,7 @@ def test_a_checkpoint_keeps_the_place_and_refuses_another_plan(make_module):
         next(iter(module.train_dataloader()))
 
 
-def test_steps_that_cannot_be_shared_or_filled_are_refused(make_module):
-    module = make_module()
-    module.setup()
+def test_steps_that_cannot_be_shared_or_filled_are_refused(module, make_module):
     module.trainer = standing(0, 4)
     with pytest.raises(ValueError, match=r"6 micro-batches.*by 4 ranks; take 1, 2, 3, 6 ranks"):
         module.train_dataloader()
@@ -200,9 +194,7 @@ def test_steps_that_cannot_be_shared_or_filled_are_refused(make_module):
         large.train_dataloader()
 
 
-def test_splits_share_neither_clips_nor_needles(make_module):
-    module = make_module()
-    module.setup()
+def test_splits_share_neither_clips_nor_needles(module):
     (train_clips, train_needles), (test_clips, test_needles) = (
         module._sets[split] for split in ("train", "test")
     )
@@ -261,10 +253,16 @@ GRID = GridPlan(
 
 
 @pytest.fixture(scope="module")
-def grid(clips, needles, make_module):
+def encode(make_module, conversation):
+    """Questions -> text, as a grid is given it."""
     module = make_module()
-    module.conversation = ConversationEncoder()
-    return NeedleGrid(clips, needles, GRID, module._encode)
+    module.conversation = conversation
+    return module._encode
+
+
+@pytest.fixture(scope="module")
+def grid(clips, needles, encode):
+    return NeedleGrid(clips, needles, GRID, encode)
 
 
 def test_a_grid_has_every_cell_once(grid):
@@ -303,83 +301,22 @@ def test_the_bank_holds_the_haystack_and_then_the_needles(grid, clips):
     assert grid.bank[12:, 0, 0, 0].tolist() == [100 + n for n in (0, 1, 2, 3, 4, 5)]
 
 
-def test_a_haystack_longer_than_the_film_goes_back_and_forth(clips, needles, make_module):
-    module = make_module()
-    module.conversation = ConversationEncoder()
+def test_a_haystack_longer_than_the_film_goes_back_and_forth(clips, needles, encode):
     film = sum(CLIP_LENGTHS)
-    bank = NeedleGrid(clips, needles, replace(GRID, frames=[60]), module._encode).bank
+    bank = NeedleGrid(clips, needles, replace(GRID, frames=[60]), encode).bank
     hay = bank[:60, 0, 0, 0].long()
     assert hay[: 2 * film].tolist() == [*range(film), *reversed(range(film))]
     assert (hay.diff().abs() <= 1).all()
 
 
-def test_a_grid_is_the_same_each_time(clips, needles, make_module):
-    module = make_module()
-    module.conversation = ConversationEncoder()
-    one, two = (NeedleGrid(clips, needles, GRID, module._encode) for _ in range(2))
+def test_a_grid_is_the_same_each_time(clips, needles, encode):
+    one, two = (NeedleGrid(clips, needles, GRID, encode) for _ in range(2))
     assert all(torch.equal(one[i].order, two[i].order) for i in range(len(one)))
 
 
 def test_too_few_needles_are_counted(clips, needles):
     with pytest.raises(ValueError, match=r"data.grid.needles is 11, but the shards hold 10"):
         NeedleGrid(clips, needles, replace(GRID, needles=11), lambda *_: None)
-
-
-@pytest.mark.parametrize(
-    ("read", "members", "reason"),
-    [
-        (read_clips, {"json": b"{}"}, "not_a_video"),
-        (read_clips, {"mp4": b"no film"}, "video_unreadable"),
-        (read_needles, {"jpg": b""}, "missing_field"),
-        (read_needles, {"jpg": b"", "json": b"{"}, "bad_json"),
-        (
-            read_needles,
-            {
-                "json": b'{"conversations": [{"from": "human", "value": "?"},'
-                b' {"from": "gpt", "value": "!"}]}'
-            },
-            "not_a_needle",
-        ),
-        (
-            read_needles,
-            {
-                "jpg": b"no picture",
-                "json": b'{"conversations": [{"from": "human", "value": "<image>?"},'
-                b' {"from": "gpt", "value": "!"}]}',
-            },
-            "image_unreadable",
-        ),
-    ],
-)
-def test_a_bad_sample_is_named_by_shard_and_key(read, members, reason, tmp_path):
-    write_shard(tmp_path / "bad.tar", [("some-key", members)])
-    with pytest.raises(BadSampleError) as caught:
-        read(str(tmp_path / "bad.tar"), FrameReader(32, FpsSampler(25.0, 100)))
-    assert caught.value.reason == reason
-    assert caught.value.key == "some-key"
-    assert caught.value.shard == str(tmp_path / "bad.tar")
-
-
-def test_needles_that_all_ask_the_same_distract_nobody(tmp_path):
-    reader = FrameReader(32, FpsSampler(25.0, 100))
-    entry = (
-        b'{"conversations": [{"from": "human", "value": "<image>?"},'
-        b' {"from": "gpt", "value": "!"}]}'
-    )
-    picture = encode_image(draw_frames(0, 1, 32)[0][0])
-    write_shard(tmp_path / "same.tar", [(str(n), {"jpg": picture, "json": entry}) for n in "ab"])
-    with pytest.raises(ValueError, match="at least two questions"):
-        read_needles(str(tmp_path / "same.tar"), reader)
-
-
-def test_the_demo_writes_what_is_read(tmp_path):
-    pytest.importorskip("sklearn")
-    write_demo(tmp_path)
-    reader = FrameReader(32, FpsSampler(25.0, 12))
-    assert [len(clip) for clip in read_clips(str(tmp_path / "haystack-test.tar"), reader)] == [12]
-    cards = read_needles(str(tmp_path / "needles-test.tar"), reader)
-    assert len(cards) == 360
-    assert len({card.question for card in cards}) == 8
 
 
 @pytest.mark.parametrize(
@@ -396,14 +333,3 @@ def test_the_demo_writes_what_is_read(tmp_path):
 def test_a_plan_that_cannot_be_says_which_key(plan, fields, key):
     with pytest.raises(ValueError, match=rf"data\.\w+\.{key} is"):
         plan(**fields)
-
-
-def test_a_shard_cut_behind_its_index_is_named(tmp_path):
-    path = tmp_path / "needles.tar"
-    write_shard(path, [(f"{n}", {"jpg": encode_image(draw_frames(n, 1)[0][0])}) for n in range(3)])
-    path.write_bytes(path.read_bytes()[:-3000])  # its index says otherwise
-    index_path(path).touch()
-    with pytest.raises(BadSampleError) as error:
-        read_needles(str(path), FrameReader(32, FpsSampler(1.0, 1)))
-    assert error.value.shard == str(path)
-    assert error.value.key
