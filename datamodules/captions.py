@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError
 from datamodules.conversation import ConversationEncoder, EncodedConversation, Turn
+from datamodules.outline import Outline
 
 
 class CaptionEncoder(ConversationEncoder):
@@ -32,3 +33,14 @@ class CaptionEncoder(ConversationEncoder):
         answers = " ".join(turn.text for turn in turns if turn.role == "assistant")
         caption = self.prompt([Turn("user", answers)])
         return EncodedConversation([VISUAL_SLOT], [IGNORE_INDEX], caption)
+
+    def outlined(self, outline: Outline) -> EncodedConversation:
+        """A caption as long as one can be, whatever the words.
+
+        Raises:
+            ValueError: there is not one visual.
+        """
+        if len(outline.visuals) != 1:
+            raise ValueError(f"{len(outline.visuals)} visuals for one caption: a sample has one")
+        prompt = [1] * self.max_prompt_length
+        return EncodedConversation([VISUAL_SLOT], [IGNORE_INDEX], prompt)

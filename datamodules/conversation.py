@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError
 from datamodules.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_video
+from datamodules.outline import Outline
 from datamodules.tokenizer import load_tokenizer
 
 VISUALS = VIDEO_SUFFIXES | IMAGE_SUFFIXES
@@ -225,6 +226,11 @@ class ConversationEncoder:
         if len(input_ids) > self.max_length:
             raise BadSampleError("too_long", f"{len(input_ids)} tokens of {self.max_length}")
         return EncodedConversation(input_ids, labels, self.prompt(turns))
+
+    def outlined(self, outline: Outline) -> EncodedConversation:
+        """A text of that size, and a prompt as long as one can be."""
+        prompt = [1] * self.max_prompt_length
+        return EncodedConversation(outline.input_ids, outline.labels, prompt)
 
     @staticmethod
     def count_slots(turn: Turn) -> int:

@@ -20,6 +20,7 @@ V-NIAH-D: VideoRoPE, arXiv 2502.05173, section 4.3.
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -37,6 +38,7 @@ from datamodules.instruct import Sample, collate
 from datamodules.module import StepsDataModule
 from datamodules.needle import Needle, by_question, read_clips, read_needles, turns_about
 from datamodules.order import check_ranks
+from datamodules.outline import Outline
 from datamodules.stream import Faults, StreamLoader
 
 SPLITS = ("train", "test")
@@ -123,7 +125,6 @@ class HaystackDataModule(StepsDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self._sets:
             return
-        self.conversation = self._make_conversation()
         for split in SPLITS:
             clips = read_clips(self._shards["haystack"][split], self._frames)
             needles = read_needles(self._shards["needles"][split], self._frames)
@@ -157,6 +158,15 @@ class HaystackDataModule(StepsDataModule):
         """One question about each of a few videos as long as those of training, all unseen."""
         plan = replace(self.training, samples=_VAL_SAMPLES, needles=1, growth=0.0, seed=_VAL_SEED)
         return self._loader("test", plan)
+
+    @cached_property
+    def conversation(self) -> ConversationEncoder:
+        return self._make_conversation()
+
+    def outlined(self, outline: Outline) -> VideoBatch:
+        text = self.conversation.outlined(outline)
+        sample = Sample("outline", text, list(outline.visuals), list(outline.tiles))
+        return self._collate([sample] * self.batch_size)
 
     def test_dataloader(self) -> "NeedleGrid":
         """Every rank goes through all rows: not a DataLoader, which Lightning would share out."""

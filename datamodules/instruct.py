@@ -20,6 +20,7 @@ VideoBatch   input_ids (b l)   labels (b l)   frames (n c h w)   prompt_ids (b k
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,6 +43,7 @@ from datamodules.lengths import read_tokens
 from datamodules.mixture import MixtureOrder, mix, read_parts
 from datamodules.module import StepsDataModule
 from datamodules.order import FileOrder, ShuffledOrder, StreamOptions
+from datamodules.outline import Outline
 from datamodules.stream import EpochStream, Faults, StreamLoader
 from datamodules.task import encode_task, read_task
 
@@ -288,6 +290,20 @@ class InstructDataModule(StepsDataModule):
             pad_id=cast(int, conversation.tokenizer.pad_token_id),
             prompt_pad_id=cast(int, conversation.prompt_tokenizer.pad_token_id),
         )
+
+    def outlined(self, outline: Outline) -> Any:
+        count, options = self.batch_size, self._options
+        if options.max_tokens is not None:  # as BudgetOrder cuts them
+            per_frame = options.tokens_per_frame or 0
+            per_image = per_frame if options.tokens_per_image is None else options.tokens_per_image
+            fitting = int(options.max_tokens // math.ceil(outline.tokens(per_frame, per_image)))
+            count = max(1, min(count, fitting))
+        return self.collater()([self.outlined_sample(outline)] * count)
+
+    def outlined_sample(self, outline: Outline) -> Any:
+        """What `decoder` makes of a sample of these sizes."""
+        text = self.conversation.outlined(outline)
+        return Sample("outline", text, list(outline.visuals), list(outline.tiles))
 
     @property
     def _rank(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 from lightning import LightningDataModule
 
 from datamodules.order import divisors, listed
+from datamodules.outline import Outline
 from datamodules.stream import Faults, trained_on
 
 
@@ -81,6 +82,10 @@ class StepsDataModule(LightningDataModule):
     @abstractmethod
     def fingerprint(self) -> str:
         """What the order of samples depends on, in words: `data 5d41... seed 0 ...`."""
+
+    @abstractmethod
+    def outlined(self, outline: Outline) -> Any:
+        """A training batch of as many samples of these sizes as one can have."""
 
     def describe(self) -> dict[str, Any]:
         """What the numbers of a validation depend on, beside the model; plain containers."""

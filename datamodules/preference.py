@@ -37,6 +37,7 @@ from datamodules.conversation import (
 from datamodules.frames import FrameReader
 from datamodules.index import Manifest, Shard, join
 from datamodules.instruct import InstructDataModule, Sample, described
+from datamodules.outline import Outline
 from datamodules.stream import ShardReader
 from datamodules.tar import untar_sample
 
@@ -147,6 +148,15 @@ class PreferenceDataModule(InstructDataModule):
 
     def collater(self) -> Callable[[list[Pair]], PreferenceBatch]:
         return partial(collate_pairs, collate=super().collater())
+
+    def outlined(self, outline: Outline) -> PreferenceBatch:
+        """With a reference of which no settings are known."""
+        return replace(super().outlined(outline), settings=[])
+
+    def outlined_sample(self, outline: Outline) -> Pair:
+        """Two answers of the same length."""
+        text, visuals = self.conversation.outlined(outline), list(outline.visuals)
+        return Pair("outline", text, text, visuals, list(outline.tiles), (0.0, 0.0), {})
 
     def shards(self) -> dict[str, Sequence[Shard]]:
         """Of each split that has some."""

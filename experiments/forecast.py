@@ -1,19 +1,16 @@
 """A recipe on so many ranks -> what a step of it takes, and the whole training."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import get_class
 from lightning import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf, open_dict
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, CLIPConfig
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Grid, VideoBatch
+from experiments.largest import Largest
 from experiments.rehearsal import Rehearsal, rehearse
 from experiments.run import build, plain
 
@@ -25,10 +22,9 @@ class Forecast:
     """`step` is a micro-batch of one rank; `seconds` and `tokens_per_s` are of the whole step."""
 
     ranks: int
-    batch_size: int  # samples of a micro-batch
     accumulation: int  # micro-batches of a step
+    frames: int  # of a sample
     visual_tokens: int  # of a sample
-    words: int  # of a sample
     step: Rehearsal
     seconds: float
     steps: int | None
@@ -36,6 +32,10 @@ class Forecast:
     @property
     def gib(self) -> float:
         return self.step.peak / GIB
+
+    @property
+    def batch_size(self) -> int:
+        return self.step.samples
 
     @property
     def global_batch(self) -> int:
@@ -50,17 +50,6 @@ class Forecast:
         return None if self.steps is None else self.steps * self.seconds * self.ranks / 3600
 
 
-@dataclass(frozen=True)
-class Sample:
-    """The largest sample of a recipe, as far as it decides sizes."""
-
-    visuals: int
-    frames: int  # of each visual
-    words: int | None  # None: as many as `tokens` leaves
-    tokens: int | None
-    labelled: float  # share of the words
-
-
 def forecast(config: DictConfig, ranks: int) -> Forecast:
     """Takes one fake step of the composed `config` on one of `ranks` ranks.
 
@@ -68,26 +57,31 @@ def forecast(config: DictConfig, ranks: int) -> Forecast:
         ValueError: the ranks do not divide the global batch, or something is not known; says what.
     """
     config = _without_reading(config)
+    sharded, sample = is_sharded(config), Largest.of(config)
     datamodule = build(config.data, "data")
     accumulation = datamodule.accumulation(ranks)
-    sample, rows = _sample(config), datamodule.batch_size
     module = build(config.module, "module", scheduler=None)(model=plain(config.model))
+    module.check_sharing(datamodule, ranks, accumulation)
+    module.precision = _precision(config)
     step = rehearse(
         module,
-        partial(make_batch, sample=sample, rows=rows),
-        _precision(config),
+        lambda network, fake: datamodule.outlined(sample.outline(network, fake)),
         ranks=ranks,
-        sharded=is_sharded(config),
+        sharded=sharded,
         accumulation=accumulation,
         clip=config.trainer.get("gradient_clip_val"),
     )
-    if ranks > 1 and not is_sharded(config):  # DDP's buckets: a copy of all gradients
-        step.memory["gathered"] = step.trained_bytes
-    visual = sample.visuals * _visual_tokens(module.network, sample.frames)
-    steps = _steps(config, ranks * rows * accumulation)
-    seconds = step.computed * accumulation / (config.mfu * config.device.peak_flops)
-    words = step.tokens // rows - visual
-    return Forecast(ranks, rows, accumulation, visual, words, step, seconds, steps)
+    if ranks > 1 and not sharded:  # DDP's buckets: a copy of all gradients
+        step.memory["gathered"] = step.memory.get("gathered", 0) + step.trained_bytes
+    return Forecast(
+        ranks,
+        accumulation,
+        sample.all_frames,
+        sample.visual_tokens(module.network),
+        step,
+        step.computed * accumulation / (config.mfu * config.device.peak_flops),
+        _steps(config, ranks * step.samples * accumulation),
+    )
 
 
 def is_sharded(config: DictConfig) -> bool:
@@ -104,45 +98,6 @@ def is_sharded(config: DictConfig) -> bool:
     return issubclass(get_class(strategy._target_), ModelParallelStrategy)
 
 
-def make_batch(network: Any, fake: FakeTensorMode, sample: Sample, rows: int) -> VideoBatch:
-    """`rows` samples of that size. Only the frames are fake.
-
-    Raises:
-        ValueError: the visuals leave no room for words.
-    """
-    size, visual = network.encoder.image_size, _visual_tokens(network, sample.frames)
-    words = sample.words
-    if words is None:
-        words = (sample.tokens or 0) - sample.visuals * visual
-    if words < 2:
-        raise ValueError(
-            f"{sample.visuals} x {sample.frames} frames are {sample.visuals * visual} tokens, but "
-            f"tokens={sample.tokens}: set more of them, or choose a pooler that leaves less"
-        )
-    ids = torch.ones(rows, words + sample.visuals, dtype=torch.long)
-    ids[:, : sample.visuals] = VISUAL_SLOT
-    labels = ids.clone()
-    labels[:, : -max(1, round(sample.labelled * words))] = IGNORE_INDEX
-    prompt = torch.ones(rows, getattr(network.encoder, "context_length", 77), dtype=torch.long)
-    with fake:
-        count = rows * sample.visuals * sample.frames
-        frames = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    return VideoBatch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids, dtype=torch.bool),
-        labels=labels,
-        frames=frames,
-        frame_counts=[sample.frames] * (rows * sample.visuals),
-        prompt_ids=prompt,
-        prompt_mask=torch.ones_like(prompt, dtype=torch.bool),
-        keys=["planned"] * rows,
-    )
-
-
-def _visual_tokens(network: Any, frames: int) -> int:
-    return network.pooler.grid(Grid(frames, *network.encoder.grid)).size
-
-
 def _without_reading(config: DictConfig) -> DictConfig:
     """The recipe with sizes in the place of sources, and nothing that runs only later."""
     config = config.copy()
@@ -156,6 +111,8 @@ def _without_reading(config: DictConfig) -> DictConfig:
             # Flash and flex kernels may not be here, and keep for the backward what sdpa keeps.
             if isinstance(stage, DictConfig) and stage.get("attention") not in (None, "eager"):
                 stage.attention = "sdpa"
+        config.data.conversation.tokenizer = None  # only its marks are read, and any will do
+        config.data.conversation.prompt_tokenizer = None
         if OmegaConf.is_missing(config.data, "train"):
             config.data.train = None
         if config.get("tuning"):
@@ -189,21 +146,6 @@ def _sizes(config: DictConfig, source: str) -> dict[str, Any]:
         vision, text = towers.vision_config.to_diff_dict(), towers.text_config.to_diff_dict()
         return {"vision": vision, "text": text, "projection_dim": towers.projection_dim}
     return read.to_diff_dict() | {"model_type": read.model_type}
-
-
-def _sample(config: DictConfig) -> Sample:
-    frames = config.frames
-    keys = (
-        "data.training.frames",
-        *(f"data.frames.sampler.{n}" for n in ("num_frames", "max_frames")),
-    )
-    for key in keys:
-        frames = OmegaConf.select(config, key) if frames is None else frames
-    if frames is None:
-        raise ValueError("the recipe does not say how many frames a visual has: set frames=")
-    frames = frames if isinstance(frames, int) else max(frames)
-    words = None if config.tokens else OmegaConf.select(config, "data.conversation.max_length")
-    return Sample(config.visuals, frames, words, config.tokens, config.labelled)
 
 
 def _steps(config: DictConfig, global_batch: int) -> int | None:

@@ -1,7 +1,8 @@
 """ropelab-plan: what a recipe takes on so many ranks, before anything is rented.
 
 ropelab-plan experiment=vniah_d_tiny ranks=1,4 device=h100 mfu=0.4
-ropelab-plan llm=qwen2_7b encoder=clip_large_336 pooler=average trainer=fsdp ranks=8,64,512
+ropelab-plan experiment=ppllava_dpo ranks=8,64,512 data.global_batch_size=512
+ropelab-plan llm=qwen2_7b tiles=llava_next trainer=fsdp videos=0 images=4
 
 It takes what ropelab-train takes, reads no weights and no data, and needs no GPU.
 """
@@ -9,14 +10,16 @@ It takes what ropelab-train takes, reads no weights and no data, and needs no GP
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import CONFIG_DIR
 from experiments.forecast import GIB, Forecast, forecast, is_sharded
 from experiments.run import user_errors_in_one_line
+from lightning_modules.reference import FrozenReference
 
 _KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "temporary")
 
@@ -58,14 +61,15 @@ def _describe(config: DictConfig, first: Forecast) -> str:
     flops = ", ".join(
         f"{stage} {count / first.batch_size:.3g}" for stage, count in step.flops.items()
     )
-    twice = step.computed / sum(step.flops.values())
+    share = step.computed / sum(step.flops.values())
     return "\n".join(
         [
             f"{device.name}: {device.memory_gib} GiB, {config.headroom:.0%} of it kept free; "
             f"{config.mfu:.0%} of {device.peak_flops / 1e12:.0f} TFLOP/s",
             f"{step.parameters / 1e9:.3g} B parameters, {step.trained / 1e9:.3g} B trained; "
-            f"a sample: {first.visual_tokens} visual and {first.words} text tokens",
-            f"FLOPs of a sample: {flops}; with what is computed twice, {twice:.2f} times as many",
+            f"a sample: {first.frames} frames are {first.visual_tokens} tokens, with its text "
+            f"{step.tokens // step.samples} are read",
+            f"FLOPs of a sample: {flops}; computed are {share:.2f} times as many",
         ]
     )
 
@@ -89,53 +93,75 @@ def _row(found: Forecast, usable: float) -> str:
     )
 
 
+class Change(NamedTuple):
+    """Something to try: words of the command line by key, what they set, on how many ranks."""
+
+    words: dict[str, Any]
+    settings: dict[str, Any]
+    ranks: int
+
+
 def _advise(config: DictConfig, tight: Forecast, usable: float) -> None:
     """Takes one change after the other, each on top of those that helped, until it fits."""
-    changed, ranks, best = config.copy(), tight.ranks, tight
-    taken: dict[str, str] = {}  # word by key, as a later one may replace an earlier one
-    for word, change in _changes(config, ranks):
-        attempt, more = changed.copy(), ranks
+    changed, best = config.copy(), tight
+    taken: dict[str, Any] = {}  # by key, as a later word may replace an earlier one
+    for change in _changes(config, tight.ranks):
+        attempt = changed.copy()
         with open_dict(attempt):
-            for key, value in change.items():
+            for key, value in change.settings.items():
                 OmegaConf.update(attempt, key, value, force_add=True)
-        if word.startswith("ranks="):
-            more = int(word.removeprefix("ranks="))
-        found = forecast(attempt, more)
+        try:
+            found = forecast(attempt, max(best.ranks, change.ranks))
+        except ValueError:
+            continue  # not with this stage of training
         if found.gib >= best.gib:
             continue
-        changed, ranks, best = attempt, more, found
-        taken[word.partition("=")[0]] = word
+        changed, best = attempt, found
+        taken |= change.words
         fits = best.gib <= usable
         print(
-            f"  {' '.join(taken.values())}: {best.gib:.3g} GiB, {best.seconds:.3g} s a step"
-            + (", fits" if fits else "")
+            f"  {' '.join(f'{key}={word}' for key, word in taken.items())}: {best.gib:.3g} GiB, "
+            f"{best.seconds:.3g} s a step" + (", fits" if fits else ""),
+            flush=True,
         )
         if fits:
             return
     print("  nothing that is known here makes it fit: take a smaller model or fewer frames")
 
 
-def _changes(config: DictConfig, ranks: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Words of the command line, cheapest first, and the config that each stands for."""
-    tuning = config.get("tuning")
+def _changes(config: DictConfig, ranks: int) -> Iterator[Change]:
+    """Cheapest first."""
+    tuning, size = config.get("tuning"), config.data.batch_size
+    reference = OmegaConf.select(config, "module.reference._target_")
     if tuning is not None:
-        for stages in (["llm"], ["llm", "encoder"]):
-            if not set(stages) <= set(tuning.checkpointing):
-                word = f"tuning.checkpointing=[{','.join(stages)}]"
-                yield word, {"tuning.checkpointing": stages}
+        stages = [stage for stage in ("llm", "encoder") if config.model.get(stage)]
+        for count in range(1, len(stages) + 1):
+            if not set(stages[:count]) <= set(tuning.checkpointing):
+                word = f"[{','.join(stages[:count])}]"
+                settings = {"tuning.checkpointing": stages[:count]}
+                yield Change({"tuning.checkpointing": word}, settings, ranks)
+    if reference and issubclass(get_class(reference), FrozenReference):
+        yield _option("module/reference", "streamed", {"module.reference": ""}, ranks)
     if ranks > 1 and not is_sharded(config):
-        strategy = OmegaConf.load(CONFIG_DIR / "trainer" / "fsdp.yaml").strategy
-        yield "trainer=fsdp", {"trainer.strategy": strategy}
-    size = config.data.batch_size
-    for smaller in (size // 2, 1):
+        yield _option("trainer", "fsdp", {"trainer.strategy": "strategy"}, ranks)
+    for smaller in dict.fromkeys((size // 2, 1)):
         if 0 < smaller < size and size % smaller == 0:
-            yield f"data.batch_size={smaller}", {"data.batch_size": smaller}
+            yield Change({"data.batch_size": smaller}, {"data.batch_size": smaller}, ranks)
     if tuning is not None and not tuning.lora:
-        lora = OmegaConf.load(CONFIG_DIR / "tuning" / "lora.yaml")
-        yield "tuning=lora", {"tuning.freeze": lora.freeze, "tuning.lora": lora.lora}
-    for more in (2, 4, 8):
-        if ranks > 1 and config.data.global_batch_size % (ranks * more) == 0:
-            yield f"ranks={ranks * more}", {"data.batch_size": 1}
+        lora = {"tuning.freeze": "freeze", "tuning.lora": "lora"}
+        yield _option("tuning", "lora", lora, ranks)
+    for more in (2 * ranks, 4 * ranks, 8 * ranks):
+        for batch in dict.fromkeys((1, config.data.global_batch_size // more)):
+            if ranks > 1 and (batch == 1 or 1 < batch < size):
+                words = {"data.batch_size": batch}
+                yield Change(words | {"ranks": more}, words, more)
+
+
+def _option(group: str, name: str, nodes: dict[str, str], ranks: int) -> Change:
+    """Another option of a group; `nodes`: where in the config what of its file goes."""
+    file: Any = OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")
+    settings = {key: OmegaConf.select(file, part) if part else file for key, part in nodes.items()}
+    return Change({group: name}, settings, ranks)
 
 
 if __name__ == "__main__":

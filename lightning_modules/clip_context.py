@@ -123,13 +123,17 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
 
     def setup(self, stage: str) -> None:
         trainer = self.trainer
-        if stage == "fit" and trainer.accumulate_grad_batches != 1:
+        if stage == "fit":
             data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            ranks, size = trainer.world_size, data.global_batch_size
+            self.check_sharing(data, trainer.world_size, trainer.accumulate_grad_batches)
+
+    def check_sharing(self, data: Any, ranks: int, accumulation: int) -> None:
+        if accumulation != 1:
+            size = data.global_batch_size
             raise ValueError(
                 f"data.global_batch_size={size} with data.batch_size={data.batch_size} on {ranks} "
-                f"ranks are {trainer.accumulate_grad_batches} micro-batches a step, and pairs are "
-                f"compared within one: set data.batch_size={size // ranks}, or "
+                f"ranks are {accumulation} micro-batches a step, and pairs are compared within "
+                f"one: set data.batch_size={size // ranks}, or "
                 f"data.global_batch_size={ranks * data.batch_size}"
             )
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.batch import PreferenceBatch
 from lightning_modules.dpo import PreferenceLoss
@@ -48,6 +48,9 @@ class PreferenceModule(VideoLLMModule):
         if self.model is None:
             self.reference.prepare(self, self.build_initial)
         super().configure_model()
+
+    def beside(self) -> list[nn.Module]:
+        return [] if self.reference.network is None else [self.reference.network]
 
     def build_initial(self) -> VideoLanguageModel:
         """A new network with the weights that training starts from."""

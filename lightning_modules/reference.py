@@ -18,7 +18,13 @@ Settings = Callable[[], Mapping[str, str]]
 
 
 class Reference(ABC):
-    """What the policy is held close to. It is no module: nothing of it is trained or saved."""
+    """What the policy is held close to. It is no module: nothing of it is trained or saved.
+
+    Attributes:
+        network: a model of its own, where it has one and `prepare` has been called.
+    """
+
+    network: VideoLanguageModel | None = None
 
     def prepare(self, stage: TrainingModule[Any], build: Callable[[], VideoLanguageModel]) -> None:
         """Called before the policy is built; `build` makes a model as training begins with it."""
@@ -68,24 +74,20 @@ class FrozenReference(Reference):
     and sharded as the policy is.
     """
 
-    def __init__(self):
-        self._network: VideoLanguageModel | None = None
-
     def prepare(self, stage: TrainingModule[Any], build: Callable[[], VideoLanguageModel]) -> None:
         with torch.random.fork_rng():  # the policy is built from the same state
             network = build()
         network.requires_grad_(False).eval()
-        if stage._trainer is not None:  # as Lightning does with the policy
-            stage.trainer.precision_plugin.convert_module(network)
+        stage.precision.convert_module(network)  # as Lightning does with the policy
         stage.shard(network)
-        self._network = network
+        self.network = network
 
     @torch.no_grad()
     def log_probs(
         self, policy: VideoLanguageModel, batch: PreferenceBatch, settings: Settings
     ) -> Float[Tensor, "b 2"]:
-        assert self._network is not None
-        return self._network.log_probs(batch).sums
+        assert self.network is not None
+        return self.network.log_probs(batch).sums
 
 
 class BaseReference(Reference):

@@ -48,6 +48,16 @@ class TrainingModule(LightningModule, Generic[Network]):
         self.init = Initial(init, **(init_allow or {})) if init else None
         self.resumed = False  # whether a checkpoint is loaded next, which has its own weights
         self.model: Network | None = None
+        self._precision = Precision()
+
+    @property
+    def precision(self) -> Precision:
+        """What casts weights and forwards: the trainer's plugin; without one, what was set here."""
+        return self._precision if self._trainer is None else self._trainer.precision_plugin
+
+    @precision.setter
+    def precision(self, plugin: Precision) -> None:
+        self._precision = plugin
 
     @abstractmethod
     def build(self) -> Network:
@@ -64,9 +74,24 @@ class TrainingModule(LightningModule, Generic[Network]):
     def shard(self, network: Any) -> None:
         """Spreads a network over the ranks by its `blocks`, where the strategy is to have it so."""
         if self.device_mesh is not None:
-            mixed = self._trainer is not None and self._trainer.precision == "bf16-mixed"
+            mixed = self.precision.precision == "bf16-mixed"
             travel = torch.bfloat16 if mixed else None
             shard(network, network.blocks(), self.device_mesh, travel)
+
+    def beside(self) -> list[nn.Module]:
+        """Networks that the steps need and that are not trained, nor among the submodules."""
+        return []
+
+    def check_sharing(self, data: Any, ranks: int, accumulation: int) -> None:
+        """Refuses what the loss does not allow: here, nothing.
+
+        Args:
+            data: the datamodule.
+            accumulation: micro-batches of an optimizer step, of each of so many ranks.
+
+        Raises:
+            ValueError: says what to change.
+        """
 
     def check(self) -> None:
         """Finds mistakes in the stages on the meta device, before weights or data are read.

@@ -360,7 +360,7 @@ def test_a_frozen_reference_is_what_training_started_from(make_stage):
     start = {name: p.clone() for name, p in module.network.named_parameters()}
     trainer.fit(module, datamodule=data)
     assert watch.losses[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
-    kept = module.reference._network
+    kept = module.reference.network
     assert all(torch.equal(p, start[name]) for name, p in kept.named_parameters())
     assert any(not torch.equal(p, start[name]) for name, p in module.network.named_parameters())
     assert not any(p.requires_grad for p in kept.parameters())
