@@ -20,7 +20,6 @@ VideoBatch   input_ids (b l)   labels (b l)   frames (n c h w)   prompt_ids (b k
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -294,10 +293,8 @@ class InstructDataModule(StepsDataModule):
     def outlined(self, outline: Outline) -> Any:
         count, options = self.batch_size, self._options
         if options.max_tokens is not None:  # as BudgetOrder cuts them
-            per_frame = options.tokens_per_frame or 0
-            per_image = per_frame if options.tokens_per_image is None else options.tokens_per_image
-            fitting = int(options.max_tokens // math.ceil(outline.tokens(per_frame, per_image)))
-            count = max(1, min(count, fitting))
+            tokens = outline.tokens(options.tokens_per_frame or 0, options.tokens_per_image)
+            count = max(1, min(count, options.max_tokens // tokens))
         return self.collater()([self.outlined_sample(outline)] * count)
 
     def outlined_sample(self, outline: Outline) -> Any:

@@ -1,5 +1,6 @@
 """The sizes of a sample without its contents: all that the work of a training step depends on."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,12 +33,10 @@ class Outline:
         unlearnt = len(self.visuals) + self.words - self.learnt
         return [IGNORE_INDEX] * unlearnt + [1] * self.learnt
 
-    def tokens(self, per_frame: float, per_image: float) -> float:
-        """Of the LLM, where so many are what the pooler leaves."""
-        frames = [len(visual) for visual in self.visuals]
-        whole = [tiles or count == 1 for tiles, count in zip(self.tiles, frames, strict=True)]
-        visual = [
-            per_image if image else per_frame * count
-            for image, count in zip(whole, frames, strict=True)
-        ]
-        return self.words + sum(visual)
+    def tokens(self, per_frame: float | int, per_image: float | int | None) -> int:
+        """Of the LLM, where the pooler leaves so many; None: of an image as of a frame."""
+        of_image = per_frame if per_image is None else per_image
+        visual = 0.0
+        for frames, tiles in zip(map(len, self.visuals), self.tiles, strict=True):
+            visual += of_image if tiles or frames == 1 else per_frame * frames
+        return self.words + math.ceil(visual)

@@ -62,7 +62,7 @@ def forecast(config: DictConfig, ranks: int) -> Forecast:
     accumulation = datamodule.accumulation(ranks)
     module = build(config.module, "module", scheduler=None)(model=plain(config.model))
     module.check_sharing(datamodule, ranks, accumulation)
-    module.precision = _precision(config)
+    module.precision = precision_of(config)
     step = rehearse(
         module,
         lambda network, fake: datamodule.outlined(sample.outline(network, fake)),
@@ -158,7 +158,7 @@ def _steps(config: DictConfig, global_batch: int) -> int | None:
     return samples // global_batch * (config.trainer.get("max_epochs") or 1)
 
 
-def _precision(config: DictConfig) -> Any:
+def precision_of(config: DictConfig) -> Any:
     """The trainer's plugin, which casts weights or the forward; float16 takes no more."""
     asked = config.trainer.precision
     trainer = Trainer(

@@ -2,7 +2,7 @@
 
 ropelab-plan experiment=vniah_d_tiny ranks=1,4 device=h100 mfu=0.4
 ropelab-plan experiment=ppllava_dpo ranks=8,64,512 data.global_batch_size=512
-ropelab-plan llm=qwen2_7b tiles=llava_next trainer=fsdp videos=0 images=4
+ropelab-plan experiment=ppllava_vicuna7b_multi_image tiles=llava_next videos=0 images=4
 
 It takes what ropelab-train takes, reads no weights and no data, and needs no GPU.
 """
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import CONFIG_DIR
 from experiments.forecast import GIB, Forecast, forecast, is_sharded
-from experiments.run import user_errors_in_one_line
+from experiments.run import plain, user_errors_in_one_line
 from lightning_modules.reference import FrozenReference
 
 _KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "temporary")
@@ -35,13 +35,15 @@ def plan(config: DictConfig) -> None:
         try:
             forecasts.append(forecast(config, ranks))
         except ValueError as error:
-            if not forecasts:
+            if len(config.ranks) == 1:
                 raise
             print(f"{ranks:>5}  {error}")
             continue
         if len(forecasts) == 1:
             print(_describe(config, forecasts[0]), _HEADER, sep="\n")
         print(_row(forecasts[-1], usable), flush=True)
+    if not forecasts:
+        raise ValueError(f"none of ranks={plain(config.ranks)} can train it; see above")
 
     # 2. Where it does not fit: what would, planned in the same way
     for tight in forecasts:

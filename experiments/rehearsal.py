@@ -28,6 +28,7 @@ from lightning_modules.training import TrainingModule
 
 Batch = VideoBatch | PreferenceBatch
 
+
 @dataclass(frozen=True)
 class Rehearsal:
     """What one micro-batch of one rank takes, with the optimizer's step after it.

@@ -2,22 +2,21 @@
 
 import re
 import sys
-import warnings
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
-from lightning.pytorch.plugins import Precision
+from real_step import take_real
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import plan
-from experiments.forecast import Sample, forecast, make_batch
-from experiments.rehearsal import _SMALLEST, ATTENTION, rehearse
+from experiments.forecast import forecast
+from experiments.largest import Largest
+from experiments.rehearsal import rehearse
 from experiments.run import build, plain
 from lightning_modules.stage import build as build_stage
 from lightning_modules.video_llm import VideoLLMModule
@@ -53,88 +52,27 @@ def test_kernels_that_only_a_gpu_has_are_planned_as_sdpa(planned, alone):
     assert planned(*words)[1].step == alone[1].step
 
 
-#: What `WORDS` say of it.
-SAMPLE = Sample(visuals=1, frames=8, words=None, tokens=96, labelled=0.5)
-
-
-class RealFrames:
-    """In the place of the fake mode: what is made in it is real, and holds no NaN."""
-
-    def __enter__(self):
-        self._empty, torch.empty = torch.empty, torch.zeros
-
-    def __exit__(self, *error):
-        torch.empty = self._empty
-
-
-def take(module):
-    """The same step with numbers, a later one: its optimizer, its FLOPs, and what it takes."""
-    module.configure_model()
-    module.train()
-    batch = make_batch(module.network, RealFrames(), SAMPLE, 2)
-    optimizer = module.configure_optimizers()
-    trained = [p for p in module.parameters() if p.requires_grad]
-
-    def step():
-        loss = module.training_step(batch, 0)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r".*self\.log")
-        step()
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-            step()
-        with profile(profile_memory=True) as recorded:
-            step()
-    return optimizer, counter.get_total_flops(), highest(recorded)
-
-
 @pytest.fixture(scope="module")
 def real(alone):
-    config, _ = alone
-    module = build(config.module, "module", scheduler=None)(model=plain(config.model))
-    return module, *take(module)
-
-
-def highest(recorded):
-    """Bytes that the allocator had given out at most, beyond what was there before."""
-    events = recorded.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    now = most = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        now += change
-        most = max(most, now)
-    return most
-
-
-def rounded(tensors):
-    return sum(-(-t.nbytes // _SMALLEST) * _SMALLEST for t in tensors)
+    return take_real(alone[0])
 
 
 def test_weights_gradients_and_moments_are_the_real_ones_to_the_byte(alone, real):
-    module, optimizer, _, _ = real
     memory = alone[1].step.memory
-    buffers = list(module.buffers())
-    assert memory["weights"] == rounded([*module.parameters(), *buffers])
-    assert memory["gradients"] == rounded(
-        [p.grad for p in module.parameters() if p.grad is not None]
-    )
-    states = [t for state in optimizer.state.values() for t in state.values()]
-    assert memory["optimizer"] == rounded(states)
+    kept = (memory["weights"], memory["gradients"], memory["optimizer"])
+    assert kept == (real.weights, real.gradients, real.optimizer)
 
 
 def test_flops_are_those_of_the_real_step(alone, real):
-    assert alone[1].step.computed == real[2]
-    assert sum(alone[1].step.flops.values()) == pytest.approx(real[2], rel=0.02)
+    assert alone[1].step.computed == real.flops
+    assert sum(alone[1].step.flops.values()) == pytest.approx(real.flops, rel=0.02)
 
 
 def test_the_peak_is_what_the_allocator_gives_out(alone, real):
     """Weights, gradients and moments are there before the step that is recorded."""
     memory = alone[1].step.memory
     kept = memory["weights"] + memory["gradients"] + memory["optimizer"]
-    assert alone[1].step.peak - kept == pytest.approx(real[3], rel=0.02)
+    assert alone[1].step.peak - kept == pytest.approx(real.peak, rel=0.02)
 
 
 class Checkpointed(VideoLLMModule):
@@ -152,14 +90,19 @@ def test_blocks_that_run_twice_are_planned_as_they_run(alone):
     spec = plain(config.model)
     spec["llm"]["config"] |= {"num_hidden_layers": 8, "intermediate_size": 256}
     optimizer = build(config.optim.optimizer, "optim")
-    precision = Precision()
-    batch = partial(make_batch, sample=SAMPLE, rows=2)
-    module = Checkpointed(spec, optimizer)
-    found = rehearse(module, batch, precision, ranks=1, sharded=False, accumulation=4, clip=1.0)
+    data, sample = build(config.data, "data"), Largest.of(config)
+    found = rehearse(
+        Checkpointed(spec, optimizer),
+        lambda network, fake: data.outlined(sample.outline(network, fake)),
+        ranks=1,
+        sharded=False,
+        accumulation=4,
+        clip=1.0,
+    )
     kept = sum(found.memory[kind] for kind in ("weights", "gradients", "optimizer"))
-    _, flops, peak = take(Checkpointed(spec, optimizer))
-    assert found.computed == flops > 1.1 * sum(found.flops.values())
-    assert found.peak - kept == pytest.approx(peak, rel=0.02)
+    real = take_real(config, Checkpointed(spec, optimizer))
+    assert found.computed == real.flops > 1.1 * sum(found.flops.values())
+    assert found.peak - kept == pytest.approx(real.peak, rel=0.02)
     assert plainly.step.computed < 1.01 * sum(plainly.step.flops.values())
 
 
@@ -279,10 +222,19 @@ def test_the_program_prints_a_line_for_each_world(printed):
 @pytest.mark.slow
 def test_advice_is_planned_one_change_on_the_other(printed):
     lines = printed("ranks=[2]", "trainer=ddp_sim", "device.memory_gib=0.004", "headroom=0.0")
-    advice = [line for line in lines if line.startswith("  trainer=fsdp")]
-    assert any("data.batch_size=1" in line for line in advice)
+    advice = [line for line in lines if re.match(r"  \S+=.* a step", line)]
+    assert "trainer=fsdp" in advice[-1]
+    assert "data.batch_size=1" in advice[-1]
+    words = [set(line.split(":")[0].split()) for line in advice]
+    keys = [{word.partition("=")[0] for word in line} for line in words]
+    assert all(before <= after for before, after in pairwise(keys)), "on top of the others"
     sizes = [float(line.split(": ")[1].split()[0]) for line in advice]
     assert sizes == sorted(set(sizes), reverse=True)
+
+
+def test_worlds_none_of_which_can_be_are_an_error(printed):
+    with pytest.raises(ValueError, match=r"none of ranks=\[3, 5\]"):
+        printed("ranks=[3,5]")
 
 
 def test_ranks_are_given_as_for_a_sweep(monkeypatch):
