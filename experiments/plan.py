@@ -69,8 +69,8 @@ def _describe(config: DictConfig, first: Forecast) -> str:
             f"{device.name}: {device.memory_gib} GiB, {config.headroom:.0%} of it kept free; "
             f"{config.mfu:.0%} of {device.peak_flops / 1e12:.0f} TFLOP/s",
             f"{step.parameters / 1e9:.3g} B parameters, {step.trained / 1e9:.3g} B trained; "
-            f"a sample: {first.frames} frames are {first.visual_tokens} tokens, with its text "
-            f"{step.tokens // step.samples} are read",
+            f"a sample: {first.frames} frames, {first.visual_tokens} visual tokens; "
+            f"{step.tokens // step.samples} tokens read in all",
             f"FLOPs of a sample: {flops}; computed are {share:.2f} times as many",
         ]
     )

@@ -73,7 +73,8 @@ class ContrastiveClip(nn.Module):
                 f"{len(batch.frame_counts)} visuals for {len(batch)} captions: each needs one; "
                 "choose data=captions, which refuses other samples"
             )
-        tokens = self.encoder.hidden_state(batch.frames, batch.frame_counts)[:, 0]  # n d
+        states = self.encoder(batch.frames, batch.frame_counts, class_token=True)
+        tokens = states[:, 0]  # n d
         frames = normalize(self.encoder.align(tokens).float(), dim=-1)  # n e
         means = torch.stack([visual.mean(0) for visual in frames.split(batch.frame_counts)])
         captions = self.encoder.encode_prompt(batch.prompt_ids, batch.prompt_mask)

@@ -7,6 +7,7 @@ much for the gradient that flows on, where one does. What is computed twice to s
 counted, nor is what grows with neither (norms, softmax, the pooler's windows).
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -89,11 +90,11 @@ class FlopMeter:
         self._handles.append(module.register_forward_hook(hook))
 
     def _count_tower(
-        self, name: str, weighed: dict[bool, Weights], tower: nn.Module, args: Any, output: Any
+        self, name: str, weighed: dict[bool, Weights], tower: Any, args: Any, output: Any
     ) -> None:
         first = args[0]
         if first.ndim == 4:  # frames: a class token stands before the patches of each
-            rows, length = output.shape[0], output.shape[1] + 1
+            rows, length = output.shape[0], math.prod(tower.grid) + 1
         else:
             rows, length = first.shape[:2]
         if first.ndim == 3 and torch.is_grad_enabled():

@@ -24,14 +24,18 @@ class RealFrames:
 
 class Taken(NamedTuple):
     weights: int  # bytes as an allocator rounds them, like the next two
-    gradients: int
+    gradients: int  # that were there before what is recorded
     optimizer: int
     flops: int
     peak: int  # bytes given out at most, beyond what was there before the step
 
 
-def take_real(config, module=None, first=False):
-    """The planned step of a recipe, a later one with gradients left; `first`: with none left."""
+def take_real(config, module=None, accumulates=True):
+    """The planned step of a recipe, a later one.
+
+    Where it does not accumulate, the gradients of the step before are there until the forward is
+    done. As only what was recorded is heard of when it is freed, two steps are recorded then.
+    """
     if module is None:
         module = build(config.module, "module", scheduler=None)(model=plain(config.model))
     module.configure_model()
@@ -43,7 +47,7 @@ def take_real(config, module=None, first=False):
 
     def step():
         loss = module.training_step(batch, 0)
-        if first:
+        if not accumulates:
             optimizer.zero_grad()
         loss.backward()
         if clip := config.trainer.get("gradient_clip_val"):
@@ -55,12 +59,16 @@ def take_real(config, module=None, first=False):
         step()
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             step()
+        if not accumulates:
+            optimizer.zero_grad()
         with profile(profile_memory=True) as recorded:
             step()
+            if not accumulates:
+                step()
     networks = (module, *module.beside())
     return Taken(
         rounded([t for n in networks for t in (*n.parameters(), *n.buffers())]),
-        rounded([p.grad for p in module.parameters() if p.grad is not None]),
+        rounded([p.grad for p in module.parameters() if p.grad is not None and accumulates]),
         rounded([t for state in optimizer.state.values() for t in state.values()]),
         counter.get_total_flops(),
         highest(recorded),

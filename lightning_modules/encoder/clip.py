@@ -91,9 +91,10 @@ class ClipEncoder(Encoder):
         self.context_length = self.text.config.max_position_embeddings
 
     def forward(
-        self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
+        self, frames: Num[Tensor, "n c h w"], frame_counts: list[int], class_token: bool = False
     ) -> Float[Tensor, "n p d"]:
-        return self.hidden_state(frames, frame_counts)[:, 1:]
+        """`class_token`: it stands before the patches, p is one more."""
+        return self.hidden_state(frames, frame_counts)[:, 0 if class_token else 1 :]
 
     def hidden_state(
         self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
