@@ -205,7 +205,8 @@ def reckon(way: type[VideoLLMModule], size: Size) -> Rehearsal:
     optimizer = partial(torch.optim.AdamW, lr=1e-5, fused=True)
     tuning = replace(FROZEN_CLIP, checkpointing=["llm", "encoder"])
     module = way(specs(size), optimizer, tuning=tuning)
-    return rehearse(module, fake_batch, HalfPrecision("bf16-true"), ranks=1, sharded=False, clip=1)
+    module.precision = HalfPrecision("bf16-true")
+    return rehearse(module, fake_batch, ranks=1, sharded=False, clip=1.0)
 
 
 def reckoned(name: str, size: Size) -> list[Row]:

@@ -47,14 +47,14 @@ def alone(planned):
     return planned()
 
 
-def test_kernels_that_only_a_gpu_has_are_planned_as_sdpa(planned, alone):
-    words = ["model.llm.attention=flash_attention_2", "model.encoder.attention=flex_attention"]
-    assert planned(*words)[1].step == alone[1].step
-
-
 @pytest.fixture(scope="module")
 def real(alone):
     return take_real(alone[0])
+
+
+def test_kernels_that_only_a_gpu_has_are_planned_as_sdpa(planned, alone):
+    words = ["model.llm.attention=flash_attention_2", "model.encoder.attention=flex_attention"]
+    assert planned(*words)[1].step == alone[1].step
 
 
 def test_weights_gradients_and_moments_are_the_real_ones_to_the_byte(alone, real):
