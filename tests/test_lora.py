@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from test_tuning import LORA, hidden, make_module, train, trained_lora
+from tuned import LORA, hidden, make_module, train, trained_lora
 
 from experiments import evaluate
 from lightning_modules.lora import is_lora, lora_layers, merge_lora, without_lora

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning import Callback
-from test_distributed import (
+from tiny_fit import (
     OPTIM,
     PER_STEP,
     STEPS,

@@ -1,0 +1,96 @@
+"""Ranks contrast their rows with those of all ranks, as one process does."""
+
+import pytest
+import torch
+from lightning import Callback, LightningDataModule
+from tiny_clip import SMALL, make_batch
+from tiny_fit import whole
+
+from experiments.run import build, plain
+from lightning_modules.clip_context import ClipContextModule
+
+STEPS, ROWS = 20, 8  # rows of a global batch
+
+
+class Share:
+    """Batches of the rows given, made anew each time."""
+
+    def __init__(self, parts):
+        self._parts = parts
+
+    def __len__(self):
+        return len(self._parts)
+
+    def __iter__(self):
+        for numbers in self._parts:
+            yield make_batch(numbers, length=90, vocabulary=2000, size=32)
+
+
+class Batches(LightningDataModule):
+    """Rank r has its share of the rows of each step, in the order of the ranks."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.batch_size, self.global_batch_size = rows, ROWS
+
+    def train_dataloader(self):
+        world, rank, rows = self.trainer.world_size, self.trainer.global_rank, self.batch_size
+        assert world * rows == ROWS
+        starts = [step * ROWS + rank * rows for step in range(STEPS)]
+        return Share([range(start, start + rows) for start in starts])
+
+    def val_dataloader(self):
+        """Of 15 rows; a rank that has one batch less repeats the first."""
+        parts = [range(900, 906), range(906, 912), range(912, 915), range(900, 906)]
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        return Share(parts[rank::2] if world > 1 else parts[:3])
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(trainer.callback_metrics["train/loss"].item())
+
+
+@pytest.fixture(scope="module")
+def fit(compose):
+    def run(folder, world, *overrides):
+        config = compose([*SMALL, *overrides, f"trainer.devices={world}"], folder)
+        torch.manual_seed(0)
+        optimizer = build(config.optim.optimizer, "optim")
+        module = ClipContextModule(plain(config.model), optimizer, temperature=0.07)
+        losses = Losses()
+        options = {"enable_progress_bar": False, "enable_model_summary": False}
+        trainer = build(
+            config.trainer,
+            "trainer",
+            callbacks=[losses],
+            logger=False,
+            enable_checkpointing=False,
+            max_epochs=1,
+            **options,
+        )
+        trainer.fit(module, datamodule=Batches(ROWS // world))
+        metrics = {k: v.item() for k, v in trainer.callback_metrics.items() if k[:4] == "val/"}
+        return losses.seen, metrics, whole(module)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(fit, tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("alone"), 1)
+
+
+@pytest.mark.parametrize("trainer", ["ddp_sim", "fsdp_sim"])
+def test_two_ranks_contrast_what_one_process_contrasts(trainer, fit, alone, run_ranks, tmp_path):
+    losses, metrics, weights = alone
+    assert len(losses) == STEPS
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    for seen, found, after in run_ranks(2, lambda rank: fit(tmp_path, 2, f"trainer={trainer}")):
+        torch.testing.assert_close(seen, losses, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(after, weights, rtol=0, atol=1e-6)
+        assert found == pytest.approx(metrics, abs=1e-4)
+    assert metrics.keys() >= {"val/loss", "val/t2i_r1", "val/i2t_r10"}
