@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, VideoBatch
-from experiments.rehearsal import ATTENTION
 from experiments.run import build, plain, user_errors_in_one_line
+from experiments.watch import ATTENTION
 from lightning_modules import throughput
 from lightning_modules.flops import FlopMeter
 from lightning_modules.memory import OutOfMemory
