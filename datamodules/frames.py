@@ -361,11 +361,6 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
     return count
 
 
-def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
-    """Decodes an image; raises as `FrameReader.image`."""
-    open_image(data, max_pixels)
-
-
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An RGB picture, upright; raises as `FrameReader.image`."""
     if data[:2] == b"\xff\xd8" and (scans := data.count(b"\xff\xda")) > _JPEG_SCANS:

@@ -23,9 +23,9 @@ from datamodules.frames import (
     IMAGE_SUFFIXES,
     FrameReader,
     UniformSampler,
-    check_image,
     count_frames,
     is_video,
+    open_image,
 )
 from datamodules.index import Shard, index_path, index_shard, lengths_path, write_index
 from datamodules.reencode import encode_frames, reencode
@@ -210,7 +210,7 @@ def _read_visual(
         return encode_frames(pictures, short_side, span), "mp4"
     data = _read_file(videos, name)
     if not is_video(name):
-        check_image(data)
+        open_image(data)
     elif short_side is not None:
         return reencode(data, short_side, span), "mp4"
     else:
@@ -267,7 +267,7 @@ def _verify_sample(url: str, number: int, read: Callable[[], bytes]) -> Outcome:
             if is_video(suffix):
                 count_frames(raw[suffix])
             else:
-                check_image(raw[suffix])
+                open_image(raw[suffix])
     except BadSampleError as error:
         return Outcome(bad=[BadItem(url, key, error.reason, error.detail)])
     return Outcome(good=1)

@@ -21,7 +21,7 @@ from hostile import (
 from tiny_shards import tar_bytes
 
 from datamodules.batch import BadSampleError
-from datamodules.frames import check_image
+from datamodules.frames import open_image
 from datamodules.tar import untar_sample
 
 BOMBS = {
@@ -77,7 +77,7 @@ def test_bombs_stay_within_memory_and_time(tmp_path):
 def test_an_image_bomb_has_its_reason():
     for data in (png_bomb(60_000), jpeg_bomb(60_000), jpeg_of_scans(20_000)):
         with pytest.raises(BadSampleError) as caught:
-            check_image(data)
+            open_image(data)
         assert caught.value.reason == "image_too_large"
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from datamodules.batch import BadSampleError
-from datamodules.frames import FpsSampler, FrameReader, UniformSampler, check_image, count_frames
+from datamodules.frames import FpsSampler, FrameReader, UniformSampler, count_frames, open_image
 
 
 def ramp_video(
@@ -147,7 +147,7 @@ def test_sizes_above_the_limit_are_refused_before_decoding():
     reader = FrameReader(16, UniformSampler(2), max_pixels=128 * 95)
     assert reason_of(reader.video, ramp_video(4)) == "video_too_large"
     assert reason_of(reader.image, jpeg((200, 100))) == "image_too_large"
-    assert reason_of(check_image, png_bomb(60_000)) == "image_too_large"
+    assert reason_of(open_image, png_bomb(60_000)) == "image_too_large"
 
 
 def png_bomb(side: int) -> bytes:
