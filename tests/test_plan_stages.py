@@ -21,13 +21,20 @@ PROBE = [
     "model.llm.config.tie_word_embeddings=false",
     "model.llm.config.attention_dropout=0.0",
 ]
+SMALL = ["model.encoder.image_size=32", "model.encoder.config.vision.patch_size=8"]
 PAIRS = [
     "experiment=ppllava_dpo_tiny",
+    *SMALL,
     "data.batch_size=2",
     "data.conversation.max_length=40",
     "model.llm.config.tie_word_embeddings=false",
 ]
-CAPTIONS = ["experiment=clip_context_tiny", "data.batch_size=4", "data.global_batch_size=4"]
+CAPTIONS = [
+    "experiment=clip_context_tiny",
+    *SMALL,
+    "data.batch_size=4",
+    "data.global_batch_size=4",
+]
 
 
 @pytest.fixture(scope="module")
