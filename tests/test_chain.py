@@ -120,6 +120,6 @@ def test_preference_tuning_and_its_reference_start_as_tuning_has_ended(stage, tm
     torch.manual_seed(2)
     module = stage(DPO, folder)
     module.configure_model()
-    for network in (module.network, module.reference._network):
+    for network in (module.network, module.reference.network):
         state = {f"model.{name}": value for name, value in network.state_dict().items()}
         torch.testing.assert_close(state, stored, atol=0, rtol=0)

@@ -314,14 +314,13 @@ def test_a_run_that_is_told_to_go_while_it_starts_goes(tmp_path):
 def test_jobs_of_two_ranks_each_in_one_multirun(tiny, tmp_path):
     command = [sys.executable, "-m", "experiments.start", "-m", *tiny, "logger=csv", "test=false"]
     command += ["trainer=ddp_sim", "seed=0,1", "run_name=seed${seed}", "paths.runs=runs"]
+    command += ["data.global_batch_size=8"]  # 2 ranks, 4 samples each
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     folders = sorted(tmp_path.glob("runs/*/seed*"))
     assert [folder.name for folder in folders] == ["seed0", "seed1"]
     for folder in folders:
-        assert (
-            json.loads((folder / "done.json").read_text())["steps"] == 6
-        )  # 48 in batches of 2 * 4
+        assert json.loads((folder / "done.json").read_text())["steps"] == 6  # 48 samples
         assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["devices"] == 2
         words = (folder / "command.txt").read_text().split()
         assert words[0] == "ropelab-train"

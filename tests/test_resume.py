@@ -93,7 +93,9 @@ def test_what_a_finished_run_says_of_itself(whole):
         assert len(set(flat)) == len(flat) == 160
 
 
-@pytest.mark.parametrize("moments", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "moments", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+)
 def test_kill_9_at_random_moments(moments, whole, tmp_path):
     """Of the run's whole life, start and end included; every restart gets a little further."""
     rng = random.Random(moments)
