@@ -88,11 +88,11 @@ def rehearse(
             module._device_mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=names)
         with module.precision.tensor_init_context(), torch.device("meta"):
             module.configure_model()
+            module.precision.convert_module(module)  # fake weights cannot be
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake:
             for held in (module, *module.beside()):
                 _fill(held)
-            module.precision.convert_module(module)
         batch = make_batch(module.network, fake)
         module.train()
         return _step(module, batch, fake, accumulation, clip)

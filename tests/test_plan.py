@@ -106,6 +106,11 @@ def test_blocks_that_run_twice_are_planned_as_they_run(alone):
     assert plainly.step.computed < 1.01 * sum(plainly.step.flops.values())
 
 
+def test_weights_of_bfloat16_are_half_of_it(alone, planned):
+    found = planned("trainer.precision=bf16-true")[1].step
+    assert found.memory["weights"] == pytest.approx(alone[1].step.memory["weights"] / 2, rel=0.05)
+
+
 def test_a_plan_leaves_no_rank_of_its_own_behind(planned, run_ranks):
     planned("trainer=fsdp_sim", ranks=2)
 
