@@ -182,7 +182,7 @@ def small_step() -> list[Row]:
     ways = Step(model, batch), Step(published, batch)
     apart = largest_difference(*(way.gradients() for way in ways))
     name = "step of tuning (LLM of width 512, vocabulary 32,000; CLIP of 24 layers, 8 frames)"
-    row = compare(name, *ways, at_least=1.15)
+    row = compare(name, *ways, at_least=1.15, repeats=10)  # three gave 1.02 to 1.33
     row = replace(row, difference=f"{apart:.0e} of gradients", met=row.met and apart <= 1e-5)
     memory = [peak_memory(way) / 2**20 for way in ways]
     return [row, at_most(f"{name}, peak memory", *memory, share=0.8, unit="MiB")]
