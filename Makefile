@@ -53,8 +53,8 @@ recipes: install  ## train the small twin of every recipe
 
 slow: export WANDB_MODE := offline
 slow: export HF_HUB_OFFLINE := 1
-slow: install  ## the tests that take minutes each, an hour in all
-	$(BIN)/python -m pytest -m slow --ignore=tests/test_recipes.py -n 2 --dist loadfile $(ARGS)
+slow: install  ## the tests that take minutes each, half an hour in all
+	$(BIN)/python -m pytest -m slow --ignore=tests/test_recipes.py -n 2 --dist worksteal $(ARGS)
 
 fuzz: export FUZZ_CASES ?= 2400
 fuzz: export FUZZ_SEED ?= $(shell date +%Y%m%d)
