@@ -9,12 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_fit import MODEL, OPTIM, TUNED, build_network, make_batch, make_fit, whole
+from tiny_fit import (
+    MODEL,
+    OPTIM,
+    TUNED,
+    build_network,
+    check_program,
+    make_batch,
+    make_fit,
+    whole,
+)
 
-from experiments import evaluate, train
-from experiments.needles import test_needles as run_needle_test
 from experiments.report_data import load_run
-from experiments.run import build, plain
+from experiments.run import plain
 from lightning_modules.video_llm import VideoLLMModule
 from lightning_modules.weights import read_checkpoint, sha256
 
@@ -125,27 +132,8 @@ def test_sharded_ranks_generate_though_one_has_no_visual_and_one_ends_early(
 
 
 def test_a_sharded_run_is_trained_tested_and_evaluated(tiny, compose, run_ranks, tmp_path):
-    """The program's own main, its callbacks and its test; then the test of what it has saved."""
     words = [*tiny, "logger=csv", "trainer=fsdp_sim", "data.batch_size=2"]
-
-    def run(rank):
-        train.main.__wrapped__(compose(words, tmp_path))
-
-    def evaluate_again(rank):
-        config = compose(words, tmp_path / "again")
-        model, steps = evaluate.load(tmp_path, None)
-        trainer, datamodule = build(config.trainer, "trainer", logger=False), build(config.data, "")
-        run_needle_test(config, trainer, model, datamodule, steps)
-        return sha256(model)
-
-    run_ranks(2, run)
-    before = load_run(tmp_path)
-    assert before.status == "tested"
-    assert before.generations
-    (tmp_path / "again").mkdir()
-    hashes = run_ranks(2, evaluate_again)
-    assert load_run(tmp_path / "again").needle.cells == before.needle.cells
-    assert hashes == [sha256(evaluate.load(tmp_path, None)[0])] * 2
+    check_program(words, compose, run_ranks, tmp_path)
 
 
 @pytest.mark.slow

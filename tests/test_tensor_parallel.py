@@ -16,6 +16,7 @@ from tiny_fit import (
     Norms,
     Share,
     build_network,
+    check_program,
     make_batch,
     whole,
 )
@@ -24,10 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from datamodules.batch import BadSampleError, data_rank
 from datamodules.stream import Faults
-from experiments import evaluate, train
+from experiments import train
 from experiments.forecast import is_sharded
-from experiments.needles import test_needles as run_needle_test
-from experiments.report_data import load_run
 from experiments.run import build, plain, share_steps
 from lightning_modules import throughput
 from lightning_modules.callbacks import BadSamples, SampleAudit
@@ -239,27 +238,8 @@ def test_a_killed_run_goes_on_with_other_rows(compose, tiny, run_train, run_rank
 
 @pytest.mark.slow
 def test_split_layers_are_tested_and_evaluated(compose, tiny, run_ranks, tmp_path):
-    """The program's own main, its generations and its test; then the test of what it has saved."""
     words = [*tiny, *MODEL, *TP, "pooler=average_2x2", "logger=csv", "data.batch_size=2"]
-
-    def run(rank):
-        train.main.__wrapped__(compose(words, tmp_path))
-
-    def evaluate_again(rank):
-        config = compose(words, tmp_path / "again")
-        model, steps = evaluate.load(tmp_path, None)
-        trainer, data = build(config.trainer, "trainer", logger=False), build(config.data, "")
-        run_needle_test(config, trainer, model, data, steps)
-        return sha256(model)
-
-    run_ranks(2, run)
-    before = load_run(tmp_path)
-    assert before.status == "tested"
-    assert before.generations
-    (tmp_path / "again").mkdir()
-    hashes = run_ranks(2, evaluate_again)
-    assert load_run(tmp_path / "again").needle.cells == before.needle.cells
-    assert hashes == [sha256(evaluate.load(tmp_path, None)[0])] * 2
+    check_program(words, compose, run_ranks, tmp_path)
 
 
 @pytest.mark.slow

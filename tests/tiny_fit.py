@@ -7,11 +7,15 @@ from lightning import Callback, LightningDataModule
 from torch.nn.utils import get_total_norm
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Tiles, VideoBatch, pad_rows
+from experiments import evaluate, train
+from experiments.needles import test_needles as run_needle_test
+from experiments.report_data import load_run
 from experiments.run import build, plain
 from lightning_modules.callbacks import SampleAudit
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.randomness import SeedByPosition
 from lightning_modules.video_llm import VideoLLMModule
+from lightning_modules.weights import sha256
 
 STEPS, PER_STEP = 20, 4  # micro-batches a step
 
@@ -180,3 +184,26 @@ def build_network(checkpoint):
     weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
     network.load_state_dict(weights)
     return network
+
+
+def check_program(words, compose, run_ranks, folder):
+    """Two ranks: the program's own main, its callbacks and test; then the test of what it saved."""
+
+    def run(rank):
+        train.main.__wrapped__(compose(words, folder))
+
+    def evaluate_again(rank):
+        config = compose(words, folder / "again")
+        model, steps = evaluate.load(folder, None)
+        trainer, data = build(config.trainer, "trainer", logger=False), build(config.data, "")
+        run_needle_test(config, trainer, model, data, steps)
+        return sha256(model)
+
+    run_ranks(2, run)
+    before = load_run(folder)
+    assert before.status == "tested"
+    assert before.generations
+    (folder / "again").mkdir()
+    hashes = run_ranks(2, evaluate_again)
+    assert load_run(folder / "again").needle.cells == before.needle.cells
+    assert hashes == [sha256(evaluate.load(folder, None)[0])] * 2
