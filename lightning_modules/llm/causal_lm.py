@@ -1,6 +1,8 @@
 """Any decoder of transformers with a rotary module of its own: the Llama and Qwen families."""
 
 from collections.abc import Callable
+from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,8 @@ class CausalLM(LanguageModel):
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{_cache_argument(type(self.decoder)): cache},
             **(self._document_lengths(positions[0].long()) if packed else {}),
         ).last_hidden_state
 
@@ -119,6 +121,16 @@ class CausalLM(LanguageModel):
     def all_tied_weights_keys(self) -> dict[str, str]:
         """As transformers asks a part of a model, so that tied weights are saved once."""
         return {f"lm.{a}": f"lm.{b}" for a, b in self.lm.all_tied_weights_keys.items()}
+
+
+@lru_cache
+def _cache_argument(decoder: type[nn.Module]) -> str:
+    """Name of the decoder's argument for a KV cache.
+
+    transformers 5.24 renamed `past_key_values` to `cache`, one model family at a time. The old
+    name still works there, with a warning.
+    """
+    return "cache" if "cache" in signature(decoder.forward).parameters else "past_key_values"
 
 
 def _load(source: str, dtype: str | None) -> PreTrainedModel:
