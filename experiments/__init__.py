@@ -1,3 +1,5 @@
+import atexit
+import gc
 import os
 from pathlib import Path
 
@@ -12,3 +14,8 @@ for _name, _value in {
     "GOMP_SPINCOUNT": "0",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# Python looks for garbage once more when a program ends: among the objects of PyTorch that takes
+# over a second, and the system frees the memory anyway. The handlers that are registered later,
+# those of W&B, PyTorch and multiprocessing among them, run before this one.
+atexit.register(gc.freeze)

@@ -1,5 +1,10 @@
 """Small runs: shards made here, the shipped configs at sizes that train in a second."""
 
+import deprecations
+
+deprecations.blame_callers()  # before the libraries below are imported
+
+# isort: split
 import json
 import multiprocessing
 import os
@@ -58,6 +63,11 @@ TINY = [
     "+trainer.enable_model_summary=false",
     "print_config=false",
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in deprecations.filters():
+        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 from datamodules.batch import Grid
 from experiments import CONFIG_DIR
@@ -59,6 +60,18 @@ def test_programs_run_from_any_directory(script, tmp_path):
     assert not list(tmp_path.iterdir()), "asking what a program would do must not leave files"
 
 
+WORKFLOWS = ("ci.yml", "versions.yml", "weekly.yml")
+
+
+def workflow(name: str) -> dict:
+    return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())
+
+
+def commands(name: str) -> list[str]:
+    steps = [step for job in workflow(name)["jobs"].values() for step in job.get("steps", [])]
+    return [step["run"] for step in steps if "run" in step]
+
+
 def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), flags=re.M))
 
@@ -76,7 +89,22 @@ def test_ci_and_readme_run_the_same_targets():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert "for target in check test" in script.read_text()
-    assert ".ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert ".ci/run" in commands("ci.yml")
+    assert "make demo" in commands("ci.yml")
+    assert "make slow" in commands("weekly.yml")
+    assert "schedule" in workflow("weekly.yml")[True]  # YAML reads `on` as true
+    named = {word for name in WORKFLOWS for word in re.findall(r"make (\w+)", str(commands(name)))}
+    assert named <= make_targets()
+
+
+def test_the_ends_of_the_ranges_are_tested_and_block_nothing():
+    job = workflow("versions.yml")["jobs"]["test"]
+    assert job["continue-on-error"] is True
+    assert job["env"] == {"VERSIONS": "${{ matrix.versions }}"}
+    assert job["strategy"]["matrix"]["versions"] == ["newest", "lowest"]
+    for name in ("ci.yml", "weekly.yml"):
+        callers = [job.get("uses") for job in workflow(name)["jobs"].values()]
+        assert "./.github/workflows/versions.yml" in callers
 
 
 def test_make_lists_its_targets():
@@ -93,7 +121,7 @@ def test_a_python_too_old_is_one_line(tmp_path, python):
     venv = tmp_path / "venv"
     result = run("make", "-s", "install", f"VENV={venv}", f"PYTHON={python}", cwd=ROOT, PATH=path)
     first, *rest = result.stderr.splitlines()
-    assert first.startswith("ropelab needs Python 3.11 or newer, " + python)
+    assert first.startswith("ropelab needs Python 3.11, 3.12 or 3.13, " + python)
     assert all(line.startswith("make") for line in rest)
     assert not venv.exists()
 
