@@ -1,8 +1,9 @@
 """Small runs: shards made here, the shipped configs at sizes that train in a second."""
 
+# ruff: noqa: E402 - warnings.warn is replaced before libraries are imported, which may keep it
 import deprecations
 
-deprecations.blame_callers()  # before the libraries below are imported
+deprecations.blame_callers()
 
 # isort: split
 import json

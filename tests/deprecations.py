@@ -8,8 +8,8 @@ attributed to, but libraries often attribute a warning to the wrong frame:
 - Another function stands between the caller and the deprecated function and only hands the
   arguments on, such as `torch.nn.Module.__call__` or a decorator.
 
-`blame_callers` replaces `warnings.warn` and attributes such warnings to the real caller. It must run
-before libraries are imported, because some of them keep a reference to `warnings.warn`.
+`blame_callers` replaces `warnings.warn` and attributes such warnings to the real caller. It must
+run before libraries are imported, because some of them keep a reference to `warnings.warn`.
 """
 
 import inspect
@@ -127,4 +127,3 @@ def _all_arguments(frame: FrameType) -> list[Any]:
 
 def _count_named(code: CodeType) -> int:
     return code.co_argcount + code.co_kwonlyargcount
-
