@@ -17,13 +17,15 @@ VERSION = 2
 # --- markup ---------------------------------------------------------------------------------------
 # It goes away first: **B**, `B`, \boxed{\text{B}}, <answer>B</answer> are "B" or "Answer: B".
 _MARKUP = [
+    (re.compile("[\u2018\u2019]"), "'"),
+    (re.compile("[\u201c\u201d]"), '"'),
     (re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\\boxed\{([^{}]*)\}"), r" Answer: \1\n"),
     (re.compile(r"<(\w+)>"), r" \1: "),
     (re.compile(r"</\w+>"), "\n"),
     (re.compile(r"[*`$#]|(?<!\w)_+|_+(?!\w)"), ""),
     (re.compile(r"[(\[{]\s*([A-Za-z])\s*[)\]}]"), r"(\1)"),
-    (re.compile(r"(?<!\w)[\"'“‘]([A-Za-z])[\"'”’](?!\w)"), r'"\1"'),
+    (re.compile(r"(?<!\w)[\"']([A-Za-z])[\"'](?!\w)"), r'"\1"'),
 ]
 
 # --- a letter by itself ---------------------------------------------------------------------------
@@ -33,10 +35,10 @@ _MARKUP = [
 _SURE = r"[(\"]([A-Za-z])[)\"]"
 _AFTER_A = r"(?:because|since|as|is|was|would|seems|matches|describes|shows)\b"
 _AFTER_I = r"(?:because|since|is)\b"
-_ALONE = r"(?!\w|['’]\w|-\w|\.\w+\.)"
+_ALONE = r"(?!\w|'\w|-\w|\.\w+\.)"
 _BARE = rf"""(
-      [Aa] (?! [ \t]+ (?!{_AFTER_A}) [("'“‘]?\w )
-    | [Ii] (?! ,?[ \t]+ (?!{_AFTER_I}) [("'“‘]?\w )
+      [Aa] (?! [ \t]+ (?!{_AFTER_A}) [("']?\w )
+    | [Ii] (?! ,?[ \t]+ (?!{_AFTER_I}) [("']?\w )
     | [B-HJ-Zb-hj-z]
     ){_ALONE}"""
 _LETTER = rf"(?:{_SURE}|{_BARE})"
@@ -79,13 +81,13 @@ _RULES = [
 _DENIED = _rule(
     rf"""\b(?i:not|neither|nor)\s+(?:{_NAMED}\s+)?{_LETTER}
     | (?:{_SURE}|\b([A-Za-z]){_ALONE})
-      \s+(?:(?:is|was|are|can|could|would)(?:\s+not|n['’]t)|cannot|can['’]t
+      \s+(?:(?:is|was|are|can|could|would)(?:\s+not|n't)|cannot|can't
       |(?:is|was|are)\s+(?:wrong|incorrect|false))\b"""
 )
 
 # "(A) or (B)", "A, b", "A/B": no answer, whatever rule would find one in it.
 _SEVERAL = _rule(
-    rf"(?<![\w'’])\(?([A-Za-z])[).]*\s*(?:,|/|&|\bor\b|\band\b)\s*(?:{_NAMED}\s+)?{_LETTER}"
+    rf"(?<![\w'])\(?([A-Za-z])[).]*\s*(?:,|/|&|\bor\b|\band\b)\s*(?:{_NAMED}\s+)?{_LETTER}"
 )
 
 _YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
