@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError
 from datamodules.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_video
+from datamodules.names import natural_key
 from datamodules.outline import Outline
 from datamodules.tokenizer import default_template, load_tokenizer, starting_ids
 
@@ -102,7 +103,7 @@ def read_entry(raw: dict[str, Any]) -> Any:
         BadSampleError: missing_field, bad_json, too_long.
     """
     if "json" not in raw:
-        raise BadSampleError("missing_field", "no .json in the sample")
+        raise BadSampleError("missing_field", f"no .json in the sample, which has {_found(raw)}")
     if len(raw["json"]) > _MAX_JSON:
         raise BadSampleError("too_long", f"{len(raw['json'])} bytes of JSON of {_MAX_JSON}")
     try:
@@ -118,13 +119,23 @@ def match_visuals(turns: Sequence[Turn], raw: dict[str, Any]) -> list[str]:
         BadSampleError: of `match_slots`.
     """
     suffixes = [suffix for suffix in raw if suffix.rpartition(".")[2] in VISUALS]
-    return match_slots(turns, sorted(suffixes, key=_by_number))
+    try:
+        return match_slots(turns, sorted(suffixes, key=natural_key))
+    except BadSampleError as error:
+        found = _found(raw)
+        raise BadSampleError(error.reason, f"{error.detail}; the sample has {found}") from None
 
 
-def _by_number(suffix: str) -> tuple[int, str]:
-    """`2.jpg` before `10.jpg`"""
-    number = suffix.partition(".")[0]
-    return (int(number) if number.isdecimal() else 0, suffix)
+def _found(raw: dict[str, Any]) -> str:
+    """The members of a raw sample, for messages; and why there may be too few or too many."""
+    suffixes = [suffix for suffix in raw if not suffix.startswith("__")]
+    shown = ", ".join(f".{suffix}" for suffix in suffixes[:6])
+    shown += f" and {len(suffixes) - 6} more" if suffixes[6:] else ""
+    if "json" not in raw and any(suffix.endswith(".json") for suffix in suffixes):
+        return f"{shown}: a key ends at its first dot, so that none may be in keys"
+    if "json" not in raw or suffixes == ["json"]:
+        return f"{shown} alone: members of a sample stand together under tar --sort=name"
+    return shown
 
 
 def match_slots(turns: Sequence[Turn], names: Sequence[str]) -> list[str]:
