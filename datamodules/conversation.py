@@ -19,8 +19,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError
 from datamodules.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_video
+from datamodules.names import natural_key
 from datamodules.outline import Outline
-from datamodules.tokenizer import load_tokenizer
+from datamodules.tokenizer import default_template, load_tokenizer, starting_ids
 
 VISUALS = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 _ROLES = {
@@ -102,7 +103,7 @@ def read_entry(raw: dict[str, Any]) -> Any:
         BadSampleError: missing_field, bad_json, too_long.
     """
     if "json" not in raw:
-        raise BadSampleError("missing_field", "no .json in the sample")
+        raise BadSampleError("missing_field", f"no .json in the sample, which has {_found(raw)}")
     if len(raw["json"]) > _MAX_JSON:
         raise BadSampleError("too_long", f"{len(raw['json'])} bytes of JSON of {_MAX_JSON}")
     try:
@@ -118,13 +119,23 @@ def match_visuals(turns: Sequence[Turn], raw: dict[str, Any]) -> list[str]:
         BadSampleError: of `match_slots`.
     """
     suffixes = [suffix for suffix in raw if suffix.rpartition(".")[2] in VISUALS]
-    return match_slots(turns, sorted(suffixes, key=_by_number))
+    try:
+        return match_slots(turns, sorted(suffixes, key=natural_key))
+    except BadSampleError as error:
+        found = _found(raw)
+        raise BadSampleError(error.reason, f"{error.detail}; the sample has {found}") from None
 
 
-def _by_number(suffix: str) -> tuple[int, str]:
-    """`2.jpg` before `10.jpg`"""
-    number = suffix.partition(".")[0]
-    return (int(number) if number.isdecimal() else 0, suffix)
+def _found(raw: dict[str, Any]) -> str:
+    """The members of a raw sample, for messages; and why there may be too few or too many."""
+    suffixes = [suffix for suffix in raw if not suffix.startswith("__")]
+    shown = ", ".join(f".{suffix}" for suffix in suffixes[:6])
+    shown += f" and {len(suffixes) - 6} more" if suffixes[6:] else ""
+    if "json" not in raw and any(suffix.endswith(".json") for suffix in suffixes):
+        return f"{shown}: a key ends at its first dot, so that none may be in keys"
+    if "json" not in raw or suffixes == ["json"]:
+        return f"{shown} alone: members of a sample stand together under tar --sort=name"
+    return shown
 
 
 def match_slots(turns: Sequence[Turn], names: Sequence[str]) -> list[str]:
@@ -182,6 +193,11 @@ class ConversationEncoder:
         self.max_prompt_length = max_prompt_length or CLIP_CONTEXT
         self.prompt_with_answers = prompt_with_answers
         self._first_tokens: dict[str, int] = {}
+        # A text is tokenized apart from the <s> before it. Read together, Llama's newer tokenizers
+        # give its first word without the space that `tokenizer(text)` puts there.
+        own = self.tokenizer.chat_template == default_template(self.tokenizer)
+        self._start_ids = starting_ids(self.tokenizer) if own else []
+        self._start = "".join(self.tokenizer.convert_ids_to_tokens(self._start_ids))
 
     def first_token(self, answer: str) -> int:
         """The token with which an answer begins, written after a question by the chat template."""
@@ -251,7 +267,7 @@ class ConversationEncoder:
         marked = _GENERATION_MARK.search(self._template) is not None
         try:
             text, spans = self._apply(messages, marks=marked)
-            return text, spans if marked else self._find_answers(text, messages)
+            return text, self._spoken(text, spans) if marked else self._find_answers(text, messages)
         except TemplateError as error:
             raise BadSampleError("chat_template", str(error)) from None
 
@@ -280,6 +296,12 @@ class ConversationEncoder:
             **tokens,
         )
         return rendered[0], [(int(start), int(end)) for start, end in spans[0]] if marks else []
+
+    def _spoken(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Returns the spans with words in them: nothing is learnt from an empty answer."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = re.compile("|".join(re.escape(str(t)) for t in added if t.special) or "(?!)")
+        return [(start, end) for start, end in spans if special.sub("", text[start:end]).strip()]
 
     def _find_answers(self, text: str, messages: list[dict]) -> list[tuple[int, int]]:
         """Answers of a template without generation marks, by rendering what stands before each."""
@@ -312,6 +334,10 @@ class ConversationEncoder:
         input_ids: list[int] = []
         labels: list[int] = []
         at = 0
+        if self._start_ids and text.startswith(self._start):
+            input_ids += self._start_ids
+            labels += [IGNORE_INDEX] * len(self._start_ids)
+            at, text = len(self._start), text[len(self._start) :]
         for number, piece in enumerate(text.split(_SLOT_MARK)):
             if number:
                 input_ids.append(VISUAL_SLOT)

@@ -2,9 +2,10 @@
 
 Behind damage the next whole header is sought, so that what stands there is not lost. Nothing is
 ever written to disk, decompressed or unpickled, and links, devices and folders are never
-followed. A sample is the run of members that share a key, `a/b.0.jpg` being member `0.jpg` of key
-`a/b`; grouping is webdataset's own. (Its untarring is not: it takes a member whose name begins
-with gzip's magic number for a compressed archive, and stops without a word at a broken header.)
+followed; links and devices are reported. A sample is the run of members that share a key,
+`a/b.0.jpg` being member `0.jpg` of key `a/b`; grouping is webdataset's own. (Its untarring is not:
+it takes a member whose name begins with gzip's magic number for a compressed archive, and stops
+without a word at a broken header.) Files that macOS and Windows put beside others are no members.
 """
 
 import io
@@ -17,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from datamodules.batch import BadSampleError
+from datamodules.names import is_sidecar
 
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset and Energon both pass over
 _END = bytes(2 * tarfile.BLOCKSIZE)
@@ -87,7 +89,11 @@ def sample_offsets(file: TarBytes) -> tuple[list[int], BadSampleError | None]:
     The samples that are whole stay usable: what is wrong with the rest is returned, not raised.
     Damage in the middle takes a place of its own, and reading it tells the reason. (Where damage
     follows a member that is a tar itself, that one's members are taken for samples too.)
-    Entries are those of `energon prepare` (Megatron-Energon, `WebdatasetPreparator`).
+    Entries are those of `energon prepare` (Megatron-Energon, `WebdatasetPreparator`), which takes
+    sidecars such as `._a.json` for samples, however; here they are passed over.
+
+    Faults of a shard whose headers are whole: tar_unsorted (the members of a key do not stand
+    together), link_member (a link or device, whose data is not in the shard).
     """
     walk, fault = _Walk(), None
     while True:
@@ -103,8 +109,8 @@ def sample_offsets(file: TarBytes) -> tuple[list[int], BadSampleError | None]:
                 break
             fault = fault or BadSampleError("tar_corrupt", error.detail)
             walk.go_on_at(found)
-    if fault is None and not walk.offsets:
-        fault = BadSampleError("tar_empty", "no sample in it")
+    if fault is None:
+        fault = walk.fault()
     return [*walk.offsets, walk.end], fault
 
 
@@ -117,6 +123,24 @@ class _Walk:
         self.payload = 0  # of the last member, where it starts: damage is behind that
         self._key: str | None = None
         self._damaged = False  # since the last whole member
+        self._suffixes: dict[str, frozenset[str]] = {}  # of each key that has been left
+        self._run: set[str] = set()  # suffixes of the key that is being read
+        self._scattered: list[str] = []  # where members of one key stand apart: what was found
+        self._links: list[str] = []
+
+    def fault(self) -> BadSampleError | None:
+        """What is wrong with a shard that could be read to its end."""
+        if not self.offsets:
+            return BadSampleError("tar_empty", "no sample in it")
+        self._leave()
+        if self._scattered:
+            more = f" and {len(self._scattered) - 1} more" if self._scattered[1:] else ""
+            what = f"the members of {self._scattered[0]}{more} do not stand together"
+            return BadSampleError("tar_unsorted", f"{what}: pack it anew with tar --sort=name")
+        if self._links:
+            what = f"{len(self._links)} links or devices, the first is {self._links[0]}"
+            return BadSampleError("link_member", f"{what}; {_DEREFERENCE}")
+        return None
 
     def go(self, file: TarBytes) -> None:
         """To the end of the archive, or to what is wrong with it."""
@@ -136,18 +160,52 @@ class _Walk:
             raise BadSampleError("tar_truncated", str(error)) from None
 
     def _take(self, member: tarfile.TarInfo) -> None:
-        key, _ = base_plus_ext(member.name)
-        if not member.isreg() or key is None or _META.match(member.name):
+        key, suffix = base_plus_ext(member.name)
+        if key is None or not _counts(member.name) or member.isdir():
+            return
+        if not member.isreg():
+            self._links.append(_described(member))
             return
         if key != self._key:
+            self._leave()
             self.offsets.append(member.offset)
             self._key = key
+        self._run.add(suffix.lower())
+
+    def _leave(self) -> None:
+        """Notes the suffixes of the key that ends here. If it was left before with other suffixes,
+        its members stand apart; with the same ones it is another sample of the same name."""
+        if self._key is None:
+            return
+        run, self._run = frozenset(self._run), set()
+        former = self._suffixes.setdefault(self._key, run)
+        if former is not run and not former & run:
+            found = [f".{suffix}" for suffix in (*sorted(former), *sorted(run))]
+            self._scattered.append(f"{self._key!r} ({', '.join(found)})")
 
     def go_on_at(self, found: int) -> None:
         """Leaves a gap for damage; a member that reaches beyond `found` is part of it."""
         if self.end < found and not self._damaged and self.offsets[-1:] != [self.end]:
             self.offsets.append(self.end)
+        self._leave()
         self.end, self.payload, self._key, self._damaged = found, found + 1, None, True
+
+
+def _counts(name: str) -> bool:
+    return not _META.match(name) and not is_sidecar(name)
+
+
+_DEREFERENCE = "pack with tar --dereference --hard-dereference"
+_KINDS = {
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.FIFOTYPE: "a named pipe",
+}
+
+
+def _described(member: tarfile.TarInfo) -> str:
+    kind = _KINDS.get(member.type, "a device")
+    return f"{member.name}, {kind}" + (f" to {member.linkname}" if member.linkname else "")
 
 
 def _next_header(file: TarBytes, start: int) -> int | None:
@@ -197,19 +255,25 @@ def untar_sample(data: bytes, url: str) -> dict[str, Any]:
 
     Raises:
         BadSampleError: tar_corrupt, unsafe_member (absolute or parent path, or a sparse file, which
-            may claim any size), duplicate_member.
+            may claim any size), duplicate_member, link_member, index_stale (it counts sidecars).
     """
+    links: dict[str, str] = {}
     try:
-        samples = list(group_by_keys(_files(data, url)))
+        samples = list(group_by_keys(_files(data, url, links)))
     except ValueError as error:
         raise BadSampleError("duplicate_member", str(error.args[0])) from None
+    if not samples and data:
+        raise BadSampleError("index_stale", "it counts files that are no member: delete it")
     if len(samples) != 1:
         raise BadSampleError("tar_corrupt", f"{len(samples)} samples where the index has one")
+    if link := links.get(samples[0]["__key__"]):
+        raise BadSampleError("link_member", f"{link}; {_DEREFERENCE}")
     return samples[0]
 
 
-def _files(data: bytes, url: str) -> Iterator[dict[str, Any]]:
-    """The regular files of a sample as webdataset groups them."""
+def _files(data: bytes, url: str, links: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The regular files of a sample as webdataset groups them; the first link of each key goes
+    into `links`."""
     file = io.BytesIO(data + _END)
     try:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo) as tar:
@@ -217,7 +281,11 @@ def _files(data: bytes, url: str) -> Iterator[dict[str, Any]]:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts or member.issparse():
                     raise BadSampleError("unsafe_member", member.name)
-                if member.isreg() and not _META.match(member.name):
+                if not _counts(member.name) or member.isdir():
+                    continue
+                if not member.isreg():
+                    links.setdefault(base_plus_ext(member.name)[0], _described(member))
+                else:
                     content = data[member.offset_data : member.offset_data + member.size]
                     # names of old archives may be in any encoding, and land in logs
                     name = member.name.encode("utf-8", "surrogateescape")

@@ -1,13 +1,15 @@
 """Tokenizers from the hub, a folder or a GGUF file, and a tiny one that needs no file at all."""
 
+import json
 import os
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-#: For tokenizers that come without a template: the one of Vicuna. The generation marks say which
-#: characters are the assistant's.
+#: For tokenizers that come without a template: that of Vicuna and LLaVA v1, without their system
+#: prompt, as PPLLaVA has it. `default_template` puts what a text begins with (`<s>`) before it. The
+#: generation marks say which characters are the assistant's.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -73,8 +75,28 @@ def load_tokenizer(source: str | None) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = DEFAULT_TEMPLATE
+        tokenizer.chat_template = default_template(tokenizer)
     return tokenizer
+
+
+def default_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The template for a tokenizer that comes without one.
+
+    Its text begins as `tokenizer(text)` begins: with `<s>` for Llama's tokenizer, with nothing for
+    Qwen's. So LLaVA and PPLLaVA build the prompts of Vicuna. A template that comes with a tokenizer
+    is left as it is: it writes such tokens itself.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(starting_ids(tokenizer))
+    if tokens == [tokenizer.bos_token]:
+        return "{{ bos_token }}" + DEFAULT_TEMPLATE
+    return "".join(f"{{{{ {json.dumps(token)} }}}}" for token in tokens) + DEFAULT_TEMPLATE
+
+
+def starting_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids that `tokenizer(text)` puts before those of the text, such as `<s>`."""
+    whole = list(tokenizer("a")["input_ids"])
+    text = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    return next(whole[:n] for n in range(len(whole)) if whole[n : n + len(text)] == text)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -217,7 +217,7 @@ def test_a_tokenizer_without_template_or_padding_gets_them(tmp_path):
     bare.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template is None
     tokenizer = load_tokenizer(str(tmp_path))
-    assert tokenizer.chat_template == DEFAULT_TEMPLATE
+    assert tokenizer.chat_template == "{{ bos_token }}" + DEFAULT_TEMPLATE
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
 

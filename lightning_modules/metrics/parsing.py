@@ -1,69 +1,135 @@
-"""Generated text -> the option or the yes or no that it means, or nothing.
+"""Reads from a generated text which option, or which of yes and no, it means; or nothing.
 
-Scores depend on this as much as on the model: a change here is another `VERSION`, which stands
-beside every score. What cannot be read is nothing, never a guess; it counts as wrong, and is
-counted.
+Scores depend on this as much as on the model. A change here therefore needs another `VERSION`,
+which stands beside every score. A text that cannot be read means nothing: it is never guessed. It
+counts as wrong, and is counted.
+
+The published judges guess. Those of Video-MME and MLVU take the first capital of A to D that stands
+anywhere in the text, so "A" in "And …"; MVBench's also takes the article of "a red car".
 """
 
 import re
-from collections.abc import Sequence
 from string import ascii_uppercase
 
 #: Of the rules below.
-VERSION = 1
+VERSION = 2
 
-# A letter by itself, which brackets or stars may surround. "A" and "I" are also words: what follows
-# has to show that they are not.
-_LETTER = (
-    r"[(\[*]*"
-    r"(?:(?P<word>[AI])(?=[)\]*.,:;!?]|\s*$|\s+(?:because|since|as)\b)|(?P<name>[B-HJ-Z]))"
-    r"(?!\w|'|-\w)"
-)
+# --- markup ---------------------------------------------------------------------------------------
+# It goes away first: **B**, `B`, \boxed{\text{B}}, <answer>B</answer> are "B" or "Answer: B".
+_MARKUP = [
+    (re.compile("[\u2018\u2019]"), "'"),
+    (re.compile("[\u201c\u201d]"), '"'),
+    (re.compile(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\boxed\{([^{}]*)\}"), r" Answer: \1\n"),
+    (re.compile(r"<(\w+)>"), r" \1: "),
+    (re.compile(r"</\w+>"), "\n"),
+    (re.compile(r"[*`$#]|(?<!\w)_+|_+(?!\w)"), ""),
+    (re.compile(r"[(\[{]\s*([A-Za-z])\s*[)\]}]"), r"(\1)"),
+    (re.compile(r"(?<!\w)[\"']([A-Za-z])[\"'](?!\w)"), r'"\1"'),
+]
+
+# --- a letter by itself ---------------------------------------------------------------------------
+# In brackets or quotes it is sure. A bare one is no part of a word ("B-roll", "d'accord") or of an
+# abbreviation ("a.m."). Bare "A" and "I" are also words: behind these no more words may follow in
+# the line, but for some with which no sentence goes on.
+_SURE = r"[(\"]([A-Za-z])[)\"]"
+_AFTER_A = r"(?:because|since|as|is|was|would|seems|matches|describes|shows)\b"
+_AFTER_I = r"(?:because|since|is)\b"
+_ALONE = r"(?!\w|'\w|-\w|\.\w+\.)"
+_BARE = rf"""(
+      [Aa] (?! [ \t]+ (?!{_AFTER_A}) [("']?\w )
+    | [Ii] (?! ,?[ \t]+ (?!{_AFTER_I}) [("']?\w )
+    | [B-HJ-Zb-hj-z]
+    ){_ALONE}"""
+_LETTER = rf"(?:{_SURE}|{_BARE})"
+
+
+def _rule(pattern: str, flags: int = 0) -> re.Pattern[str]:
+    return re.compile(pattern, re.VERBOSE | flags)
+
+
+_NAMED = r"(?i:option|choice|letter)"
+_IS = r"(?i:\s+(?:is|was|(?:would|should|must)\s+be))"
 
 #: From the surest to the least sure; the first that finds anything decides.
 _RULES = [
-    re.compile(r"^\W*(?P<any>[A-Za-z])\W*$"),  # "B", "(b).", "**B**"
-    re.compile(r"(?:^|\n)\W*(?P<any>[A-Za-z])[.):\]](?=\s|$)"),  # "B. red", "(b) red", a line each
-    re.compile(r"\b(?i:answer(?:\s+is)?)\W+" + _LETTER),  # "The answer is (B) red"
-    re.compile(r"^\W*" + _LETTER),  # "B red", "B, because"
-    re.compile(r"\b(?i:option|choice|letter|is)\W+" + _LETTER),  # "It is B", "I choose option B"
-    re.compile(r"[(\[](?P<any>[A-Z])[)\]]"),  # "the red one (B)"
+    # "The answer is (B) red", "Answer: B", "The correct option is B"
+    _rule(
+        rf"\b(?:(?i:answer)(?:\s+{_NAMED})?{_IS}?|{_NAMED}{_IS})\W+"
+        rf"(?:(?i:the\s+)?{_NAMED}\W+)?{_LETTER}"
+    ),
+    # "B", "(b).", and so in a line of a longer text
+    _rule(r"^[^\w\n]*([A-Za-z])[^\w\n]*$", re.MULTILINE),
+    # "B. red", "(b) red", "B - red", a line each
+    _rule(
+        rf"^[^\w\n]*(?:{_SURE}|([A-Za-z])(?:[.):\]}}](?=\s|$)|\s+(?:[-–—:=]|[-=]?>|→)\s))",  # noqa: RUF001
+        re.MULTILINE,
+    ),
+    # "B red", "B, because", "b is right"
+    _rule(rf"^\W*{_LETTER}"),
+    # "I choose option B", "Option A shows it"
+    _rule(rf"\b{_NAMED}\W+(?:([A-HJ-Z]){_ALONE}|{_LETTER})"),
+    # "It is B"; "The man holds what is a" was cut before its noun
+    _rule(rf"\b(?i:is)\W+(?![ai]$){_LETTER}"),
+    # "So B is right"
+    _rule(rf"(?:{_SURE}|\b([A-Z]){_ALONE})\s+is\s+(?:the\s+)?(?:right|correct|best|answer)\b"),
+    # "the red one (B)"
+    _rule(r"\(([A-Z])\)"),
 ]
 
-# "(A) or (B)", "A, B", "A/B": no answer, whatever rule would find one in it.
-_SEVERAL = re.compile(
-    r"\b(?P<one>[A-Z])[)\].*]*\s*(?:,|/|&|\bor\b|\band\b)\s*[(\[*]*(?P<other>[A-Z])(?!\w|')"
+# "B is wrong" and "not B" do not name B. A word takes their place.
+_DENIED = _rule(
+    rf"""\b(?i:not|neither|nor)\s+(?:{_NAMED}\s+)?{_LETTER}
+    | (?:{_SURE}|\b([A-Za-z]){_ALONE})
+      \s+(?:(?:is|was|are|can|could|would)(?:\s+not|n't)|cannot|can't
+      |(?:is|was|are)\s+(?:wrong|incorrect|false))\b"""
+)
+
+# "(A) or (B)", "A, b", "A/B": no answer, whatever rule would find one in it.
+_SEVERAL = _rule(
+    rf"(?<![\w'])\(?([A-Za-z])[).]*\s*(?:,|/|&|\bor\b|\band\b)\s*(?:{_NAMED}\s+)?{_LETTER}"
 )
 
 _YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+_ANSWERED = re.compile(r"\banswer(?:\s+is)?\W+(yes|no)\b", re.IGNORECASE)
 
 
 def parse_letter(text: str, options: int) -> str | None:
-    """The letter of one of so many options: A, B, ...; None where no rule finds just one."""
-    letters = ascii_uppercase[:options]
-    if any({match["one"], match["other"]} <= set(letters) for match in _SEVERAL.finditer(text)):
+    """Returns the letter of one of `options` options: A, B, ...
+
+    None where no rule finds a letter, or the first rule that does finds several.
+    """
+    letters = set(ascii_uppercase[:options])
+    text = _DENIED.sub("another", _without_markup(text))
+    if any(set(_found(match)) <= letters for match in _SEVERAL.finditer(text)):
         return None
     for rule in _RULES:
-        found = _letters(rule, text, letters)
-        if found:
-            return found.pop() if len(found) == 1 else None
+        named = {_found(match)[0] for match in rule.finditer(text)} & letters
+        if named:
+            return named.pop() if len(named) == 1 else None
     return None
 
 
-def _letters(rule: re.Pattern[str], text: str, letters: Sequence[str]) -> set[str]:
-    matches = (match.groupdict() for match in rule.finditer(text))
-    named = {next(filter(None, groups.values()), "").upper() for groups in matches}
-    return named & set(letters)
+def _without_markup(text: str) -> str:
+    for pattern, plain in _MARKUP:
+        text = pattern.sub(plain, text)
+    return text
+
+
+def _found(match: re.Match[str]) -> list[str]:
+    return [letter.upper() for letter in match.groups() if letter]
 
 
 def parse_yes_no(text: str) -> bool | None:
-    """True for yes, False for no: the word that the text begins with, or the only one in it.
+    """Returns True for yes, False for no, None where the text says neither or both.
 
-    The published scorer of VideoHallucer takes either word anywhere, and so calls "No, yes" right
-    whatever was asked.
+    Decides by the word that the text begins with, or that follows "answer", or the only one of the
+    two in it. The published scorer of VideoHallucer takes either word anywhere, and so calls
+    "No, yes" right whatever was asked.
     """
+    text = _without_markup(text)
     words = [(match.start(), match.group().lower()) for match in _YES_NO.finditer(text)]
-    if words and not text[: words[0][0]].strip(" \n\t\"'*(.:-"):
+    if words and not re.search(r"\w", text[: words[0][0]]):
         return words[0][1] == "yes"
-    kinds = {word for _, word in words}
+    kinds = {match[1].lower() for match in _ANSWERED.finditer(text)} or {word for _, word in words}
     return "yes" in kinds if len(kinds) == 1 else None
