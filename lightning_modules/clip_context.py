@@ -104,7 +104,8 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
         training: whatever else `TrainingModule` takes.
 
     Raises:
-        ValueError: an optimizer step has several micro-batches, which would not see each other.
+        ValueError: an optimizer step has several micro-batches, which would not see each other, or
+            ranks have batches of different sizes.
     """
 
     def __init__(
@@ -136,6 +137,11 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
                 f"ranks are {accumulation} micro-batches a step, and pairs are compared within "
                 f"one: set data.batch_size={size // ranks}, or "
                 f"data.global_batch_size={ranks * data.batch_size}"
+            )
+        if ranks > 1 and not data.even:
+            raise ValueError(
+                "data.stream.max_tokens gives ranks batches of different sizes, and the pairs of "
+                f"{ranks} ranks are compared as many of each: set data.stream.max_tokens=null"
             )
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:

@@ -13,12 +13,12 @@ def sequence_log_probs(
     labels: Int[Tensor, "b l"],
     head: Callable[[Tensor], Tensor],
 ) -> tuple[Float[Tensor, " b"], Int[Tensor, " b"]]:
-    """Returns each row's summed log-probability of its labelled tokens, in float32, and their number.
+    """Returns each row's log-probability, summed over its labelled tokens, and their number.
 
-    The negative sum is the cross-entropy of next-token prediction. `head` (hidden states to logits)
-    runs only on the hidden states that predict a labelled token: for a vocabulary of 152,064 the
-    logits of 8k tokens alone would take 4.6 GiB. A row without any label has 0, with a gradient,
-    so that all ranks of a run still take the same step.
+    The sums are float32; a negative one is the cross-entropy of next-token prediction. `head`
+    (hidden states to logits) runs only on the hidden states that predict a labelled token: for a
+    vocabulary of 152,064 the logits of 8k tokens alone would take 4.6 GiB. A row without any label
+    has 0, with a gradient, so that all ranks of a run still take the same step.
     """
     targets = labels[:, 1:]
     labelled = targets != IGNORE_INDEX
