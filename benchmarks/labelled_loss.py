@@ -10,7 +10,7 @@ from harness import Row, at_most, compare, peak_memory, table
 from torch import Tensor, nn
 
 from datamodules.batch import IGNORE_INDEX
-from lightning_modules.loss import next_token_loss
+from lightning_modules.loss import sequence_log_probs
 
 TOKENS, ANSWER, WIDTH = 1024, 64, 512
 
@@ -32,7 +32,7 @@ def measure(vocabulary: int) -> list[Row]:
         return [loss.detach(), *torch.autograd.grad(loss, [hidden, head.weight])]
 
     def ours() -> list[Tensor]:
-        return gradients(next_token_loss(hidden, labels, head)[0])
+        return gradients(-sequence_log_probs(hidden, labels, head)[0].sum() / ANSWER)
 
     def baseline() -> list[Tensor]:
         return gradients(full_logits_loss(hidden, labels, head))

@@ -33,6 +33,7 @@ class BudgetOrder:
 
     Attributes:
         described: what the order depends on, for a fingerprint.
+        trained: the micro-batches of each epoch, from its first on, that are trained on.
 
     Args:
         order: of micro-batches of one sample.
@@ -64,7 +65,8 @@ class BudgetOrder:
                 "or data.global_batch_size"
             )
         self._cuts = self._cuts[: self._batches + 1]
-        self._samples = {0: int(self._cuts[-1])}  # of each epoch that was laid out
+        self._samples: dict[int, int] = {}  # trained on in each epoch that was laid out
+        self.trained = self._batches
         self._newest = self
 
     def __len__(self) -> int:
@@ -81,11 +83,13 @@ class BudgetOrder:
 
     def epoch(self, number: int) -> "BudgetOrder":
         """The order of one epoch."""
+        if number == self.number:
+            return self
         if self._newest.number != number:
             order = copy.copy(self)
             order.number, order._order = number, self._epochs.epoch(number)
             order._cuts = halve(self._cut(order._order), self._batches)[: self._batches + 1]
-            self._samples[number] = int(order._cuts[-1])
+            self._samples[number] = int(order._cuts[self.trained])
             self._newest = order
         return self._newest
 
@@ -97,7 +101,7 @@ class BudgetOrder:
     def samples_before(self, epoch: int, micro_batches: int) -> int:
         """Samples of all epochs before one, and of so many micro-batches of it."""
         for number in {*range(epoch)} - self._samples.keys():
-            self.epoch(number)
+            self._samples[number] = int(self.epoch(number)._cuts[self.trained])
         whole = sum(self._samples[number] for number in range(epoch))
         return whole + (int(self.epoch(epoch)._cuts[micro_batches]) if micro_batches else 0)
 

@@ -151,7 +151,7 @@ class HaystackDataModule(StepsDataModule):
 
     def train_dataloader(self) -> StreamLoader:
         loader = self._loader("train", self.training, self.per_step, position=self._position)
-        self._batches = len(loader.order)
+        self._end_in_steps(len(loader.order), loader.world)
         return loader
 
     def val_dataloader(self) -> StreamLoader:

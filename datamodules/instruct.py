@@ -191,8 +191,11 @@ class InstructDataModule(StepsDataModule):
 
     def train_dataloader(self) -> StreamLoader:
         order = self._train_order()
-        self._batches = len(order)
-        return self._loader("train", order, position=self._position)
+        loader = self._loader("train", order, position=self._position)
+        self._end_in_steps(len(order), loader.world)
+        if self._budget is not None:
+            self._budget.trained = self._batches
+        return loader
 
     def val_dataloader(self) -> StreamLoader | list:
         if self._shards["val"] == [None]:
@@ -229,11 +232,9 @@ class InstructDataModule(StepsDataModule):
             return ShuffledOrder(manifests[0], micro_batch, options, per_step)
         return mix(self._parts, manifests, options, micro_batch, per_step)
 
-    def samples_after(self, steps: int) -> int:
-        if self._options.max_tokens is None:
-            return super().samples_after(steps)
-        batches = len(self._train_order())
-        return self._samples_before(*divmod(steps * self.per_step, batches))
+    @property
+    def even(self) -> bool:
+        return self._options.max_tokens is None
 
     def _samples_before(self, epoch: int, micro_batches: int) -> int:
         if self._budget is None:

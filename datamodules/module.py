@@ -35,7 +35,7 @@ class StepsDataModule(LightningDataModule):
         self.audit = audit
         self.faults: dict[str, Faults] = {}
         self._go_on, self._key = on_changed == "go_on", key
-        self._batches = 0  # of an epoch, all ranks together
+        self._batches = 0  # trained on in an epoch, all ranks together
         self._restored: tuple[int, int] | None = None
         self._check_world(1)
 
@@ -72,9 +72,41 @@ class StepsDataModule(LightningDataModule):
         """Samples that all ranks have trained on since the training began."""
         return self._samples_before(*trained_on(self.trainer))
 
-    def samples_after(self, steps: int) -> int:
-        """Samples of the first optimizer steps of the training."""
-        return steps * self.global_batch_size
+    def _end_in_steps(self, batches: int, ranks: int) -> None:
+        """Has the trainer end its epochs, and validate, at the end of optimizer steps.
+
+        Lightning counts micro-batches of one rank. Shares of an epoch become whole steps here, of
+        which there are as many for every number of ranks.
+
+        Args:
+            batches: micro-batches of an epoch, all ranks together.
+
+        Raises:
+            ValueError: the interval of validation is longer than an epoch.
+        """
+        self._batches, trainer = batches, self.trainer
+        if trainer is None:
+            return
+        limit, interval = (
+            getattr(trainer, name, 1.0) for name in ("limit_train_batches", "val_check_interval")
+        )  # no interval is set where it is a time
+        mine = batches // ranks
+        if isinstance(limit, float) and 0 < limit < 1:
+            limit = share_of(mine, limit, trainer.accumulate_grad_batches)
+            trainer.limit_train_batches = limit
+        if isinstance(limit, int):
+            mine = min(mine, limit)
+            self._batches = mine * ranks
+        if isinstance(interval, float) and interval < 1 and mine:
+            trainer.val_check_interval = share_of(mine, interval, trainer.accumulate_grad_batches)
+        elif isinstance(interval, int) and interval > mine and _validates_by_epoch(trainer):
+            per_step = trainer.accumulate_grad_batches
+            raise ValueError(
+                f"trainer.val_check_interval={interval // per_step} optimizer steps is longer than "
+                f"an epoch, which has {mine // per_step}: set it to {mine // per_step} or less, to "
+                "1.0 for the end of each epoch, or +trainer.check_val_every_n_epoch=null to count "
+                "through epochs"
+            )
 
     def _samples_before(self, epoch: int, micro_batches: int) -> int:
         return (epoch * self._batches + micro_batches) * self.batch_size
@@ -86,6 +118,11 @@ class StepsDataModule(LightningDataModule):
     @abstractmethod
     def outlined(self, outline: Outline) -> Any:
         """A training batch of as many samples of these sizes as one can have."""
+
+    @property
+    def even(self) -> bool:
+        """Whether every training batch has `batch_size` samples."""
+        return True
 
     def describe(self) -> dict[str, Any]:
         """What the numbers of a validation depend on, beside the model; plain containers."""
@@ -140,3 +177,13 @@ class StepsDataModule(LightningDataModule):
                 f"{count[1]}: resume with the callback `checkpoint`, or on as many ranks as before"
             )
         return here
+
+
+def _validates_by_epoch(trainer: Any) -> bool:
+    return bool(trainer.check_val_every_n_epoch and trainer.limit_val_batches)
+
+
+def share_of(batches: int, share: float, per_step: int) -> int:
+    """Returns the micro-batches of a share of an epoch: whole optimizer steps, one at least."""
+    steps = max(1, int(batches // per_step * share + 1e-9))  # 0.7 of 10 is a little below 7
+    return steps * per_step

@@ -272,9 +272,9 @@ class StreamLoader:
         position: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ):
         order.check_world(world)
-        self.order = order
+        self.order, self.world = order, world
         self._stream_at, self._faults, self._position = stream_at, faults, position
-        self._rank, self._world, self._workers = rank, world, num_workers
+        self._rank, self._workers = rank, num_workers
         self._batches = math.ceil(len(order) / world)
 
     def __len__(self) -> int:
@@ -289,7 +289,7 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Any]:
         epoch, done = self._position()
-        mine = range(done + self._rank, self._batches * self._world, self._world)
+        mine = range(done + self._rank, self._batches * self.world, self.world)
         stream = self._stream_at(epoch)
         loader = DataLoader(
             cast(Dataset, stream),

@@ -65,6 +65,9 @@ def build_all(group: Any, what: str) -> list[Any]:
 def share_steps(trainer: Trainer, datamodule: StepsDataModule) -> None:
     """Has each rank take so many micro-batches a step that a step is `data.global_batch_size`.
 
+    From then on the trainer validates every `trainer.val_check_interval` optimizer steps, where
+    that is a whole number; Lightning counts micro-batches of one rank.
+
     Raises:
         ValueError: batches and ranks do not divide it, or the trainer was told something else.
     """
@@ -83,8 +86,20 @@ def share_steps(trainer: Trainer, datamodule: StepsDataModule) -> None:
             f"data.global_batch_size={datamodule.global_batch_size} decides, and makes it "
             f"{micro_batches} here: leave it out"
         )
-    if not trainer.overfit_batches:  # pyright: ignore[reportAttributeAccessIssue]
-        trainer.accumulate_grad_batches = micro_batches
+    if trainer.overfit_batches:  # pyright: ignore[reportAttributeAccessIssue]
+        micro_batches = trainer.accumulate_grad_batches
+    trainer.accumulate_grad_batches = micro_batches
+    limit, interval = trainer.limit_train_batches, getattr(trainer, "val_check_interval", None)
+    if isinstance(limit, int) and limit % micro_batches and not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+        fewer = limit // micro_batches * micro_batches
+        raise ValueError(
+            f"trainer.limit_train_batches={limit} ends in the middle of an optimizer step, which "
+            f"has {micro_batches} micro-batches on each of {ranks} ranks: set it to "
+            f"{f'{fewer} or ' if fewer else ''}{fewer + micro_batches}, or to a share such as 0.1, "
+            "or set trainer.max_steps"
+        )
+    if isinstance(interval, int):
+        trainer.val_check_interval = interval * micro_batches
 
 
 def print_config(config: DictConfig) -> None:

@@ -60,7 +60,7 @@ def main(config: DictConfig) -> float | None:
     score = None
     if config.test:
         score = test_needles(config, trainer, module.network, datamodule, steps)
-    samples, digest = datamodule.samples_after(steps), weights.sha256(module.network)
+    samples, digest = module.step_loss.samples, weights.sha256(module.network)
     if OmegaConf.select(config, "callbacks.checkpoint"):  # a debugging run keeps nothing
         folder.finish(steps, score, samples=samples, weights_sha256=digest)
     return score

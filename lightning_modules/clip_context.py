@@ -104,7 +104,8 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
         training: whatever else `TrainingModule` takes.
 
     Raises:
-        ValueError: an optimizer step has several micro-batches, which would not see each other.
+        ValueError: an optimizer step has several micro-batches, which would not see each other, or
+            ranks have batches of different sizes.
     """
 
     def __init__(
@@ -137,16 +138,24 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
                 f"one: set data.batch_size={size // ranks}, or "
                 f"data.global_batch_size={ranks * data.batch_size}"
             )
+        if ranks > 1 and not data.even:
+            raise ValueError(
+                "data.stream.max_tokens gives ranks batches of different sizes, and the pairs of "
+                f"{ranks} ranks are compared as many of each: set data.stream.max_tokens=null"
+            )
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
         pairs = self.network(batch)
         with torch.autocast(self.device.type, enabled=False):
             everyone = gather(pairs.visuals), gather(pairs.captions)
             loss = contrast(pairs, *everyone, self.global_rank)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
-        self.log("train/tokens", batch.prompt_mask.sum().float(), batch_size=len(batch))
         self.log("encoder/logit_scale", pairs.scale.squeeze(), batch_size=len(batch))
-        return loss
+        tokens = batch.prompt_mask.sum()
+        return self.add_to_step(loss, len(batch), len(batch), tokens=tokens)
+
+    def log_step(self, sums: Mapping[str, float]) -> None:
+        super().log_step(sums)
+        self.log("train/tokens", sums["tokens"], batch_size=1)
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> None:
         pairs = self.network(batch)
@@ -164,6 +173,7 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The encoder's spec travels with the weights, as plain containers."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["stages"] = {"encoder": self.network.encoder.to_spec()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -171,6 +181,7 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
         Raises:
             ValueError: the checkpoint is of another stage of training.
         """
+        super().on_load_checkpoint(checkpoint)
         stages = checkpoint.get("stages", {})
         if stages.keys() != {"encoder"}:
             raise ValueError(
@@ -183,12 +194,12 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
 def contrast(
     own: Pairs, visuals: Float[Tensor, "all e"], captions: Float[Tensor, "all e"], rank: int
 ) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE of this rank's pairs against those of all ranks, `own` among them.
+    """Symmetric InfoNCE of this rank's pairs against those of all ranks, summed over `own` pairs.
 
-    Each rank computes its rows of the matrix of similarities; the mean over ranks is the loss of
-    the whole matrix.
+    Each rank computes its rows of the matrix of similarities. The sum over ranks, divided by the
+    number of all pairs, is the loss of the whole matrix.
     """
     target = torch.arange(len(own.visuals), device=visuals.device) + rank * len(own.visuals)
-    of_visuals = cross_entropy(own.scale * own.visuals @ captions.T, target)
-    of_captions = cross_entropy(own.scale * own.captions @ visuals.T, target)
+    of_visuals = cross_entropy(own.scale * own.visuals @ captions.T, target, reduction="sum")
+    of_captions = cross_entropy(own.scale * own.captions @ visuals.T, target, reduction="sum")
     return (of_visuals + of_captions) / 2

@@ -1,4 +1,4 @@
-"""hidden states -> loss."""
+"""hidden states -> log-probabilities of the labelled tokens, by row."""
 
 from collections.abc import Callable
 
@@ -8,33 +8,17 @@ from torch import Tensor, nn
 from datamodules.batch import IGNORE_INDEX
 
 
-def next_token_loss(
-    hidden: Float[Tensor, "b l m"],
-    labels: Int[Tensor, "b l"],
-    head: Callable[[Tensor], Tensor],
-) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Mean cross-entropy over the labelled tokens, and how many there are.
-
-    `head` (hidden states to logits) runs only on the hidden states that predict a labelled token:
-    for a vocabulary of 152,064 the logits of 8k tokens alone would take 4.6 GiB. Without any label
-    the loss is 0, with a gradient, so that all ranks of a run still take the same step.
-    """
-    targets = labels[:, 1:]
-    labelled = targets != IGNORE_INDEX
-    count = labelled.sum()
-    logits = head(hidden[:, :-1][labelled])  # (labelled tokens, vocabulary)
-    total = nn.functional.cross_entropy(logits.float(), targets[labelled], reduction="sum")
-    return total / count.clamp(min=1), count
-
-
 def sequence_log_probs(
     hidden: Float[Tensor, "b l m"],
     labels: Int[Tensor, "b l"],
     head: Callable[[Tensor], Tensor],
 ) -> tuple[Float[Tensor, " b"], Int[Tensor, " b"]]:
-    """Of each row, the summed log-probability of its labelled tokens in float32, and their number.
+    """Returns each row's log-probability, summed over its labelled tokens, and their number.
 
-    As in `next_token_loss`, `head` runs only where a labelled token is predicted.
+    The sums are float32; a negative one is the cross-entropy of next-token prediction. `head`
+    (hidden states to logits) runs only on the hidden states that predict a labelled token: for a
+    vocabulary of 152,064 the logits of 8k tokens alone would take 4.6 GiB. A row without any label
+    has 0, with a gradient, so that all ranks of a run still take the same step.
     """
     targets = labels[:, 1:]
     labelled = targets != IGNORE_INDEX

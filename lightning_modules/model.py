@@ -14,7 +14,7 @@ from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Grid, PreferenceBatch, 
 from lightning_modules.encoder.base import Encoder
 from lightning_modules.llm.base import LanguageModel
 from lightning_modules.lora import add_lora
-from lightning_modules.loss import next_token_loss, sequence_log_probs
+from lightning_modules.loss import sequence_log_probs
 from lightning_modules.packing import Placement, Span, one_a_row, pack
 from lightning_modules.pooler.base import Pooler
 from lightning_modules.projector import Projector
@@ -71,10 +71,20 @@ class LanguageInputs:
 
 @dataclass
 class Output:
-    loss: Float[Tensor, ""]
-    labelled: Int[Tensor, ""]  # tokens that the loss is a mean of
+    losses: Float[Tensor, " b"]  # cross-entropy of each row, summed over its labelled tokens
+    counts: Int[Tensor, " b"]  # labelled tokens of each row
     hidden: Float[Tensor, "b l m"]
     inputs: LanguageInputs
+
+    @property
+    def labelled(self) -> Int[Tensor, ""]:
+        """The number of labelled tokens in the batch."""
+        return self.counts.sum()
+
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        """The mean over the labelled tokens of the batch; 0 without any."""
+        return self.losses.sum() / self.labelled.clamp(min=1)
 
 
 @dataclass
@@ -84,6 +94,7 @@ class LogProbs:
     sums: Float[Tensor, "b 2"]  # over the tokens of an answer, in float32
     counts: Int[Tensor, "b 2"]  # tokens of an answer
     read: Int[Tensor, ""]  # tokens that the LLM has read
+    cells: int = 0  # the same and the padding of its rows
 
 
 class VideoLanguageModel(PreTrainedModel):
@@ -95,7 +106,7 @@ class VideoLanguageModel(PreTrainedModel):
     4. splice:    tokens into the words' embeddings   -> embeds (b l m), layouts
     5. rotary:    layouts                             -> positions (4 b l)
     6. llm:       embeds, positions (-> cos, sin)     -> hidden (b l m)
-    7. loss:      hidden, labels                      -> loss
+    7. loss:      hidden, labels                      -> losses (b), counts (b)
 
     A visual is one piece; an image in tiles is two, its thumbnail and the plane of its tiles.
     """
@@ -144,8 +155,8 @@ class VideoLanguageModel(PreTrainedModel):
         patches = self.encoder(batch.frames, batch.clips)  # n p d
         inputs = self.compose(batch, patches, packing=packing)
         hidden = self.llm(inputs.embeds, inputs.attention_mask, inputs.positions)  # b l m
-        loss, labelled = next_token_loss(hidden, inputs.labels, self.llm.head)
-        return Output(loss, labelled, hidden, inputs)
+        sums, counts = sequence_log_probs(hidden, inputs.labels, self.llm.head)
+        return Output(-sums, counts, hidden, inputs)
 
     @torch.no_grad()
     def generate(self, batch: VideoBatch, **options: Any) -> Int[Tensor, "b l"]:
@@ -164,7 +175,7 @@ class VideoLanguageModel(PreTrainedModel):
         hidden = self.llm(inputs.embeds, inputs.mask, inputs.positions)  # 2b l m
         sums, counts = sequence_log_probs(hidden, inputs.labels, self.llm.head)
         sums, counts = (torch.stack(rows.chunk(2), dim=1) for rows in (sums, counts))  # 2b -> b 2
-        return LogProbs(sums, counts, inputs.mask.sum())
+        return LogProbs(sums, counts, inputs.mask.sum(), inputs.mask.numel())
 
     def blocks(self) -> list[nn.Module]:
         """The units to shard, in the order in which they run."""

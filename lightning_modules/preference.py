@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ class PreferenceModule(VideoLLMModule):
         gamma: weight of the mean negative log-likelihood of a chosen answer's tokens, which keeps
             the chosen answers likely (RPO: Pang et al., arXiv 2404.19733).
     """
+
+    in_bar = ("loss", "reward_margin", "reward_accuracy")
 
     def __init__(
         self,
@@ -60,22 +63,28 @@ class PreferenceModule(VideoLLMModule):
         return network
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        return self._step("train", batch)
+        values, policy = self._judge(batch)
+        sums = {f"pairs/{name}": of_pairs.sum() for name, of_pairs in values.items()}
+        total = sums.pop("pairs/loss")
+        read = {"tokens": policy.read, "cells": policy.cells}
+        return self.add_to_step(total, len(batch), len(batch), **read, **sums)
+
+    def log_step(self, sums: Mapping[str, float]) -> None:
+        super().log_step(sums)
+        for key, of_pairs in sums.items():
+            family, _, name = key.partition("/")
+            if family == "pairs":
+                mean, seen = of_pairs / sums["samples"], name in self.in_bar
+                self.log(f"train/{name}", mean, prog_bar=seen, batch_size=1)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self._step("val", batch, sync_dist=True)
+        values, _ = self._judge(batch)
+        self.means.update(batch.keys, torch.ones(len(batch), device=self.device), values)
 
-    def _step(self, split: str, batch: PreferenceBatch, **logging: Any) -> Tensor:
+    def _judge(self, batch: PreferenceBatch) -> tuple[dict[str, Tensor], LogProbs]:
         reference = self.reference.log_probs(self.network, batch, self.settings)
         policy = self.network.log_probs(batch)
-        values = self.judge(policy, reference)
-        for name, of_pairs in values.items():
-            seen = name in ("loss", "reward_margin", "reward_accuracy")
-            value = of_pairs.detach().mean()  # over pairs, so that batches may have any size
-            self.log(f"{split}/{name}", value, prog_bar=seen, batch_size=len(batch), **logging)
-        if split == "train":
-            self.log("train/tokens", policy.read.float(), batch_size=len(batch))
-        return values["loss"].mean()
+        return self.judge(policy, reference), policy
 
     def judge(
         self, policy: LogProbs, reference: Float[Tensor, "b 2"]

@@ -1,4 +1,4 @@
-"""What every stage of training shares: the network, when it is built, and its optimizer."""
+"""What every stage of training shares: the network, when it is built, its steps and optimizer."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -8,11 +8,14 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from torch import nn
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lightning_modules.importers.initial import Initial
+from lightning_modules.optim import follow
 from lightning_modules.sharding import agree_on_gradients, clip_norm, shard
+from lightning_modules.step import StepLoss
 from lightning_modules.tuning import Tuning
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -28,6 +31,7 @@ class TrainingModule(LightningModule, Generic[Network]):
         tuning: what is trained; None: all of it.
         init: folder or checkpoint whose weights a new training starts from, as in `Initial`.
         init_allow: globs of what may be left over, under `unused` and `unfilled`.
+        loss_mean: what the loss of an optimizer step is a mean of, as in `StepLoss`.
     """
 
     def __init__(
@@ -38,8 +42,10 @@ class TrainingModule(LightningModule, Generic[Network]):
         tuning: Tuning | None = None,
         init: str | None = None,
         init_allow: Mapping[str, Sequence[str]] | None = None,
+        loss_mean: str = "step",
     ):
         super().__init__()
+        self.step_loss = StepLoss(loss_mean)
         self.tuning = tuning or Tuning()
         self.spec = {stage: dict(spec) for stage, spec in model.items()}
         if self.tuning.lora:
@@ -130,6 +136,68 @@ class TrainingModule(LightningModule, Generic[Network]):
             self.configure_model()
         assert self.model is not None
         return self.model
+
+    @property
+    def data_group(self) -> ProcessGroup | None:
+        """The ranks that read different micro-batches, this one among them; None: no other does.
+
+        Ranks that split the layers of a model among them read the same, and count once.
+        """
+        if self.device_mesh is not None:
+            return self.device_mesh["data_parallel"].get_group()
+        if distributed.is_available() and distributed.is_initialized():
+            return distributed.group.WORLD
+        return None
+
+    def add_to_step(
+        self, total: Tensor, terms: Tensor | int, samples: int, **beside: Tensor | float | int
+    ) -> Tensor:
+        """Adds a micro-batch to the optimizer step, as `StepLoss.add`; returns its loss.
+
+        `beside` are more sums, which `log_step` gets for all micro-batches and ranks together.
+        """
+        return self.step_loss.add(total, terms, samples, self.data_group, **beside)
+
+    def log_step(self, sums: Mapping[str, float]) -> None:
+        """Logs an optimizer step, once, from the sums over its micro-batches and ranks."""
+        loss = sums["loss"] / max(1.0, sums["terms"])
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
+
+    def on_train_start(self) -> None:
+        self.step_loss.start()
+        if self._make_scheduler is not None and self.trainer.global_step:
+            (config,) = self.trainer.lr_scheduler_configs
+            steps = int(self.trainer.estimated_stepping_batches)
+            done, optimizer = self.trainer.global_step, self.trainer.optimizers[0]
+            config.scheduler = follow(optimizer, self._make_scheduler, steps, done)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Lightning's. It is called for the last micro-batch of a step, also where that is short.
+
+        The gradients become those of the step's loss before anybody looks at them, clips them or
+        judges whether they are finite.
+        """
+
+        def closure() -> Any:
+            result = optimizer_closure() if optimizer_closure else None
+            accumulation = self.trainer.accumulate_grad_batches
+            self.log_step(self.step_loss.finish(self.parameters(), accumulation, self.data_group))
+            return result
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["step_loss"] = self.step_loss.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "step_loss" in checkpoint:  # older checkpoints have none
+            self.step_loss.load_state_dict(checkpoint["step_loss"])
 
     def configure_gradient_clipping(
         self,

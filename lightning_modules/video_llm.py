@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from datamodules.batch import VideoBatch
 from lightning_modules.metrics.answers import read_answers
 from lightning_modules.metrics.base import Score
+from lightning_modules.metrics.distinct import DistinctMeans
 from lightning_modules.model import Output, VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.training import TrainingModule
 
@@ -20,7 +21,12 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
             longest sample has; `None` gives each sample a row. The loss is the same.
         scores: by any name; numbers beside the loss of validation. Their values by name are in
             `scored` after each.
+
+    Attributes:
+        in_bar: names of the numbers that a progress bar shows.
     """
+
+    in_bar: tuple[str, ...] = ("loss",)
 
     def __init__(
         self,
@@ -35,26 +41,31 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         self.packing = packing
         self.scores = nn.ModuleDict(scores)
         self.scored: dict[str, dict[str, Any]] = {}
+        self.means = DistinctMeans()
 
     def build(self) -> VideoLanguageModel:
         return VideoLanguageModel(VideoLanguageModelConfig(**self.spec))
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
         output: Output = self.network(batch, packing=self.packing)
-        self.log("train/loss", output.loss, prog_bar=True, batch_size=len(batch))
-        mask = output.inputs.mask
-        self.log("train/tokens", mask.sum().float(), batch_size=len(batch))
-        self.log("train/padding", 1 - mask.float().mean(), batch_size=len(batch))
-        effective = self.network.pooler.last_effective_tokens
-        if effective is not None:
-            self.log("pooler/effective_tokens", effective, batch_size=len(batch))
-        return output.loss
+        mask, pooler = output.inputs.mask, self.network.pooler
+        sums: dict[str, Tensor | float | int] = {"tokens": mask.sum(), "cells": mask.numel()}
+        if pooler.uses_prompt:
+            effective = pooler.last_effective_tokens
+            sums |= {"effective": 0.0 if effective is None else effective, "pooled": 1}
+        return self.add_to_step(output.losses.sum(), output.labelled, len(batch), **sums)
+
+    def log_step(self, sums: Mapping[str, float]) -> None:
+        super().log_step(sums)
+        self.log("train/tokens", sums["tokens"], batch_size=1)
+        self.log("train/padding", 1 - sums["tokens"] / max(1.0, sums["cells"]), batch_size=1)
+        if "pooled" in sums:
+            effective = sums["effective"] / sums["pooled"]
+            self.log("pooler/effective_tokens", effective, batch_size=1)
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> None:
         output: Output = self.network(batch)
-        # A mean over tokens, so that the number does not depend on how samples are batched.
-        weight = max(1, int(output.labelled))
-        self.log("val/loss", output.loss, prog_bar=True, batch_size=weight, sync_dist=True)
+        self.means.update(batch.keys, output.counts, {"loss": output.losses})
         scores = [score for score in self.scores.values() if isinstance(score, Score)]
         if scores:
             answers = read_answers(self.network, batch, output, scores, self._tokenizer)
@@ -65,17 +76,22 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         return self.trainer.datamodule.conversation.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_validation_epoch_end(self) -> None:
+        for name, value in self.means.compute().items():
+            # Every rank has computed the same number, from the samples of all.
+            options = {"prog_bar": name in self.in_bar, "reduce_fx": "max"}
+            self.log(f"val/{name}", value, sync_dist=True, **options)
+        self.means.reset()
         self.scored = {}
         for score in self.scores.values():
             assert isinstance(score, Score)
             for name, (value, count) in score.compute().items():
                 self.scored[name] = {"value": value, "count": count, **score.facts()}
-                # Every rank has reckoned the same number, of the samples of all.
                 self.log(f"val/{name}", value, sync_dist=True, reduce_fx="max")
             score.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The stages travel with the weights, as plain containers."""
+        super().on_save_checkpoint(checkpoint)
         config = self.network.config
         checkpoint["stages"] = {stage: getattr(config, stage) for stage in self.spec}
 
@@ -85,6 +101,7 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         Raises:
             ValueError: names the stage that differs and both specs.
         """
+        super().on_load_checkpoint(checkpoint)
         stages = checkpoint.get("stages", {})
         if stages and "llm" not in stages:
             raise ValueError(

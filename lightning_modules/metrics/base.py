@@ -82,13 +82,18 @@ class Score(Metric, ABC):
     def compute(self) -> dict[str, Value]:
         """Empty where no sample has counted."""
         samples, rows = dim_zero_cat(self.samples).cpu(), dim_zero_cat(self.rows).cpu().double()
-        keys = {key: place for place, key in reversed(list(enumerate(samples[:, 0].tolist())))}
-        places = [keys[key] for key in sorted(keys)]  # one of each, in the same order always
+        places = distinct(samples[:, 0])
         return self.values(rows[places], samples[places, 1]) if places else {}
 
     def facts(self) -> dict[str, Any]:
         """What its numbers depend on, as plain containers."""
         return {"parser": self.parser, "max_new_tokens": self.max_new_tokens}
+
+
+def distinct(marks: Int[Tensor, " n"]) -> list[int]:
+    """Returns the place of the first of each mark, in an order that depends on the marks alone."""
+    places = {key: place for place, key in reversed(list(enumerate(marks.tolist())))}
+    return [places[key] for key in sorted(places)]
 
 
 def mark(text: str) -> int:

@@ -1,0 +1,151 @@
+"""Eight samples whose answers are of very unequal length, and one optimizer step over them.
+
+The truth of a step is plain autograd: one sample at a time, its loss written out by hand.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+
+from datamodules.batch import (
+    IGNORE_INDEX,
+    VISUAL_SLOT,
+    PreferenceBatch,
+    VideoBatch,
+    data_rank,
+    pad_rows,
+)
+
+#: Labelled tokens of each sample.
+LABELS = (2, 2, 2, 107, 2, 2, 2, 107)
+
+
+def make_rows(numbers, seed=0):
+    """A row for each number, the same whichever rows are beside it; some have a video."""
+    rows, labels, frames, counts = [], [], [], []
+    for number in numbers:
+        rng = torch.Generator().manual_seed(100 + number)
+        question = torch.randint(2, 2000, (6,), generator=rng).tolist()
+        if number % 3 != 1:
+            question[2] = VISUAL_SLOT
+            counts.append(1 + number % 3)
+            shape = (counts[-1], 3, 32, 32)
+            frames.append(torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8))
+        rng = torch.Generator().manual_seed(1000 * seed + number)
+        answer = torch.randint(2, 2000, (LABELS[number % 8],), generator=rng).tolist()
+        rows.append([*question, *answer])
+        labels.append([IGNORE_INDEX] * 6 + answer)
+    none = torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
+    prompts = torch.tensor([[5 + number, 6, 7, 1] for number in numbers])
+    return VideoBatch(
+        input_ids=pad_rows(rows, 0),
+        attention_mask=pad_rows([[1] * len(row) for row in rows], 0).bool(),
+        labels=pad_rows(labels, IGNORE_INDEX),
+        frames=torch.cat([none, *frames]),
+        frame_counts=counts,
+        prompt_ids=prompts,
+        prompt_mask=torch.ones_like(prompts, dtype=torch.bool),
+        keys=[f"s.tar/{number}" for number in numbers],
+    )
+
+
+def make_pairs(numbers):
+    """Two answers to each question, with reference log-probabilities."""
+    chosen, rejected = make_rows(numbers), make_rows(numbers, seed=1)
+    rejected.frames = chosen.frames
+    reference = torch.tensor([[-900.0 - number, -880.0] for number in numbers])
+    return PreferenceBatch(chosen, rejected, reference, [{}] * len(numbers))
+
+
+def loss_by_hand(network, batch):
+    """Cross-entropy of one row, summed over its labels: logits of every token, in a loop."""
+    output = network(batch)
+    (labels,) = output.inputs.labels
+    table = network.llm.head(output.hidden)[0].float().log_softmax(-1)
+    learnt = [n for n in range(len(labels)) if labels[n] != IGNORE_INDEX]
+    return -sum(table[n - 1, labels[n]] for n in learnt), len(learnt)
+
+
+@dataclass
+class Layout:
+    """How the samples of optimizer steps lie in micro-batches.
+
+    Attributes:
+        steps: of each step its micro-batches, of each micro-batch the numbers of its samples.
+        accumulation: micro-batches that a rank takes in a step, where it is not a short one.
+    """
+
+    steps: list[list[list[int]]]
+    accumulation: int
+
+    def share(self, rank: int, ranks: int) -> list[list[int]]:
+        micro_batches = [numbers for step in self.steps for numbers in step]
+        return micro_batches[rank::ranks]
+
+
+EIGHT = list(range(8))
+LAYOUTS = {
+    "1x8": Layout([[EIGHT]], 1),
+    "4x2": Layout([[EIGHT[n : n + 2] for n in range(0, 8, 2)]], 4),
+    "8x1": Layout([[[n] for n in EIGHT]], 8),
+    "budget": Layout([[[0, 1, 2], [3], [4, 5, 6], [7]]], 4),
+    "short": Layout([[[0], [1], [2], [3]], [[4, 5, 6], [7]]], 4),
+}
+
+
+class Loader:
+    def __init__(self, shares, make):
+        self._shares, self._make = shares, make
+
+    def __len__(self):
+        return len(self._shares)
+
+    def __iter__(self):
+        return map(self._make, self._shares)
+
+
+class Samples(LightningDataModule):
+    """Steps of a layout; a validation of the eight samples in batches of `val`.
+
+    Ranks repeat the first batches of a validation where their number does not divide.
+    """
+
+    def __init__(self, layout, make, val=8):
+        super().__init__()
+        self._layout, self._make = layout, make
+        self._val = [EIGHT[n : n + val] for n in range(0, 8, val)]
+
+    def train_dataloader(self):
+        return Loader(self._layout.share(*data_rank(self.trainer)), self._make)
+
+    def val_dataloader(self):
+        (rank, ranks), count = data_rank(self.trainer), len(self._val)
+        turns = range(rank, -(-count // ranks) * ranks, ranks)
+        return Loader([self._val[turn % count] for turn in turns], self._make)
+
+
+class Gradients(Callback):
+    """What the optimizer gets in each step, and what is logged of it."""
+
+    def __init__(self):
+        self.steps: list[dict[str, Tensor]] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module: LightningModule, optimizer):
+        self.steps.append(
+            {
+                name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+                for name, p in pl_module.named_parameters()
+                if p.grad is not None
+            }
+        )
+
+    def on_train_batch_end(self, trainer: Trainer, *_):
+        if trainer.global_step > len(self.logged):
+            self.logged.append({k: v.item() for k, v in trainer.callback_metrics.items()})
+
+
+def flat(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradients[name].flatten().double() for name in sorted(gradients)])
