@@ -4,6 +4,7 @@ A multirun only needs Hydra here, since every job is a process of its own. A run
 while it starts has nothing to save, and leaves like one that has.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -18,6 +19,9 @@ def main() -> None:
         sweep()
         return
     leave_on_signals()
+    if sys.stdin is not None and sys.stdin.isatty() and os.tcgetpgrp(0) != os.getpgrp():
+        # In the background of a terminal: whoever asks there is stopped until somebody notices.
+        sys.stdin = open(os.devnull)  # noqa: SIM115 - as long as the process lives
     from experiments.train import main as train
 
     train()

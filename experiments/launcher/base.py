@@ -13,6 +13,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from experiments.launcher.job import Job, compose
+from experiments.launcher.wandb_key import check_key
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class ProcessLauncher(Launcher):
             else:
                 logger.info("%s: finished before", job.name)
         try:
+            check_key(left)
             failed = self.run(left) if left else {}
         except ValueError as error:
             raise CompactHydraException(f"error: {error}") from None
@@ -77,6 +79,10 @@ class ProcessLauncher(Launcher):
         taken: dict[Path, Job] = {}
         for job in jobs:
             other = taken.setdefault(job.folder, job)
+            if other is not job and other.plain(other.task) == job.plain(job.task):
+                raise CompactHydraException(
+                    f"jobs {other.name} and {job.name} are the same run: leave one of them out"
+                )
             if other is not job:
                 raise CompactHydraException(
                     f"jobs {other.name} and {job.name} would both run in {job.folder}: "

@@ -3,7 +3,6 @@
 What waits in a queue for days runs with the configs of the day it was typed.
 """
 
-import fcntl
 import json
 import sys
 from collections.abc import Iterator
@@ -82,17 +81,6 @@ class Job:
         if yaml.safe_load(former.read_text()) != self.plain(self.task):
             return None
         return json.loads(done.read_text())
-
-    def locked(self) -> bool:
-        """Whether a run lives in the directory, on this machine or another."""
-        try:
-            with (self.folder / "run.lock").open() as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
 
     def outcome(self, failure: BaseException | None) -> JobReturn:
         """What Hydra's sweepers read: the score of `done.json`, None where there is none."""
