@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import CONFIG_DIR
-from experiments.values import read_overrides, show_value
+from experiments.overrides import read_overrides, show_value
 
 _LONGEST_NAME = 150  # file systems end at 255 bytes, and W&B adds its own
 _HASH_LENGTH = 12

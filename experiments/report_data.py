@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from experiments.values import DELETED, read_overrides, show_value
+from experiments.overrides import DELETED, read_overrides, show_value
 from lightning_modules.metrics.bootstrap import MeanInterval
 
 #: Stands for a value that a run does not have.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from experiments.report_data import ABSENT, Cell, Needle, Run
-from experiments.values import short_keys
+from experiments.overrides import short_keys
 from lightning_modules.metrics.bootstrap import MeanInterval, bootstrap_interval
 
 CONDITIONS = {

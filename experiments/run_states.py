@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from experiments import lock
-from experiments.values import DELETED, read_overrides, show_value
+from experiments.overrides import DELETED, read_overrides, show_value
 
 #: What a launcher leaves for a job, and what a job leaves once it has started.
 _MARKS = (".hydra/frozen.yaml", "config.yaml")

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.run_states import RunState, differing_axes, read_runs
-from experiments.values import short_keys
+from experiments.overrides import short_keys
 
 _COLOURS = {
     "done": "green",

@@ -15,7 +15,7 @@ from experiments.cluster import leave_on_signals
 
 
 def main() -> None:
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
+    if launcher.take_dry_run(sys.argv) or {"-m", "--multirun"} & set(sys.argv[1:]):
         sweep()
         return
     leave_on_signals()

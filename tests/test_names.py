@@ -19,7 +19,7 @@ from experiments import CONFIG_DIR, report_tables
 from experiments.names import name_run
 from experiments.report_data import load_runs
 from experiments.run_states import differing_axes, read_runs
-from experiments.values import DELETED, read_overrides, read_value, show_value
+from experiments.overrides import DELETED, read_overrides, read_value, show_value
 
 LIGHT = Path(__file__).parent / "cluster" / "configs" / "light.yaml"
 GROUPS = {"pooler", "trainer", "llm", "module/loss", "scores", "tiles"}

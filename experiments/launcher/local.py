@@ -79,6 +79,9 @@ class LocalLauncher(ProcessLauncher):
             sys.exit(self._exit_code)
         return failed
 
+    def manner(self) -> str:
+        return f"{self.n_jobs} at a time on this machine"
+
     def _freeze(self, job: Job) -> None:
         if job not in self._frozen:
             job.freeze()
