@@ -1,8 +1,12 @@
-"""One process at a time trains in a run directory.
+"""One process at a time trains in a run directory: `take` takes its lock, `holder` asks who has it.
 
 The lock is the kernel's, on the file `run.lock`: it ends with its process, however that dies.
-A POSIX record lock and not `flock`, as forked DataLoader workers would inherit the latter and
-outlive a killed run by seconds; and it holds across the machines of a network file system.
+It is a POSIX record lock (`lockf`), which also holds across the machines of a network file system.
+`flock` is another kind of lock: neither sees the other, and forked DataLoader workers inherit it,
+so that it would outlive a killed run by seconds. Nothing else in the project may lock this file.
+
+A process loses a POSIX lock as soon as it closes any of its file descriptors of the file. So the
+process that has taken a lock must not call `holder` on the same directory.
 """
 
 import errno
@@ -19,9 +23,9 @@ _PATIENCE_S = 2.0  # whoever looks for a holder holds the lock for a moment too
 
 
 def take(folder: Path) -> None:
-    """Holds the lock of a run directory until the process ends; the file says who.
+    """Takes the lock of a run directory until this process ends, and writes into it who that is.
 
-    Where the file system has no locks, nothing is held.
+    Where the file system has no locks, no lock is taken and the file is removed.
 
     Raises:
         ValueError: another process holds it.
@@ -40,19 +44,23 @@ def take(folder: Path) -> None:
             os.close(file)
             if held:
                 raise ValueError(_refusal(folder)) from None
+            (folder / _NAME).unlink(missing_ok=True)  # it would say that nobody trains here
             return
     about = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
     }
     os.ftruncate(file, 0)
     os.pwrite(file, json.dumps(about).encode(), 0)
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
-    """Who trains in a run directory now. Not to be asked by the process that does: closing the
-    file would give its lock away."""
+    """Returns what `take` wrote of the process that has the lock now, None where nobody has it.
+
+    The process may run on another machine. It is not this one: see the head of the module.
+    """
     try:
         with open(folder / _NAME) as file:
             try:
@@ -64,10 +72,14 @@ def holder(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _refusal(folder: Path) -> str:
-    about = _read((folder / _NAME).read_text())
+def describe(about: dict[str, Any]) -> str:
+    """Names the process that `holder` returned, for people."""
     job = f", SLURM job {about['slurm_job_id']}" if about.get("slurm_job_id") else ""
-    who = f"process {about.get('pid', '?')} on {about.get('host', '?')}{job}"
+    return f"process {about.get('pid', '?')} on {about.get('host', '?')}{job}"
+
+
+def _refusal(folder: Path) -> str:
+    who = describe(_read((folder / _NAME).read_text()))
     return (
         f"{folder} is in use by {who}: wait until it ends, or choose another directory with "
         "hydra.run.dir=…"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from experiments.overrides import DELETED, read_overrides, show_value
 from lightning_modules.metrics.bootstrap import MeanInterval
 
 #: Stands for a value that a run does not have.
@@ -48,7 +49,7 @@ class Needle:
 @dataclass(frozen=True)
 class Run:
     folder: Path
-    overrides: dict[str, str]  # what the command line chose
+    overrides: dict[str, str]  # what the command line chose; texts of values, as all of these
     choices: dict[str, str]  # the option in use of every config group
     config: dict[str, str]  # leaves of the resolved config, by dotted key
     command: str
@@ -100,15 +101,16 @@ def load_run(folder: Path) -> Run:
     hydra = _yaml(folder / ".hydra" / "hydra.yaml") or {}
     choices = hydra.get("hydra", {}).get("runtime", {}).get("choices", {})
     lines = _yaml(folder / ".hydra" / "overrides.yaml") or []
-    overrides = [str(line).partition("=") for line in lines]
+    overrides = read_overrides(lines)
     command = folder / "command.txt"
     needle = read_needle(folder / "needle.json")
     measured = {"rotary": needle.rotary, "seed": str(needle.seed)} if needle else {}
     return Run(
         folder=folder,
-        overrides={key.lstrip("+~"): value for key, _, value in overrides},
-        choices=measured | {k: str(v) for k, v in choices.items() if not k.startswith("hydra")},
-        config=dict(leaves(config)),
+        overrides={k: ABSENT if v is DELETED else show_value(v) for k, v in overrides.items()},
+        choices=measured
+        | {k: show_value(v) for k, v in choices.items() if not k.startswith("hydra")},
+        config={key: show_value(value) for key, value in _leaf_values(config)},
         command=command.read_text().strip() if command.is_file() else "",
         versions=_versions(folder / "versions.json"),
         curves=read_curves(folder / "metrics.csv"),
@@ -132,11 +134,15 @@ def _natural(parts: tuple[str, ...]) -> list[tuple[bool, int, str]]:
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted keys and values of a config."""
+    yield from ((key, str(value)) for key, value in _leaf_values(node, prefix))
+
+
+def _leaf_values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(node, dict):
         for key, child in node.items():
-            yield from leaves(child, f"{prefix}.{key}" if prefix else str(key))
+            yield from _leaf_values(child, f"{prefix}.{key}" if prefix else str(key))
     else:
-        yield prefix, str(node)
+        yield prefix, node
 
 
 def _yaml(path: Path) -> Any:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from experiments.report_data import ABSENT, Cell, Needle, Run
+from experiments.overrides import short_keys
 from lightning_modules.metrics.bootstrap import MeanInterval, bootstrap_interval
 
 CONDITIONS = {
@@ -87,9 +88,10 @@ def group_runs(runs: list[Run], axes: list[str]) -> list[Group]:
     """Runs that differ only in their seed, in the order they were found."""
     settings = [axis for axis in axes if axis != "seed"]
     members: dict[str, list[Run]] = {}
+    short = short_keys(settings)
     for run in runs:
         if len(settings) > 1:
-            label = ", ".join(f"{axis.rpartition('.')[2]}={run.value(axis)}" for axis in settings)
+            label = ", ".join(f"{short[axis]}={run.value(axis)}" for axis in settings)
         else:
             label = run.value(settings[0] if settings else "rotary")
         members.setdefault(run.folder.name if label == ABSENT else label, []).append(run)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from experiments import lock
+from experiments.overrides import DELETED, read_overrides, show_value
 
 #: What a launcher leaves for a job, and what a job leaves once it has started.
 _MARKS = (".hydra/frozen.yaml", "config.yaml")
@@ -39,7 +40,7 @@ class RunState:
 
     folder: Path
     state: str
-    overrides: dict[str, str] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)  # values by key or group
     step: int | None = None
     total_steps: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -48,22 +49,28 @@ class RunState:
     reason: str = ""
 
     def value(self, axis: str) -> str | None:
-        """What an axis was, said on the command line or not."""
+        """Returns the text of an axis's value, whether the command line said it or not.
+
+        It is None where the run has no such key.
+        """
         if axis in self.overrides:
-            return self.overrides[axis]
+            value = self.overrides[axis]
+            return None if value is DELETED else show_value(value)
         if axis in self.choices:
             return self.choices[axis]
         node: Any = self.config
         for key in axis.split("."):
-            node = node.get(key) if isinstance(node, dict) else None
-        return None if node is None else str(node)
+            if not isinstance(node, dict) or key not in node:
+                return None
+            node = node[key]
+        return show_value(node)
 
     @cached_property
     def choices(self) -> dict[str, str]:
         """The option of every config group."""
         hydra = _yaml(self.folder / ".hydra" / "hydra.yaml") or self._frozen
         choices = hydra.get("hydra", {}).get("runtime", {}).get("choices", {})
-        return {group: str(option) for group, option in choices.items() if "hydra" not in group}
+        return {group: show_value(v) for group, v in choices.items() if "hydra" not in group}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -157,13 +164,12 @@ def _mark(folder: Path) -> str:
     return next(mark for mark in reversed(_MARKS) if (folder / mark).is_file())
 
 
-def _overrides(folder: Path) -> dict[str, str]:
+def _overrides(folder: Path) -> dict[str, Any]:
     lines = _yaml(folder / ".hydra" / "overrides.yaml")
     if lines is None:
         frozen = _yaml(folder / _MARKS[0]) or {}
         lines = frozen.get("hydra", {}).get("overrides", {}).get("task", [])
-    parts = [str(line).partition("=") for line in lines]
-    return {key.lstrip("+~"): value for key, _, value in parts}
+    return read_overrides(lines)
 
 
 def _live_jobs() -> set[str] | None:

@@ -73,17 +73,22 @@ class RunDirectory:
 
     With `config.resume` false it starts anew: what an earlier run left is removed.
 
+    Args:
+        hold: lock it and write into it; false only looks, and makes no directory.
+
     Raises:
         ValueError: it holds a run of another model, or another process trains in it.
     """
 
-    def __init__(self, config: DictConfig):
+    def __init__(self, config: DictConfig, hold: bool = True):
         self.path = Path(config.paths.run)
         self._started = time.monotonic()
         self._wall_before = 0.0
         self._config: dict[str, Any] = plain(config)
         self._former = None
-        if rank_zero_only.rank:
+        if not hold:
+            self._former = self._read_former()
+        if rank_zero_only.rank or not hold:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         lock.take(self.path)

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.run_states import RunState, differing_axes, read_runs
+from experiments.overrides import short_keys
 
 _COLOURS = {
     "done": "green",
@@ -86,8 +87,8 @@ def make_table(runs: list[RunState], axes: dict[str, list[str | None]], metric: 
     table = Table("run", title=str(above), title_justify="left", title_style="dim")
     table.box, table.pad_edge, table.header_style = None, False, "bold"
     table.columns[0].overflow = "fold"
-    for axis in axes:
-        table.add_column(axis.rpartition(".")[2], style="magenta")
+    for name in short_keys(axes).values():
+        table.add_column(name, style="magenta")
     table.add_column("state")
     for name in ("step", metric, "last sign", "resumes"):
         table.add_column(name, justify="right")

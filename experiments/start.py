@@ -4,6 +4,7 @@ A multirun only needs Hydra here, since every job is a process of its own. A run
 while it starts has nothing to save, and leaves like one that has.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -14,10 +15,13 @@ from experiments.cluster import leave_on_signals
 
 
 def main() -> None:
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
+    if launcher.take_dry_run(sys.argv) or {"-m", "--multirun"} & set(sys.argv[1:]):
         sweep()
         return
     leave_on_signals()
+    if sys.stdin is not None and sys.stdin.isatty() and os.tcgetpgrp(0) != os.getpgrp():
+        # In the background of a terminal: whoever asks there is stopped until somebody notices.
+        sys.stdin = open(os.devnull)  # noqa: SIM115 - as long as the process lives
     from experiments.train import main as train
 
     train()

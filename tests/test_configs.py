@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from experiments import CONFIG_DIR
-from experiments.names import name_run
+import experiments.names  # noqa: F401 - registers the resolvers
 from experiments.run import build, build_all, plain
 from lightning_modules.video_llm import VideoLLMModule
 
@@ -146,14 +146,6 @@ def test_the_untracked_local_group_is_optional_and_has_the_last_word(tmp_path):
     root = CONFIG_DIR.parent
     git = ["git", "-C", str(root), "check-ignore", "configs/local/default.yaml"]
     assert subprocess.run(git, capture_output=True).returncode == 0
-
-
-def test_runs_are_named_by_what_was_overridden():
-    assert name_run("tad", 1, "") == "tad-seed1"
-    assert name_run("tad", 1, "a.b=[1,2],c=d/e") == "tad-seed1-a.b_1_2_c_d_e"
-    long = [name_run("tad", 1, f"key={'x' * 300}{n}") for n in range(2)]
-    assert long[0] != long[1]
-    assert all(len(name.encode()) <= 200 for name in long)
 
 
 def test_a_file_of_a_package_is_found_or_how_to_get_it_is_said():

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import hydra
@@ -14,10 +16,11 @@ import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, RunMode
 from omegaconf import open_dict
 
-from experiments import CONFIG_DIR
+from experiments import CONFIG_DIR, lock
 from experiments.cluster import leave
 from experiments.launcher.job import FROZEN, Job, compose
 from experiments.launcher.local import LocalLauncher
@@ -66,6 +69,28 @@ def until(happens: Callable[[], object]) -> None:
     while not happens():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.02)
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> None:
+    """Reads what a program prints, up to the line with `text`."""
+    assert process.stdout
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"no {text!r} in {''.join(lines)}")
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[int]:
+    """Inside, the process stands still, and lives."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pid
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 class Run:
@@ -184,17 +209,28 @@ def test_the_same_command_again_starts_what_is_not_finished(start, run):
     assert [len(run(n).starts) for n in range(3)] == [2, 2, 2]
 
 
-def test_sweepers_get_the_scores(start, run, tmp_path, monkeypatch):
-    end(start("seed=3"))  # one that is there already, and one that is not
+@pytest.fixture
+def launched(tmp_path, monkeypatch) -> Callable[..., Sequence[JobReturn]]:
+    """`launched(*seeds)`: a launcher in this process, and what a sweeper gets from it."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{LIGHT}")
     monkeypatch.chdir(tmp_path)
-    with hydra.initialize_config_dir(str(LIGHT / "configs"), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        words = [f"hydra.searchpath=[file://{CONFIG_DIR}]", "run_name=${seed}"]
-        sweep = loader.load_configuration("light", words, RunMode.MULTIRUN)
-        launcher = LocalLauncher()
-        launcher.program = "light"
-        launcher.hydra_context, launcher.config = HydraContext(loader, None), sweep  # pyright: ignore[reportArgumentType]
-        returned = launcher.launch([["run_name=${seed}", f"seed={n}"] for n in (3, 4)], 0)
+
+    def launch(*seeds: int) -> Sequence[JobReturn]:
+        with hydra.initialize_config_dir(str(LIGHT / "configs"), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            words = [f"hydra.searchpath=[file://{CONFIG_DIR}]", "run_name=${seed}"]
+            launcher = LocalLauncher()
+            launcher.program = "light"
+            launcher.config = loader.load_configuration("light", words, RunMode.MULTIRUN)
+            launcher.hydra_context = HydraContext(loader, None)  # pyright: ignore[reportArgumentType]
+            return launcher.launch([["run_name=${seed}", f"seed={n}"] for n in seeds], 0)
+
+    return launch
+
+
+def test_sweepers_get_the_scores(start, launched):
+    end(start("seed=3"))  # one that is there already, and one that is not
+    returned = launched(3, 4)
     assert [each.return_value for each in returned] == [3.0, 4.0]
     assert [each.cfg.seed for each in returned if each.cfg] == [3, 4]
 
@@ -258,15 +294,63 @@ def test_a_second_ctrl_c_kills(start, run):
 
 
 def test_a_launcher_that_is_killed_leaves_its_job_to_the_next(start, run):
-    command = ["seed=0,1", "steps=10", "step_s=0.5"]
+    """It lives on, and counts as the one job that may run at a time."""
+    command = ["seed=0,1", "steps=10"]
     sweep = start(*command)
     until(lambda: run(0).steps)
-    sweep.kill()
-    sweep.wait()
-    output = end(start(*command))
-    assert "#0 seed=0: finished elsewhere" in output
+    with stopped(run(0).starts[0]["pid"]) as pid:
+        sweep.kill()
+        sweep.wait()
+        again = start(*command)
+        read_until(again, f"#0 seed=0: runs already, process {pid} on ")
+        time.sleep(1)
+        assert not run(1).starts
+    assert "#0 seed=0: finished elsewhere" in end(again)
     assert [len(run(n).starts) for n in (0, 1)] == [1, 1]
     assert all(run(n).steps == list(range(10)) for n in (0, 1))
+
+
+def test_a_job_that_lives_keeps_its_gpus(start, run):
+    """The next launcher gives its other jobs the other GPUs."""
+    command = ["launcher=local_parallel", "hydra.launcher.n_jobs=2", "hydra.launcher.gpus=[0,1]"]
+    sweep = start(*command, "seed=0", "steps=1000")
+    until(lambda: run(0).steps)
+    with stopped(run(0).starts[0]["pid"]) as pid:
+        sweep.kill()
+        sweep.wait()
+        again = start(*command, "seed=0,1,2", "steps=1")
+        until(lambda: run(1).done and run(2).done)
+        assert [run(n).starts[0]["gpus"] for n in (0, 1, 2)] == ["0", "1", "1"]
+        os.kill(pid, signal.SIGKILL)
+    end(again)
+    assert run(0).done
+
+
+def test_whoever_loses_the_race_for_a_directory_waits(launched, run, tmp_path, monkeypatch):
+    """Another process takes the lock when the launcher has looked already."""
+    run(3).path.mkdir(parents=True)
+    holder = os.fork()
+    if holder == 0:
+        lock.take(run(3).path)
+        time.sleep(60)
+        os._exit(0)
+    until(lambda: lock.holder(run(3).path))
+    looks = iter([None, None])  # before it freezes the job, and before it starts it
+    ask = lock.holder
+    monkeypatch.setattr(lock, "holder", lambda folder: next(looks, None) or ask(folder))
+
+    def let_go() -> None:
+        until(lambda: run(3).starts)
+        time.sleep(3)  # longer than the job waits for the lock
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+
+    letting_go = threading.Thread(target=let_go)
+    letting_go.start()
+    (returned,) = launched(3)
+    letting_go.join()
+    assert returned.return_value == 3.0
+    assert len(run(3).starts) == 2
 
 
 @pytest.mark.parametrize(
@@ -308,6 +392,24 @@ def test_a_run_that_is_told_to_go_while_it_starts_goes(tmp_path):
 
 
 # The program itself
+
+
+def test_a_training_outlives_its_launcher_and_the_next_takes_its_result(tiny, tmp_path):
+    command = [sys.executable, "-m", "experiments.start", "-m", *tiny, "logger=csv", "test=false"]
+    command += ["run_name=only", "paths.runs=runs"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    folder = tmp_path / "runs" / "vniah_d_tiny" / "only"
+    first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    until(lambda: lock.holder(folder))
+    with stopped((lock.holder(folder) or {})["pid"]) as pid:
+        first.kill()
+        first.wait()
+        again = subprocess.Popen(command, cwd=tmp_path, env=environment, **output)
+        read_until(again, f"runs already, process {pid} on ")
+    assert "finished elsewhere" in end(again)
+    assert json.loads((folder / "status.json").read_text())["starts"] == 1
+    assert json.loads((folder / "done.json").read_text())["steps"] == 12
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """One process at a time in a run directory."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -71,6 +73,16 @@ def test_looking_does_not_keep_a_run_from_starting(tmp_path):
     finally:
         looking.kill()
         looking.wait()
+
+
+def test_where_the_file_system_has_no_locks_nothing_says_that_nobody_trains(tmp_path, monkeypatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    lock.take(tmp_path)
+    assert not (tmp_path / "run.lock").exists()
+    assert lock.holder(tmp_path) is None
 
 
 def test_nobody_holds_what_is_not_there(tmp_path):

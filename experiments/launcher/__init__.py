@@ -2,9 +2,10 @@
 
 from hydra.core.plugins import Plugins
 
+from experiments.launcher.listing import ListingSweeper, take_dry_run  # noqa: F401 - for programs
 from experiments.launcher.local import LocalLauncher
 from experiments.launcher.slurm import SlurmLauncher
 
 # Hydra takes plugins from the package `hydra_plugins` alone, and a class is not told it there.
-for _class in (LocalLauncher, SlurmLauncher):
+for _class in (LocalLauncher, SlurmLauncher, ListingSweeper):
     Plugins.instance().class_name_to_class[f"hydra_plugins.ropelab.{_class.__name__}"] = _class

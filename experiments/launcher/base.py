@@ -13,6 +13,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from experiments.launcher.job import Job, compose
+from experiments.launcher.wandb_key import check_key
 
 logger = logging.getLogger(__name__)
 
@@ -46,18 +47,40 @@ class ProcessLauncher(Launcher):
             SystemExit: the sweep was stopped before its end.
         """
 
+    def manner(self) -> str:
+        """How jobs would run, for people: `2 at a time`."""
+        return ""
+
+    def queued(self, job: Job) -> str:
+        """What a batch system says of a job that it knows and that has not ended, else nothing."""
+        return ""
+
+    def compose_jobs(
+        self, job_overrides: Sequence[Sequence[str]], first: int = 0, single: bool = False
+    ) -> list[Job]:
+        """Composes jobs, counted from `first`, none of which may share a directory.
+
+        Args:
+            single: the one job runs in `hydra.run.dir`, as without a multirun.
+        """
+        shared = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
+        jobs = []
+        for number, overrides in enumerate(job_overrides, start=first):
+            own = [word for word in overrides if word not in shared]
+            name = "" if single else f"#{number} {' '.join(own)}".rstrip()
+            key = "hydra.run.dir" if single else None
+            jobs.append(
+                compose(self.hydra_context, self.config, list(overrides), number, name, key)
+            )
+        self._check_folders(jobs)
+        return jobs
+
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        shared = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
-        jobs = []
-        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
-            own = [word for word in overrides if word not in shared]
-            name = f"#{number} {' '.join(own)}"
-            jobs.append(compose(self.hydra_context, self.config, list(overrides), number, name))
-        self._check_folders(jobs)
+        jobs = self.compose_jobs(job_overrides, initial_job_idx)
         left = []
         for job in jobs:
             if job.done() is None:
@@ -65,6 +88,7 @@ class ProcessLauncher(Launcher):
             else:
                 logger.info("%s: finished before", job.name)
         try:
+            check_key(left)
             failed = self.run(left) if left else {}
         except ValueError as error:
             raise CompactHydraException(f"error: {error}") from None
@@ -77,6 +101,10 @@ class ProcessLauncher(Launcher):
         taken: dict[Path, Job] = {}
         for job in jobs:
             other = taken.setdefault(job.folder, job)
+            if other is not job and other.plain(other.task) == job.plain(job.task):
+                raise CompactHydraException(
+                    f"two jobs are the same run, {job.folder}: {' '.join(job.words)}; leave one out"
+                )
             if other is not job:
                 raise CompactHydraException(
                     f"jobs {other.name} and {job.name} would both run in {job.folder}: "

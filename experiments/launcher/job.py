@@ -3,7 +3,6 @@
 What waits in a queue for days runs with the configs of the day it was typed.
 """
 
-import fcntl
 import json
 import sys
 from collections.abc import Iterator
@@ -39,6 +38,12 @@ class Job:
         """The launcher's options as they are for this job: a swept trainer asks for its own."""
         return self.plain(self.config.hydra.launcher)
 
+    @property
+    def words(self) -> list[str]:
+        """What was typed for this job, without the options of Hydra and the launcher."""
+        words: Any = OmegaConf.to_container(self.config.hydra.overrides.task)
+        return [word for word in words if not word.startswith("launcher=")]
+
     def plain(self, node: Any) -> Any:
         """Plain containers, with what `${hydra:…}` means in this job."""
         if not OmegaConf.is_config(node):
@@ -52,7 +57,6 @@ class Job:
     def freeze(self) -> None:
         """Writes the config of a single run, with nothing left to resolve."""
         hydra = self.config.hydra
-        words = [word for word in hydra.overrides.task if not word.startswith("launcher=")]
         frozen = self.plain(self.task)
         frozen["hydra"] = {
             "run": {"dir": str(self.folder)},
@@ -62,7 +66,7 @@ class Job:
             "job": {"chdir": hydra.job.chdir, "env_set": self.plain(hydra.job.env_set)},
             # Interpolates the name of the process, which ranks of Lightning's change.
             "job_logging": OmegaConf.to_container(hydra.job_logging),
-            "overrides": {"task": words},
+            "overrides": {"task": self.words},
             "runtime": {"choices": dict(hydra.runtime.choices)},
         }
         path = self.folder / ".hydra" / f"{FROZEN}.yaml"
@@ -82,17 +86,6 @@ class Job:
         if yaml.safe_load(former.read_text()) != self.plain(self.task):
             return None
         return json.loads(done.read_text())
-
-    def locked(self) -> bool:
-        """Whether a run lives in the directory, on this machine or another."""
-        try:
-            with (self.folder / "run.lock").open() as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
 
     def outcome(self, failure: BaseException | None) -> JobReturn:
         """What Hydra's sweepers read: the score of `done.json`, None where there is none."""
@@ -117,14 +110,25 @@ def arguments(folder: Path) -> list[str]:
 
 
 def compose(
-    context: HydraContext, sweep: DictConfig, overrides: list[str], number: int, name: str
+    context: HydraContext,
+    sweep: DictConfig,
+    overrides: list[str],
+    number: int,
+    name: str,
+    folder_key: str | None = None,
 ) -> Job:
-    """The job of `overrides`, counted from 0, in the sweep that `sweep` was composed for."""
+    """Returns the job of `overrides`, number `number` of the sweep that `sweep` was composed for.
+
+    Args:
+        folder_key: where the config says its directory, if it is not the sweep that does.
+    """
     config = context.config_loader.load_sweep_config(sweep, overrides)
     with open_dict(config.hydra):
         config.hydra.job.num, config.hydra.job.id = number, str(number)
     with _told(config):
         folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute()
+        if folder_key is not None:
+            folder = Path(OmegaConf.select(config, folder_key)).absolute()
     with read_write(config.hydra.runtime):
         config.hydra.runtime.output_dir = str(folder)
     return Job(name, folder, config)

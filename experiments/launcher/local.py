@@ -3,36 +3,50 @@
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from experiments import lock
 from experiments.launcher.base import ProcessLauncher
+from experiments.launcher.board import Board
 from experiments.launcher.job import Job
 
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _STOPPED = {130, os.EX_TEMPFAIL}  # exit codes of a run that was stopped, and saved before
+_LOOK_S = 0.5  # between two looks at run directories that other processes hold
+_TAIL = 65536  # bytes at the end of stdout.log in which an error is looked for
 
 
 class LocalLauncher(ProcessLauncher):
-    """`n_jobs` at a time; null takes half of the cores.
+    """Runs `n_jobs` jobs at a time; null takes half of the cores.
 
-    With one at a time its output is passed through, else it goes to `stdout.log` in the directory
-    of the job. `gpus`, such as [0, 1, 2, 3], are shared out among the jobs that run together.
+    With one at a time its output is passed through. Several write to `stdout.log` in their
+    directories instead, and a table shows how they stand. No job can read from the terminal.
+    `gpus`, such as [0, 1, 2, 3], are shared out among the jobs that run together.
 
-    A signal goes on to the jobs once, which save and stop; a second one kills them.
+    A job that somebody else runs already is waited for: one of another launcher, or one whose own
+    launcher was killed. On this machine it counts as one of the `n_jobs`.
+
+    A signal is passed on to the jobs once, which save and stop; a second Ctrl-C kills them.
     """
 
     def __init__(self, n_jobs: int | None = 1, gpus: list[int | str] | None = None):
         self.cores = len(os.sched_getaffinity(0))
         self.n_jobs = max(1, self.cores // 2) if n_jobs is None else n_jobs
-        self.gpus = list(gpus or [])
+        self.gpus = [str(gpu) for gpu in gpus or []]
         self._running: dict[int, tuple[Job, subprocess.Popen]] = {}  # by slot
+        self._elsewhere: dict[Job, dict[str, Any]] = {}  # what the holder of the lock has written
+        self._frozen: set[Job] = set()
+        self._next_look = 0.0
         self._received: list[int] = []  # signals that are not passed on yet
         self._exit_code: int | None = None  # of the sweep, once it is being stopped
 
@@ -43,16 +57,21 @@ class LocalLauncher(ProcessLauncher):
                 "change hydra.launcher.n_jobs or hydra.launcher.gpus"
             )
         for job in jobs:
-            job.freeze()
+            if lock.holder(job.folder) is None:  # a living run keeps the config it was frozen with
+                self._freeze(job)
         failed: dict[Job, str] = {}
         waiting = list(jobs)
-        with self._pass_signals_on():
+        self._board = Board(jobs, shown=self.n_jobs > 1)
+        with self._pass_signals_on(), self._board:
             while self._running or (waiting and self._exit_code is None):
                 self._pass_on()
                 self._fill(waiting)
                 for job, code in self._ended():
-                    if why := self._judge(job, code):
+                    if code not in (0, *_STOPPED) and lock.holder(job.folder) is not None:
+                        waiting.append(job)  # somebody else was faster: wait for that one
+                    elif why := self._judge(job, code):
                         failed[job] = why
+                self._board.refresh()
                 time.sleep(0.05)
         if self._exit_code is not None:
             left = len(waiting)
@@ -60,61 +79,109 @@ class LocalLauncher(ProcessLauncher):
             sys.exit(self._exit_code)
         return failed
 
+    def manner(self) -> str:
+        return f"{self.n_jobs} at a time on this machine"
+
+    def _freeze(self, job: Job) -> None:
+        if job not in self._frozen:
+            job.freeze()
+            self._frozen.add(job)
+
     def _fill(self, waiting: list[Job]) -> None:
-        free = [slot for slot in range(self.n_jobs) if slot not in self._running]
-        for job in list(waiting):
-            if not free or self._exit_code is not None:
-                return
-            if job.locked():  # another launcher's, or one that outlived its launcher
-                continue
-            waiting.remove(job)
+        """Starts what is waiting and free, and takes out what others have finished."""
+        if self._exit_code is not None or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK_S
+        self._look_elsewhere(waiting)
+        for job in [job for job in waiting if job not in self._elsewhere]:
             if job.done() is not None:
+                waiting.remove(job)
                 logger.info("%s: finished elsewhere", job.name)
+                self._board.set(job, "finished")
+            elif free := self._free_slots():
+                waiting.remove(job)
+                self._start(job, free[0])
+
+    def _look_elsewhere(self, waiting: list[Job]) -> None:
+        """Notes which jobs another process runs: one that outlived its launcher, for example."""
+        before, self._elsewhere = self._elsewhere, {}
+        for job in waiting:
+            if (about := lock.holder(job.folder)) is None:
                 continue
-            self._start(job, free.pop(0))
+            self._elsewhere[job] = about
+            if job not in before:
+                who = lock.describe(about)
+                logger.info("%s: runs already, %s: waiting until it ends", job.name, who)
+                self._board.set(job, "running", "elsewhere")
+
+    def _free_slots(self) -> list[int]:
+        """The slots that neither a job of this launcher nor one of another takes up here."""
+        free = [slot for slot in range(self.n_jobs) if slot not in self._running]
+        for about in self._elsewhere.values():
+            if about.get("host") != socket.gethostname():
+                continue
+            held = set(filter(None, (about.get("gpus") or "").split(",")))
+            if self.gpus and held:
+                free = [slot for slot in free if not held.intersection(self._gpus_of(slot))]
+            else:
+                del free[:1]
+        return free
 
     def _start(self, job: Job, slot: int) -> None:
+        self._freeze(job)
         logger.info("%s: starts in %s", job.name, job.folder)
         with ExitStack() as files:
             output = None
             if self.n_jobs > 1:
-                output = files.enter_context((job.folder / "stdout.log").open("a"))
+                output = files.enter_context(_log(job).open("a"))
             process = subprocess.Popen(
                 job.command(self.program),
                 env=os.environ | self._environment(slot),
+                stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
-                process_group=0,  # out of reach of the terminal's Ctrl-C, which is passed on here
+                # Without a terminal: nothing can ask there and wait for ever, whatever it opens,
+                # and Ctrl-C reaches the launcher alone, which passes it on.
+                start_new_session=True,
             )
         self._running[slot] = job, process
+        self._board.set(job, "running")
 
     def _environment(self, slot: int) -> dict[str, str]:
         share = {}
         if self.n_jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
             share["OMP_NUM_THREADS"] = str(max(1, self.cores // self.n_jobs))
         if self.gpus:
-            count = len(self.gpus) // self.n_jobs
-            own = self.gpus[slot * count : (slot + 1) * count]
-            share["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own))
+            share["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus_of(slot))
         return share
+
+    def _gpus_of(self, slot: int) -> list[str]:
+        count = len(self.gpus) // self.n_jobs
+        return self.gpus[slot * count : (slot + 1) * count]
 
     def _ended(self) -> Iterator[tuple[Job, int]]:
         for slot, (job, process) in list(self._running.items()):
             if process.poll() is not None:
                 del self._running[slot]
+                self._next_look = 0.0
                 yield job, process.returncode
 
     def _judge(self, job: Job, code: int) -> str | None:
-        """Why the job failed, if it did."""
+        """Returns why the job failed, if it did."""
         if code == 0:
             logger.info("%s: finished", job.name)
+            self._board.set(job, "finished")
             return None
         if code in _STOPPED:
             logger.info("%s: stopped", job.name)
+            self._board.set(job, "stopped")
             self._exit_code = self._exit_code or code
             return None
         why = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+        if code > 0 and self.n_jobs > 1 and (line := last_error(_log(job))):
+            why += f" ({line})"
         logger.error("%s: failed, %s", job.name, why)
+        self._board.set(job, "failed", why)
         return why
 
     @contextmanager
@@ -130,13 +197,36 @@ class LocalLauncher(ProcessLauncher):
         self._received.append(number)
 
     def _pass_on(self) -> None:
-        """What was received since to the jobs; a second Ctrl-C kills them with all their ranks."""
+        """Passes new signals on to the jobs; a second Ctrl-C kills them with all their ranks."""
         while self._received:
             number = self._received.pop(0)
             again = number == signal.SIGINT and self._exit_code == 130
             self._exit_code = 130 if number == signal.SIGINT else os.EX_TEMPFAIL
-            for _, process in self._running.values():
+            for job, process in self._running.values():
+                self._board.set(job, "stopping")
                 if again:
                     os.killpg(process.pid, signal.SIGKILL)
                 else:
                     process.send_signal(number)
+
+
+def _log(job: Job) -> Path:
+    """Where a job writes what it would print."""
+    return job.folder / "stdout.log"
+
+
+def last_error(log: Path) -> str | None:
+    """Returns the line of a log that says why its program has ended, cut to 200 characters.
+
+    That is the last one that begins with `error:`, else the last one of all: a traceback ends with
+    its exception.
+    """
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines)[-1][:200] if lines else None

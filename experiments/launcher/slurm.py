@@ -84,6 +84,14 @@ class SlurmLauncher(ProcessLauncher):
             logger.warning("the jobs live on (scancel ends them): the same command waits again")
             sys.exit(130)
 
+    def manner(self) -> str:
+        return "as batch jobs"
+
+    def queued(self, job: Job) -> str:
+        number = read_id(job.folder)
+        state = read_states().get(number, _GONE) if number else _GONE
+        return "" if state.ended else f"job {number} is {state}"
+
     @property
     def _folder(self) -> Path:
         """Of submitit's scripts and of what the jobs print."""

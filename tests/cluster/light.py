@@ -1,6 +1,5 @@
 """A program with the manners of ropelab-train that starts in half a second: it counts."""
 
-import fcntl
 import json
 import os
 import signal
@@ -11,7 +10,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import CONFIG_DIR, launcher, names  # noqa: F401 - Hydra knows them by now
+from experiments import CONFIG_DIR, launcher, lock, names  # noqa: F401 - Hydra knows them by now
 from experiments.cluster import leave, process_rank
 
 received: list[int] = []
@@ -39,15 +38,17 @@ def main(config: DictConfig) -> None:
     start |= {key: value for key, value in os.environ.items() if key.startswith("SLURM_")}
     with (folder / "starts.jsonl").open("a") as file:
         file.write(json.dumps(start) + "\n")
-    with (folder / "run.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
-        if config.seed in config.fails:
-            sys.exit("error: asked to fail")
-        count(config, folder)
-        print(f"counted {config.steps}")
-        done = {"metrics": {"score": float(config.seed)}, "time": time.time()}
-        (folder / "done.json").write_text(json.dumps(done))
+    try:
+        lock.take(folder)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    if config.seed in config.fails:
+        sys.exit("error: asked to fail")
+    count(config, folder)
+    print(f"counted {config.steps}")
+    done = {"metrics": {"score": float(config.seed)}, "time": time.time()}
+    (folder / "done.json").write_text(json.dumps(done))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""Finds out whether W&B has a key, before jobs start that nobody could type one into."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+from experiments.launcher.job import Job
+
+_LOGGER = "ResumableWandbLogger"
+_ASK = """
+import sys, wandb
+try:
+    sys.exit(0 if wandb.login(prompt=False) else 3)
+except wandb.errors.Error as error:
+    sys.exit(f"why: {error}")
+"""
+
+
+def check_key(jobs: list[Job]) -> None:
+    """Looks for a key of W&B where a job logs online.
+
+    W&B itself is asked, in a process of its own: environment, netrc, settings, identity token, for
+    the server that WANDB_BASE_URL or the settings name. The server is not asked whether it knows
+    the key, and PyTorch is not imported.
+
+    Raises:
+        ValueError: there is no key, or one that is none.
+    """
+    if not any(map(_logs_online, jobs)):
+        return
+    environment = {**os.environ, "WANDB_MODE": "online", "WANDB_SILENT": "true"}
+    asked = subprocess.run(
+        [sys.executable, "-c", _ASK],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    why = next((line[5:] for line in asked.stderr.splitlines() if line.startswith("why: ")), None)
+    if asked.returncode == 3 or why:
+        raise ValueError(
+            f"W&B has no key ({why or 'neither WANDB_API_KEY nor a login'}), and no job can ask for "
+            "one: set WANDB_API_KEY or call wandb login, or keep the runs here with "
+            "WANDB_MODE=offline"
+        )
+
+
+def _logs_online(job: Job) -> bool:
+    loggers: Any = job.plain(job.config.get("logger")) or {}
+    return any(
+        isinstance(node, dict)
+        and str(node.get("_target_", "")).endswith(f".{_LOGGER}")
+        and node.get("mode") in (None, "online", "shared")
+        for node in loggers.values()
+    )

@@ -1,0 +1,113 @@
+"""Reads overrides of a command line as values, so that `2e-3` and `0.002` are one setting.
+
+Names of run directories and factors of ablations come from these values, not from typed words.
+Reads numbers, booleans, null and plain words by itself, as programs that list hundreds of runs
+should not import Hydra; lists, dicts and quotes are left to Hydra's own parser.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+_INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
+_FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
+_WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
+_NAMED = {"null": None, "true": True, "false": False}
+_NAMED |= {f"{sign}{name}": float(f"{sign}{name}") for sign in ("", "+", "-") for name in ("nan", "inf")}
+
+
+class Deleted:
+    """The value of an override such as `~callbacks.generations`."""
+
+    def __repr__(self) -> str:
+        return "~"
+
+
+DELETED = Deleted()
+
+
+def read_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """Returns the value of every key or group that is overridden, as Hydra would set it.
+
+    Of several overrides of one key the last one counts. A dict counts as overrides of its keys,
+    since Hydra merges it. Whether a key is changed (`key=`) or added (`+key=`) makes no difference.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        name, _, text = str(word).partition("=")
+        value = DELETED if name.startswith("~") else read_value(text)
+        for key, leaf in _leaves(name.lstrip("+~"), value):
+            for below in [known for known in values if known.startswith(f"{key}.")]:
+                del values[below]
+            values.pop(key, None)
+            values[key] = leaf
+    return values
+
+
+def read_value(text: str) -> Any:
+    """Returns what Hydra makes of the text behind `key=`; text that it refuses stays a string."""
+    if text.lower() in _NAMED:
+        return _NAMED[text.lower()]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if _WORD.fullmatch(text):
+        return text
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(f"key={text}").value()
+    except HydraException:
+        return text
+
+
+def show_value(value: Any) -> str:
+    """Returns the one text of a value: equal values have equal texts, others have others."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return re.sub(r"e([+-])0*", r"e\1", repr(value)).replace("e+", "e")
+    if isinstance(value, str):
+        ambiguous = value[:1] in ("", "[", "{", '"', "'") or not isinstance(_bare(value), str)
+        return json.dumps(value, ensure_ascii=False) if ambiguous else value
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_inner, value))}]"
+    if isinstance(value, dict):
+        pairs = sorted((_inner(key), _inner(child)) for key, child in value.items())
+        return "{" + ",".join(f"{key}:{child}" for key, child in pairs) + "}"
+    return str(value)
+
+
+def short_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Returns the last part of every dotted key, or all of it where two end alike."""
+    last = {key: key.rpartition(".")[2] for key in keys}
+    counts = Counter(last.values())
+    return {key: short if counts[short] == 1 else key for key, short in last.items()}
+
+
+def _inner(value: Any) -> str:
+    """Of an item: text with a comma or a bracket in it needs quotes."""
+    if isinstance(value, str) and not _WORD.fullmatch(value):
+        return json.dumps(value, ensure_ascii=False)
+    return show_value(value)
+
+
+def _bare(text: str) -> Any:
+    """What the text would be without quotes, where that is a number or another named value."""
+    if text.lower() in _NAMED or _INTEGER.fullmatch(text) or _FLOAT.fullmatch(text):
+        return read_value(text)
+    return text
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, child in value.items():
+            yield from _leaves(f"{key}.{name}", child)
+    else:
+        yield key, value
