@@ -37,8 +37,8 @@ class Processor:
 
     def __init__(self, frames: Mapping[str, Any], conversation: Mapping[str, Any]):
         self._spec = {"frames": dict(frames), "conversation": dict(conversation)}
-        self._frames: FrameReader = _build(frames)
-        self.conversation: ConversationEncoder = _build(conversation)
+        self._frames: FrameReader = _build(frames, FrameReader)
+        self.conversation: ConversationEncoder = _build(conversation, ConversationEncoder)
         tokenizer = self.conversation.tokenizer
         self.generation = {
             "eos_token_id": tokenizer.eos_token_id,
@@ -108,21 +108,30 @@ class Processor:
         return Sample(key, encode(turns), [v for v, _ in read], [tiles for _, tiles in read])
 
 
-def _build(spec: Mapping[str, Any]) -> Any:
+def _build(spec: Mapping[str, Any], kind: type = object) -> Any:
     """The object of a spec, nested ones first.
 
+    Args:
+        kind: base class that the class must have.
+
     Raises:
-        ValueError: a class that is not one of `datamodules`.
+        ValueError: a class that is not one of `datamodules`, or is of another kind.
     """
     arguments = {
         key: _build(value) if isinstance(value, Mapping) and "_target_" in value else value
         for key, value in spec.items()
         if key not in ("_target_", "_partial_")
     }
-    module, _, name = spec["_target_"].rpartition(".")
+    path = str(spec.get("_target_"))
+    module, _, name = path.rpartition(".")
     if not module.startswith("datamodules."):
-        raise ValueError(f"{spec['_target_']!r} refused: only classes under datamodules are built")
-    found = getattr(importlib.import_module(module), name, None)
+        raise ValueError(f"{path!r} refused: only classes under datamodules are built")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        found = None
     if not isinstance(found, type) or not found.__module__.startswith("datamodules."):
-        raise ValueError(f"{spec['_target_']!r} is no class that datamodules defines")
+        raise ValueError(f"{path!r} is no class that datamodules defines")
+    if not issubclass(found, kind):
+        raise ValueError(f"{path!r} refused: it is no {kind.__name__}")
     return found(**arguments)

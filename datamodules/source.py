@@ -4,6 +4,7 @@ Whatever goes wrong is a `BadSampleError` with one of six reasons: shard_missing
 shard_unreadable, shard_stalled, shard_cut, tar_truncated, index_stale. Nothing waits for ever.
 """
 
+import json
 import os
 import select
 import signal
@@ -22,6 +23,15 @@ from fsspec import AbstractFileSystem
 from datamodules.batch import BadSampleError
 from datamodules.patience import SLOWEST, Patience, persistently, within
 from datamodules.tar import TarBytes
+
+#: Variable of the environment, for this process and its workers: the urls and schemes that may be
+#: opened beside those of `_STORES`, as JSON. Set while what somebody's run directory says is read.
+REPLAYED = "ROPELAB_REPLAYED"
+
+#: Schemes that only fetch bytes.
+_STORES = {"file", "local", "memory", "http", "https", "ftp", "sftp", "ssh", "smb", "hf"} | {
+    *("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hdfs", "webhdfs")
+}
 
 _PIECE = 1 << 16
 _RANGE = 4 << 20  # a request where a remote shard is read as a whole
@@ -315,6 +325,7 @@ def find_remote(url: str, timeout_s: float = 30.0) -> list[str]:
     Raises:
         ValueError: no such scheme, its package is missing, nothing matches, or no answer.
     """
+    check_url(url)
     if url.startswith(("pipe:", "http://", "https://")):
         return [url]
     try:
@@ -337,7 +348,12 @@ def find_remote(url: str, timeout_s: float = 30.0) -> list[str]:
 
 
 def open_source(url: str, timeout_s: float) -> Source:
-    """Opens a shard. A local file is opened at once, the others at their first read."""
+    """Opens a shard. A local file is opened at once, the others at their first read.
+
+    Raises:
+        ValueError: a run directory that is replayed may not ask for it.
+    """
+    check_url(url)
     if url.startswith("pipe:"):
         return PipeFile(url.removeprefix("pipe:"), timeout_s)
     if url.startswith(("http://", "https://")):
@@ -345,6 +361,25 @@ def open_source(url: str, timeout_s: float) -> Source:
     if is_remote(url):
         return FsspecFile(url, timeout_s)
     return LocalFile(url)
+
+
+def check_url(url: str) -> None:
+    """Lets through what may be opened while a run directory is replayed.
+
+    Raises:
+        ValueError: a shell command that nobody typed, or a scheme that does more than fetch.
+    """
+    if REPLAYED not in os.environ or not is_remote(url):
+        return
+    allowed = json.loads(os.environ[REPLAYED])
+    if url.startswith("pipe:"):
+        if url not in allowed and "pipe:" not in allowed:
+            raise ValueError(f"the run asks for the command {url!r}: add 'trust=[pipe:]' to run it")
+        return
+    scheme = url.partition("://")[0]
+    typed = {known.partition("://")[0].removesuffix(":") for known in allowed}
+    if scheme not in _STORES | typed:
+        raise ValueError(f"the run asks for {url!r}: add 'trust=[\"{scheme}:\"]' to open it")
 
 
 def is_remote(url: str) -> bool:

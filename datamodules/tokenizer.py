@@ -61,12 +61,14 @@ def load_tokenizer(source: str | None) -> PreTrainedTokenizerFast:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if source is None:
         return tiny_tokenizer()
+    # Left open, transformers asks in the terminal whether to run code that comes with a tokenizer.
+    code = {"trust_remote_code": False}
     try:
         if source.endswith(".gguf"):
             file = Path(source).expanduser()
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **code)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, **code)
     except (OSError, ValueError, ImportError) as error:
         line = str(error).strip().split("\n")[0]
         raise ValueError(f"no tokenizer can be loaded from {source!r}: {line}") from None

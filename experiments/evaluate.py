@@ -14,13 +14,13 @@ from typing import Any
 
 import hydra
 import lightning
-import yaml
 from lightning import LightningDataModule, Trainer
 from omegaconf import DictConfig
 from torch import nn
 
 from experiments import CONFIG_DIR
 from experiments.needles import test_needles
+from experiments.replay import read_replay
 from experiments.run import build, build_all, plain, print_config, user_errors_in_one_line
 from experiments.rundir import RunDirectory
 from experiments.scores import score_answers
@@ -31,9 +31,6 @@ from lightning_modules.weights import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
-#: Of the training alone.
-_NOT_REPLAYED = ("hydra.", "hydra/", "debug=", "resume=", "test=")
-
 
 def main() -> None:
     """A checkpoint runs with the rotary scheme it was trained with, unless one is named here."""
@@ -41,16 +38,18 @@ def main() -> None:
     asking = any(word.startswith("-") and word not in ("-m", "--multirun") for word in typed)
     if not asking and not any(word.startswith("run=") for word in typed):
         sys.exit("error: which run? ropelab-evaluate run=FOLDER")
-    replayed = training_overrides(typed)
-    if typed[: len(replayed)] == replayed:  # a rank that Lightning started gets them with the rest
-        typed = typed[len(replayed) :]
-    named = any(word.lstrip("+").startswith(("rotary=", "model.rotary.")) for word in typed)
-    sys.argv[1:] = [*replayed, *typed]
+    try:
+        replay = read_replay(typed)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    named = any(word.lstrip("+").startswith(("rotary=", "model.rotary.")) for word in replay.typed)
+    sys.argv[1:] = [*replay.words, *replay.typed]
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="evaluate")
     @user_errors_in_one_line
     def evaluate(config: DictConfig) -> float | None:
-        # 1. The model as it was trained
+        # 1. The model as it was trained; of what its directory names only what may be built
+        replay.check(config)
         run = Path(config.run)
         stage = build(config.module, "module")(model=plain(config.model))
         if isinstance(stage, ClipContextModule):
@@ -78,36 +77,8 @@ def main() -> None:
         folder.finish(step, score)
         return score
 
-    evaluate()
-
-
-def training_overrides(typed: list[str]) -> list[str]:
-    """What was overridden when the run named by `run=` was trained, to be overridden in turn.
-
-    What lies under its `paths.data`, or was made in its directory, is found again from any other.
-    """
-    if any(word in ("-m", "--multirun") for word in typed):
-        sys.exit("error: one run at a time; call ropelab-evaluate once for each run=")
-    folders = [word.partition("=")[2].strip("'\"") for word in typed if word.startswith("run=")]
-    run = Path(folders[-1]) if folders else None
-    if run is None or not (run / ".hydra" / "overrides.yaml").is_file():
-        return []
-    try:
-        words = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())
-        hydra_node = yaml.safe_load((run / ".hydra" / "hydra.yaml").read_text())["hydra"]
-        cwd = hydra_node["runtime"]["cwd"]
-        data = yaml.safe_load((run / "config.yaml").read_text())["paths"]["data"]
-    except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
-        sys.exit(f"error: the files that say what {run} is are damaged ({type(error).__name__})")
-    left_out = _NOT_REPLAYED
-    if any(word.startswith("data=") and word not in words for word in typed):
-        left_out += ("data=", "data.", "data/")  # of another datamodule
-    replayed = [word for word in words if not word.lstrip("+~").startswith(left_out)]
-    found = [f"paths.data='{Path(cwd) / data}'"]
-    made = run.resolve() / "shards"
-    if made.is_dir():
-        found.append(f"paths.shards='{made}'")
-    return [*replayed, *found]
+    with replay.guard():
+        evaluate()
 
 
 def load(

@@ -130,10 +130,10 @@ def _sizes(config: DictConfig, source: str) -> dict[str, Any]:
     """
     if source in config.sizes:
         return plain(config.sizes[source])
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"trust_remote_code": False}
     if source.endswith(".gguf"):
         path = Path(source).expanduser()
-        source, options = str(path.parent), {"gguf_file": path.name}
+        source, options = str(path.parent), options | {"gguf_file": path.name}
     try:
         read = AutoConfig.from_pretrained(source, **options)
     except OSError as error:

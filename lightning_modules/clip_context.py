@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.optim import Optimizer
 
 from datamodules.batch import VideoBatch
+from lightning_modules.encoder.base import Encoder
 from lightning_modules.encoder.clip import ClipEncoder
 from lightning_modules.encoder.prompt import SplitPositions
 from lightning_modules.gather import gather
@@ -51,7 +52,7 @@ class ContrastiveClip(nn.Module):
 
     def __init__(self, encoder: Mapping[str, Any], temperature: float):
         super().__init__()
-        self.encoder: ClipEncoder = build(encoder)
+        self.encoder: ClipEncoder = build(encoder, Encoder)
         if not isinstance(self.encoder, ClipEncoder):
             raise ValueError(
                 f"model.encoder is {type(self.encoder).__name__}, but the context of CLIP alone is "

@@ -120,10 +120,10 @@ class VideoLanguageModel(PreTrainedModel):
 
     def __init__(self, config: VideoLanguageModelConfig):
         super().__init__(config)
-        self.encoder: Encoder = build(config.encoder or {})
-        self.pooler: Pooler = build(config.pooler or {})
-        self.rotary: RotaryScheme = build(config.rotary or {})
-        self.llm: LanguageModel = build(config.llm or {})
+        self.encoder: Encoder = build(config.encoder or {}, Encoder)
+        self.pooler: Pooler = build(config.pooler or {}, Pooler)
+        self.rotary: RotaryScheme = build(config.rotary or {}, RotaryScheme)
+        self.llm: LanguageModel = build(config.llm or {}, LanguageModel)
         if self.pooler.uses_prompt and not self.encoder.reads_prompts:
             raise ValueError(
                 "a prompt guides the pooler, but the encoder has no text tower to read it with: "

@@ -9,18 +9,23 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 PACKAGE = "lightning_modules"
 
 
-def resolve(path: str) -> type:
-    """The class at a dotted path under `lightning_modules`.
+def resolve(path: Any, kind: type = object) -> type:
+    """Returns the class at a dotted path under `lightning_modules`.
+
+    Args:
+        kind: base class that it must have.
 
     Raises:
-        ValueError: the path leads elsewhere, or to something that is not a class of this package.
+        ValueError: the path leads elsewhere, or to something that is not such a class of this
+            package.
     """
-    module_path, _, name = path.rpartition(".")
+    module_path, _, name = str(path).rpartition(".")
     if not module_path.startswith(f"{PACKAGE}."):
         raise ValueError(f"stage class {path!r} refused: only classes under {PACKAGE} are built")
     try:
@@ -29,18 +34,23 @@ def resolve(path: str) -> type:
         raise ValueError(f"there is no stage class {path!r}") from error
     if not isinstance(found, type) or not found.__module__.startswith(f"{PACKAGE}."):
         raise ValueError(f"stage class {path!r} refused: not a class defined under {PACKAGE}")
+    if not issubclass(found, kind):
+        raise ValueError(f"stage class {path!r} refused: it is no {kind.__name__}")
     return found
 
 
-def build(spec: Mapping[str, Any]) -> Any:
+def build(spec: Mapping[str, Any], kind: type = nn.Module) -> Any:
     """Calls the class under `_target_` with the other keys, nested specs built first.
+
+    Args:
+        kind: base class that the class must have; nested specs build modules.
 
     Raises:
         ValueError: no `_target_`, a class that is refused, or arguments it does not take.
     """
     if "_target_" not in spec:
         raise ValueError(f"a stage spec needs a `_target_`, this one has only {sorted(spec)}")
-    cls = resolve(spec["_target_"])
+    cls = resolve(spec["_target_"], kind)
     arguments = {
         key: build(value) if isinstance(value, Mapping) and "_target_" in value else value
         for key, value in spec.items()

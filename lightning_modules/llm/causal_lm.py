@@ -134,7 +134,8 @@ def _cache_argument(decoder: type[nn.Module]) -> str:
 
 
 def _load(source: str, dtype: str | None) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": dtype or "auto"}
+    # Left open, transformers asks in the terminal whether to run code that comes with weights.
+    options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": False}
     if source.endswith(".gguf"):
         path = Path(source).expanduser()
         # Dequantised weights are plain floats, which can be trained and saved.
@@ -157,7 +158,7 @@ def _make(config: dict[str, Any]) -> PreTrainedModel:
             f"model.llm.config.hidden_size {width} is no multiple of num_attention_heads {heads}"
         )
     made = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    return AutoModelForCausalLM.from_config(made)
+    return AutoModelForCausalLM.from_config(made, trust_remote_code=False)
 
 
 def _take_axis_positions(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
