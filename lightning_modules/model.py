@@ -166,7 +166,8 @@ class VideoLanguageModel(PreTrainedModel):
         """
         patches = self.encoder(batch.frames, batch.clips)
         inputs = self.compose(batch, patches, padding_side="left")
-        return self.llm.generate(inputs.embeds, inputs.mask, inputs.positions, **options)
+        following = self.rotary.batch_following(inputs.layouts).to(patches.device)  # 3 b
+        return self.llm.generate(inputs.embeds, inputs.mask, inputs.positions, following, **options)
 
     def log_probs(self, batch: PreferenceBatch) -> LogProbs:
         """Of both answers to each question, read side by side; frames are encoded once."""

@@ -140,12 +140,18 @@ def test_a_batch_of_text_alone():
     torch.testing.assert_close(model.llm.head(output.hidden)[:1], stock, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("rows", "counts"), [(MIXED, COUNTS), ([[1, 2, S], [3, S, 4, S]], [6, 1, 4])]
+)
 @pytest.mark.parametrize("rotary", ROTARY)
 @torch.no_grad()
-def test_generation_equals_full_forwards(rotary):
-    """Several visuals, left padding, and every token's cache against no cache at all."""
+def test_generation_equals_full_forwards(rotary, rows, counts):
+    """Several visuals, left padding, and every token's cache against no cache at all.
+
+    The second batch has rows that end with a visual, as a captioner's prompt does.
+    """
     model = make_model(rotary=rotary, pooler="prompt_guided")
-    batch = make_batch(MIXED, COUNTS)
+    batch = make_batch(rows, counts)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     new = model.generate(batch, **options)
     for i, row in enumerate(rows_of(batch)):

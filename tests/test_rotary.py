@@ -23,6 +23,8 @@ ROWS = {
 }
 LAYOUT = [3, Grid(4, 2, 3), 2, Grid(1, 2, 2), 5]
 LENGTH = 3 + 24 + 2 + 4 + 5
+#: As many tokens, with nothing behind a video that is long in time, and behind a wide image.
+ENDING_WITH_VISUALS = [[1, Grid(1, 1, 1), Grid(6, 3, 2)], [2, Grid(1, 2, 2), Grid(1, 2, 16)]]
 
 
 def load(option, **fields):
@@ -84,17 +86,24 @@ class TestContract:
         assert torch.equal(right[0, 0], torch.arange(LENGTH).float())
         assert torch.equal(right[1:, 0] * scheme.text_step, scheme.positions(LAYOUT))
 
+    @pytest.mark.parametrize("layouts", [[LAYOUT, LAYOUT], ENDING_WITH_VISUALS])
     @torch.no_grad()
-    def test_cached_decoding_equals_the_full_forward(self, option):
+    def test_cached_decoding_equals_the_full_forward(self, option, layouts):
+        """Also where a row ends with a visual: only the scheme knows what stands behind it."""
         scheme = load(option)
         llm = make_llm(scheme)
         embeds = torch.randn(2, LENGTH, 64)
         mask = torch.ones(2, LENGTH, dtype=torch.bool)
         options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-        new = llm.generate(embeds, mask, scheme.batch_positions([LAYOUT] * 2), **options)
-        grown = torch.cat([embeds, llm.embed(new)], dim=1)
-        positions = scheme.batch_positions([[*LAYOUT, 6]] * 2)
-        logits = llm.head(llm(grown, torch.ones(2, LENGTH + 6, dtype=torch.bool), positions))
+        start = scheme.batch_positions(layouts), scheme.batch_following(layouts)
+        grown = scheme.batch_positions([[*layout, 6] for layout in layouts])
+        seen, embedding = [], llm.decoder.rotary_emb
+        embedding.register_forward_hook(lambda *_: seen.append(embedding.axis_positions))
+        new = llm.generate(embeds, mask, *start, **options)
+        # The last token that is generated is never read.
+        assert torch.equal(torch.cat(seen, dim=-1), grown[1:, :, :-1])
+        whole = torch.cat([embeds, llm.embed(new)], dim=1)
+        logits = llm.head(llm(whole, torch.ones(2, LENGTH + 6, dtype=torch.bool), grown))
         assert torch.equal(logits[:, LENGTH - 1 : -1].argmax(-1), new)
 
     @torch.no_grad()

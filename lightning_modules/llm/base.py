@@ -19,7 +19,11 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def replace_rotary(self, build: Callable[[nn.Module], nn.Module]) -> None:
-        """Puts `build(rotary module of the decoder)` in its place."""
+        """Puts `build(rotary module of the decoder)` in its place.
+
+        Raises:
+            ValueError: on text alone the new one would not give what the decoder's own gives.
+        """
 
     @abstractmethod
     def embed(self, ids: Int[Tensor, "*b l"]) -> Float[Tensor, "*b l m"]:
@@ -50,9 +54,16 @@ class LanguageModel(nn.Module, ABC):
         embeds: Float[Tensor, "b l m"],
         mask: Bool[Tensor, "b l"],
         positions: Float[Tensor, "4 b l"],
+        following: Float[Tensor, "3 b"],
         **options,
     ) -> Int[Tensor, "b2 l2"]:
-        """New token ids. `options` are those of transformers' `GenerationMixin.generate`."""
+        """New token ids after each row.
+
+        Args:
+            following: where the first new token of each row stands, as
+                `RotaryScheme.batch_following` gives it; each further one is 1 behind it.
+            options: those of transformers' `GenerationMixin.generate`.
+        """
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:

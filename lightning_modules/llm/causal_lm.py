@@ -1,16 +1,20 @@
 """Any decoder of transformers with a rotary module of its own: the Llama and Qwen families."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import lru_cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GgufConfig, PreTrainedModel
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.generic import is_flash_attention_requested
 
 from lightning_modules.llm.base import LanguageModel
@@ -28,7 +32,8 @@ class CausalLM(LanguageModel):
         dtype: of the weights loaded from `source`, by name; None: as they are stored.
 
     Raises:
-        ValueError: neither or both of `source` and `config`, or a decoder without rotary module.
+        ValueError: neither or both of `source` and `config`, a decoder without a rotary module of
+            its own, or logits that are more than a scaled linear map.
     """
 
     def __init__(
@@ -44,11 +49,8 @@ class CausalLM(LanguageModel):
         self.attention = attention
         self.lm: Any = _load(source, dtype) if source else _make(config or {})
         set_attention(self.lm, "llm", attention)
-        if not hasattr(self.decoder, "rotary_emb"):
-            raise ValueError(
-                f"model.llm: {type(self.decoder).__name__} has no `rotary_emb` to replace; "
-                "take a decoder of the Llama or Qwen family"
-            )
+        check_rotary(self.decoder, self.lm.config)
+        self.logit_scale = find_logit_scale(self.lm)
         self.width = self.lm.config.hidden_size
         self.decoder.register_forward_pre_hook(_take_axis_positions, with_kwargs=True)
         self.decoder.register_forward_hook(_drop_axis_positions, always_call=True)
@@ -91,17 +93,22 @@ class CausalLM(LanguageModel):
         return dict(zip(names, (*ends, *longest), strict=True))
 
     def head(self, hidden: Float[Tensor, "*b m"]) -> Float[Tensor, "*b vocab"]:
-        return self.lm.get_output_embeddings()(hidden)
+        logits = self.lm.get_output_embeddings()(hidden)
+        return logits if self.logit_scale == 1 else logits * self.logit_scale
 
     def generate(
         self,
         embeds: Float[Tensor, "b l m"],
         mask: Bool[Tensor, "b l"],
         positions: Float[Tensor, "4 b l"],
+        following: Float[Tensor, "3 b"],
         **options,
     ) -> Int[Tensor, "b2 l2"]:
         return self.lm.generate(
-            inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions, **options
+            inputs_embeds=embeds,
+            attention_mask=mask.long(),
+            position_ids=_with_following(positions, following),
+            **options,
         )
 
     def blocks(self) -> list[nn.Module]:
@@ -149,7 +156,8 @@ def _load(source: str, dtype: str | None) -> PreTrainedModel:
 
 
 def _make(config: dict[str, Any]) -> PreTrainedModel:
-    fields = dict(config)
+    fields = deepcopy(config)  # transformers writes into nested ones
+    _check_rope_fields(fields)
     if "model_type" not in fields:
         raise ValueError("model.llm.config needs `model_type`, such as qwen2 or llama")
     width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
@@ -161,15 +169,98 @@ def _make(config: dict[str, Any]) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(made, trust_remote_code=False)
 
 
+def _check_rope_fields(fields: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a field that transformers would pass over, and with it the asked frequencies.
+    """
+    known = {*RopeParameters.__annotations__, "type", "mrope_section", "mrope_interleaved"}
+    for key in ("rope_parameters", "rope_scaling"):
+        unknown = sorted(set(fields.get(key) or ()) - known)
+        if unknown:
+            raise ValueError(
+                f"model.llm.config.{key} has no {unknown[0]!r}: take {', '.join(sorted(known))}"
+            )
+
+
+def check_rotary(decoder: Any, config: Any) -> None:
+    """
+    Raises:
+        ValueError: replacing `decoder.rotary_emb` would not reach every layer that turns.
+    """
+    own = getattr(decoder, "rotary_emb", None)
+    if own is None or getattr(config, "alibi", False):
+        raise ValueError(
+            f"model.llm: {type(decoder).__name__} has no `rotary_emb` to replace, or does not use "
+            "it; take a decoder of the Llama or Qwen family"
+        )
+    others = [
+        name
+        for name, module in decoder.named_modules()
+        if module is not own and "rotary" in type(module).__name__.lower()
+    ]
+    if others:
+        raise ValueError(
+            f"model.llm: {type(decoder).__name__} has more rotary modules than one ({others[0]}), "
+            "and a rotary scheme replaces one; take a decoder of the Llama or Qwen family"
+        )
+
+
+@torch.no_grad()
+def find_logit_scale(lm: PreTrainedModel) -> float:
+    """The number that `lm` multiplies its head's output with: 1 for Llama, 0.0625 for Cohere.
+
+    Asked of `lm.forward` itself, while its decoder and its head pass on what they are given. So
+    this needs no weights, and knows the names of no model's fields.
+
+    Raises:
+        ValueError: `lm` does something else with its logits, such as Gemma2's soft cap.
+    """
+    decoder: Any = lm.get_decoder()
+    head: Any = lm.get_output_embeddings()
+    with torch.device("cpu"):  # also while a model is made on the meta device
+        logits = torch.linspace(-60, 60, 7)[None, None]
+        decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=logits)
+        head.forward = lambda hidden: hidden
+        try:
+            seen = lm(inputs_embeds=logits).logits
+        finally:
+            del decoder.forward, head.forward  # the classes' own are there again
+    scale = float(seen[0, 0, -1]) / 60
+    if not torch.allclose(seen, scale * logits):
+        raise ValueError(
+            f"model.llm: {type(lm).__name__} bends its logits (a soft cap), which the loss here "
+            "does not: set model.llm.config.final_logit_softcapping=null, or take another llm"
+        )
+    return scale
+
+
+def _with_following(
+    positions: Float[Tensor, "4 b l"], following: Float[Tensor, "3 b"]
+) -> Float[Tensor, "8 b l"]:
+    """Positions from which transformers counts on to `following`, not to the last position + 1.
+
+    transformers adds 1 to every row for each token that it generates. Rows 4 to 7 stand one step
+    before what they are to be at the first such token: -1, and `following` less 1. So row 4 is
+    negative for what was given and counts what is generated, whose places are in rows 5 to 7.
+    """
+    length = positions.shape[-1]
+    before = following.to(positions)[..., None].expand(-1, -1, length) - 1  # 3 b l
+    return torch.cat([positions, before.new_full((1, *before.shape[1:]), -1), before])
+
+
 def _take_axis_positions(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Hands rows 1 to 3 of the positions to the rotary module, and row 0 to everything else.
+    """Hands the positions on the axes to the rotary module, and row 0 to everything else.
 
     transformers reads masks and packed documents out of the positions; it must see text positions
     there. Bare positions on three axes fail in training, or are silently taken for documents.
     """
     positions = kwargs.get("position_ids")
     if positions is not None and positions.ndim == 3:
-        decoder.rotary_emb.axis_positions = positions[1:].float()
+        axes = positions[1:4]
+        if len(positions) > 4:  # generation, as `_with_following` prepares it
+            axes = positions[5:].where(positions[4] >= 0, axes)
+        decoder.rotary_emb.axis_positions = axes.float()
         kwargs = kwargs | {"position_ids": positions[0].long()}
     return args, kwargs
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from datamodules.batch import Grid
+from lightning_modules.rotary.angles import Angles
 
 #: One row of a batch from left to right: a number of text tokens, or the grid of a visual.
 Layout = Sequence[int | Grid]
@@ -64,8 +64,7 @@ class RotaryScheme(ABC):
     ) -> Float[Tensor, "4 b l"]:
         """What transformers' decoders take as `position_ids`: row 0 counts tokens, for masks.
 
-        Rows 1 to 3 are the axes in units of `text_step`: transformers adds 1 to every row for
-        each generated token, which then is right whatever the scheme's step.
+        Rows 1 to 3 are the axes in units of `text_step`, so that text moves on by 1.
         """
         rows = []
         for layout in layouts:
@@ -82,50 +81,60 @@ class RotaryScheme(ABC):
             batch[:, i, columns] = row
         return batch
 
+    def batch_following(self, layouts: Sequence[Layout]) -> Float[Tensor, "3 b"]:
+        """Where one more text token stands behind each row, in the units of `batch_positions`.
+
+        Behind text it is the last position + 1. Behind a visual only the scheme knows.
+        """
+        behind = [self.positions([*layout, 1])[:, -1] for layout in layouts]
+        return torch.stack(behind, dim=1) / self.text_step
+
 
 class RotaryEmbedding(nn.Module):
     """Takes the place of a transformers decoder's rotary module, for all its layers at once.
 
     Frequencies, with whatever scaling the LLM's `rope_parameters` name (linear, dynamic, YaRN, …),
-    stay the LLM's own; the scheme decides what they multiply. The module keeps no tensors: it
-    would see them cast to bfloat16 or left on the meta device. Everything is float32 until the end.
+    and the order of their channels stay the LLM's own; the scheme decides what they multiply. The
+    module keeps no tensors: it would see them cast to bfloat16 or left on the meta device.
+    Everything is float32 until the end.
+
+    Raises:
+        ValueError: on text alone it would not give what `original` gives, or the scheme cannot
+            share out so many frequencies.
     """
 
     def __init__(self, scheme: RotaryScheme, original: Any):
         super().__init__()
         self.scheme = scheme
-        self.config = original.config
-        self.rope_type: str = original.rope_type
-        self._default_parameters = original.compute_default_rope_parameters
+        self.angles = Angles(original)
         #: Rows 1 to 3 of the positions, put here by the LLM for the length of one forward.
         self.axis_positions: Float[Tensor, "3 b l"] | None = None
         with torch.device("cpu"):  # also while a model is made on the meta device
             scheme.axes(self.frequencies(torch.device("cpu"), 1)[0].numel())  # a misfit stops here
 
-    def frequencies(self, device: torch.device, length: int) -> tuple[Float[Tensor, " f"], float]:
+    def frequencies(
+        self, device: torch.device, length: int | Int[Tensor, ""]
+    ) -> tuple[Float[Tensor, " f"], float]:
         """Radians per position, fastest first, and the factor on cos and sin that YaRN asks for."""
-        with torch.device(device):
-            if self.rope_type == "default":
-                return self._default_parameters(self.config)
-            return ROPE_INIT_FUNCTIONS[self.rope_type](self.config, device, seq_len=length)
+        return self.angles.frequencies(device, length)
 
     @torch.no_grad()
     def forward(
         self, x: Float[Tensor, "b l m"], position_ids: Num[Tensor, "b2 l"]
     ) -> tuple[Float[Tensor, "b2 l a"], Float[Tensor, "b2 l a"]]:
-        """cos and sin in the dtype of `x`. Text alone (`position_ids`) moves all axes together."""
+        """cos and sin as the LLM's own module gives them, in the dtype of `x` or in float32.
+
+        Text alone (`position_ids`) moves all axes together.
+        """
         axes = self.axis_positions
         if axes is None:
             axes = position_ids.float().expand(3, -1, -1)
         # The length decides only the scalings that depend on it; others must not wait for it.
-        grows = self.rope_type in ("dynamic", "longrope")
-        length = int(position_ids.max()) + 1 if grows else 0
-        frequencies, factor = self.frequencies(x.device, length)
-        reads = self.scheme.axes(frequencies.numel()).to(x.device)
-        turned = axes.float().movedim(0, -1)[..., reads] * self.scheme.text_step  # b l f
-        angle = turned * frequencies.float()
-        angle = torch.cat([angle, angle], dim=-1)  # b l a, a = 2 f: the halves that HF rotates
-        return (angle.cos() * factor).to(x.dtype), (angle.sin() * factor).to(x.dtype)
+        length = position_ids.max() + 1 if self.angles.depends_on_length else 0
+        frequencies = self.frequencies(x.device, length)
+        reads = self.scheme.axes(frequencies[0].numel()).to(x.device)
+        places = axes.float().movedim(0, -1)[..., reads] * self.scheme.text_step  # b l f
+        return self.angles.turn(x, places, frequencies)
 
 
 def split_sections(sections: Sequence[int] | None, num_frequencies: int) -> tuple[int, int, int]:
