@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, Literal
 
 DEPRECATIONS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
@@ -29,15 +29,24 @@ _ORIGINAL = warnings.warn
 
 def filters() -> list[str]:
     """Returns pytest filters, the later the stronger: ours are errors, others' are listed."""
-    helpers = sorted(path.stem for path in _TESTS.glob("*.py"))
-    ours = rf"({'|'.join([*_PACKAGES, *helpers])})(\.|\Z)"
-    names = [category.__name__ for category in DEPRECATIONS]
-    return [f"default::{name}" for name in names] + [f"error::{name}:{ours}" for name in names]
+    return [f"{action}::{kind.__name__}:{module}" for action, kind, module in _rules()]
 
 
 def blame_callers() -> None:
-    """Attributes deprecation warnings to the frame that makes the deprecated call."""
+    """Attributes deprecation warnings to the frame that makes the deprecated call.
+
+    The filters hold from here on, because pytest reads those of `filters` after conftest.py.
+    """
     warnings.warn = _warn
+    for action, kind, module in _rules():
+        warnings.filterwarnings(action, category=kind, module=module)
+
+
+def _rules() -> list[tuple[Literal["default", "error"], type[Warning], str]]:
+    helpers = sorted(path.stem for path in _TESTS.glob("*.py"))
+    ours = rf"({'|'.join([*_PACKAGES, *helpers])})(\.|\Z)"
+    listed = [("default", kind, "") for kind in DEPRECATIONS]
+    return listed + [("error", kind, ours) for kind in DEPRECATIONS]
 
 
 def _warn(
