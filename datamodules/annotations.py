@@ -10,31 +10,189 @@ or, of two answers to the same question, one that is preferred,
 
 A format is known by its fields, never by the name of its file; fields that mean nothing here are
 kept. LLaVA's own form (LLaVA-1.5, LLaVA-Video-178K, M4-Instruct, LLaVA-Hound's instructions) is
-that of shards already.
+that of shards already. Those of ms-swift, LLaMA-Factory, OpenAI and TRL are read where they mean
+the same: `messages`, `query` and `response`, `instruction` and `output`, `images`, `video_path`, …
+A field that seems to name a visual and is none of these is refused, not dropped.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from datamodules.batch import BadSampleError
+from datamodules.media import suffix_of
+from datamodules.turns import file_names, to_turns, with_slots
 
 _SLOT = re.compile(r"\s*<(?:image|video)>\s*")
+#: Other names of the fields `image` and `video`.
+_VISUALS = {
+    "image": (
+        "images",
+        "image_path",
+        "image_paths",
+        "image_file",
+        "image_files",
+        "img",
+        "img_path",
+    ),
+    "video": ("videos", "video_path", "video_paths", "video_file", "video_files"),
+}
+# (question, more of it, answer) of ms-swift and LLaMA-Factory
+_PAIRS = (("query", None, "response"), ("instruction", "input", "output"))
+_LOOKS_VISUAL = re.compile(
+    r"(?:^|_)(?:image|img|video|visual|frame|picture|pic|photo|clip|media)s?\d*(?:_|\d|$)",
+    re.IGNORECASE,
+)
+_IDS = re.compile(r"(?:^|_)(?:id|source|url)$", re.IGNORECASE)
 
 
-def to_conversation(entry: Any) -> dict[str, Any]:
+def to_conversation(entry: Any, ignored: Collection[str] = ()) -> dict[str, Any]:
     """One published entry in the form of shards.
 
+    Args:
+        entry: as its authors have it.
+        ignored: fields that may name visuals which are not wanted.
+
     Raises:
-        BadSampleError: missing_field, bad_field.
+        BadSampleError: missing_field, bad_field, empty_conversation.
     """
     if not isinstance(entry, dict):
-        raise BadSampleError("missing_field", "conversations")
-    if "chosen" in entry or "rejected" in entry:
-        return read_preference(entry)
+        raise BadSampleError("missing_field", "conversations: the entry is no object")
+    entry = _with_own_visuals(entry, ignored)
+    _refuse_unread(entry, ignored)
     if "QA" in entry:
         return read_videochat2(entry)
+    return _with_system(_read_turns(entry))
+
+
+def _with_own_visuals(entry: dict[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+    """Files of other fields under `image` and `video`."""
+    for kind, others in _VISUALS.items():
+        for other in others:
+            if other in ignored or other not in entry:
+                continue
+            names = file_names(entry[other] or [], other)
+            kept = {name: value for name, value in entry.items() if name != other}
+            entry = _with_files(kept, kind, names, other)
     return entry
+
+
+def _with_files(entry: dict[str, Any], kind: str, names: list[str], where: str) -> dict[str, Any]:
+    """The entry with these files; those that it has already must be the same ones."""
+    former = entry.get(kind)
+    if not names:
+        return entry
+    if former and (former if isinstance(former, list) else [former]) != names:
+        raise BadSampleError("bad_field", f"{kind} and {where} name different files: keep one")
+    return {**entry, kind: names[0] if len(names) == 1 else names}
+
+
+def _refuse_unread(entry: dict[str, Any], ignored: Collection[str]) -> None:
+    """Refuses a field that seems to name a visual, as the sample would be learnt without it.
+
+    Of an entry with visuals only fields are suspected whose name speaks of one.
+    """
+    seen = bool(entry.get("image") or entry.get("video"))
+    for name, value in entry.items():
+        looks = _LOOKS_VISUAL.search(name) is not None
+        if name in (*_VISUALS, *ignored) or (not looks and (seen or _IDS.search(name))):
+            continue
+        if found := _file_in(value, urls=looks and not seen):
+            raise BadSampleError(
+                "bad_field",
+                f"{name!r} names {found}, and is not read: rename it to image or video, or "
+                f"--ignore-field {name}",
+            )
+
+
+def _file_in(value: Any, urls: bool, depth: int = 3) -> str | None:
+    """The first text that is a visual's file name, or also a url."""
+    if isinstance(value, str):
+        named = bool(suffix_of(value)) and "\n" not in value and "://" not in value
+        return value if named or (urls and value.startswith(("http", "data:", "s3:"))) else None
+    inside = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, list | dict) or not depth:
+        return None
+    return next((found for one in inside if (found := _file_in(one, urls, depth - 1))), None)
+
+
+def _read_turns(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with its turns under `conversations`, of a pair those before the answers."""
+    names = ("messages", "conversation", "conversations")
+    field = next((name for name in names if entry.get(name) is not None), None)
+    if field is None:
+        field, entry = _from_pair(entry)
+    pair = "chosen" in entry or "rejected" in entry
+    if field == "conversations" and not _is_foreign(entry[field]):
+        return read_preference(entry) if pair else entry
+    if field is None:
+        return read_preference(entry) if pair else entry
+    turns, visuals = to_turns(entry[field], field)
+    kept = {name: value for name, value in entry.items() if name != field}
+    for kind, files in visuals.items():
+        kept = _with_files(kept, kind, files, field)
+    kept["conversations"] = with_slots(turns, _slots_of(kept))
+    if "rejected_messages" in kept:
+        raise BadSampleError("bad_field", "rejected_messages is not read: give rejected_response")
+    if "rejected_response" in kept:  # ms-swift: the last answer is the one preferred
+        *before, last = kept["conversations"]
+        kept |= {"conversations": before, "chosen": last["value"]}
+        kept["rejected"] = kept.pop("rejected_response")
+    return read_preference(kept) if "chosen" in kept or "rejected" in kept else kept
+
+
+def _is_foreign(turns: Any) -> bool:
+    own = isinstance(turns, list) and all(isinstance(t, dict) for t in turns)
+    return own and any(
+        "role" in t or "human" in t or isinstance(t.get("value"), list) for t in turns
+    )
+
+
+def _from_pair(entry: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """`query` and `response`, or `instruction`, `input` and `output`, as messages; with those of
+    `history` before them."""
+    if isinstance(entry.get("prompt"), list):  # TRL: the question as messages
+        kept = {name: value for name, value in entry.items() if name != "prompt"}
+        return "messages", {**kept, "messages": entry["prompt"]}
+    for question, more, answer in _PAIRS:
+        if question not in entry:
+            continue
+        asked = [_text(entry, name, "") for name in (question, more) if name]
+        history = entry.get("history") or []
+        if not isinstance(history, list) or not all(
+            isinstance(turn, list) and len(turn) == 2 for turn in history
+        ):
+            raise BadSampleError("bad_field", "history: a list of [question, answer]")
+        pairs = [*history, ["\n".join(filter(None, asked)), entry.get(answer)]]
+        texts = [text for pair in pairs for text in pair]
+        if entry.get(answer) is None:
+            if "chosen" not in entry:
+                raise BadSampleError("missing_field", answer)
+            texts.pop()
+        roles = ("user", "assistant")
+        messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+        dropped = (question, more, answer, "history")
+        kept = {name: value for name, value in entry.items() if name not in dropped}
+        return "messages", {**kept, "messages": messages}
+    return None, entry
+
+
+def _with_system(entry: dict[str, Any]) -> dict[str, Any]:
+    """The text of a field `system` as the first turn."""
+    system, turns = entry.get("system"), entry.get("conversations")
+    if (
+        not isinstance(system, str)
+        or not system.strip()
+        or not isinstance(turns, list)
+        or not turns
+    ):
+        return entry
+    kept = {name: value for name, value in entry.items() if name != "system"}
+    if isinstance(turns[0], dict) and turns[0].get("from") == "system":
+        if turns[0].get("value") == system:
+            return kept
+        raise BadSampleError("bad_field", "system and the first turn are two system prompts")
+    return {**kept, "conversations": [{"from": "system", "value": system}, *turns]}
 
 
 def read_preference(entry: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +208,12 @@ def read_preference(entry: dict[str, Any]) -> dict[str, Any]:
         kept["conversations"] = [{"from": "human", "value": slot + _SLOT.sub(" ", asked).strip()}]
     for name in ("chosen", "rejected"):
         turn = entry.get(name)
-        kept[name] = _text(turn, "value") if isinstance(turn, dict) else _text(entry, name)
+        if isinstance(turn, list) and len(turn) == 1:
+            turn = turn[0]
+        if isinstance(turn, dict):
+            kept[name] = _text(turn, "content" if "content" in turn else "value")
+        else:
+            kept[name] = _text({name: turn}, name)
         if not kept[name].strip():
             raise BadSampleError("empty_conversation", f"{name} is empty")
     return kept
@@ -92,13 +255,18 @@ def with_answers(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"conversations": [*(asked if isinstance(asked, list) else []), answer]}
 
 
+def _slots_of(entry: dict[str, Any]) -> list[str]:
+    """The word of each visual."""
+    slots = []
+    for word in _VISUALS:
+        value = entry.get(word) or []
+        slots += [word] * (len(value) if isinstance(value, list) else 1)
+    return slots
+
+
 def _slot(entry: dict[str, Any]) -> str:
     """Slots of an entry whose text has none: one for each of its visuals."""
-    slots = []
-    for word in ("image", "video"):
-        value = entry.get(word) or []
-        slots += [f"<{word}>\n"] * (len(value) if isinstance(value, list) else 1)
-    return "".join(slots)
+    return "".join(f"<{word}>\n" for word in _slots_of(entry))
 
 
 def _text(entry: dict[str, Any], name: str, missing: str | None = None) -> str:

@@ -7,7 +7,7 @@ on the number of processes; it appears whole, with its index, or not at all.
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 from webdataset import TarWriter  # pyright: ignore[reportAttributeAccessIssue]
 
+from datamodules.annotation_files import Annotation
 from datamodules.annotations import to_conversation, with_answers
 from datamodules.batch import BadSampleError
-from datamodules.conversation import VISUALS, match_slots, parse_sample, read_turns
+from datamodules.conversation import match_slots, parse_sample, read_turns
 from datamodules.frames import (
-    IMAGE_SUFFIXES,
     FrameReader,
     UniformSampler,
     count_frames,
@@ -28,6 +28,7 @@ from datamodules.frames import (
     open_image,
 )
 from datamodules.index import Shard, index_path, index_shard, lengths_path, write_index
+from datamodules.media import Media, suffix_of
 from datamodules.reencode import encode_frames, reencode
 from datamodules.source import open_source
 from datamodules.tar import untar_sample
@@ -51,41 +52,6 @@ class Outcome:
     def add(self, other: "Outcome") -> None:
         self.good += other.good
         self.bad += other.bad
-
-
-class Annotation(NamedTuple):
-    """An entry and where in its file it stands, in words: `entry 3`, counted from 0, `line 4`."""
-
-    where: str
-    entry: Any
-
-
-def read_annotations(path: Path) -> list[Annotation]:
-    """Entries of a JSON list, or of a file with one JSON object a line.
-
-    Raises:
-        ValueError: unreadable; the message says where.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"annotations {str(path)!r} cannot be read: {error}") from None
-    if path.suffix != ".jsonl":
-        entries = _parse(text, str(path))
-        if not isinstance(entries, list):
-            raise ValueError(f"{path}: a list of entries is expected, one object a line in .jsonl")
-        return [Annotation(f"entry {n}", entry) for n, entry in enumerate(entries)]
-    lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), start=1)]
-    return [
-        Annotation(where, _parse(line, f"{path}, {where}")) for where, line in lines if line.strip()
-    ]
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # no JSON, absurd numbers, absurd nesting
-        raise ValueError(f"{where}: {error}") from None
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
@@ -127,14 +93,18 @@ def plan_shards(entries: Sequence[Annotation], output: Path, shard_size: int) ->
     ]
 
 
-def pack_shard(task: PackTask, videos: Path, short_side: int | None) -> Outcome:
+def pack_shard(
+    task: PackTask, media: Media, short_side: int | None, ignored: Collection[str] = ()
+) -> Outcome:
     """Writes one shard of the entries that are good."""
     outcome = Outcome()
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for number, (where, entry) in enumerate(task.entries, start=task.first):
+        for number, (where, entry, fault) in enumerate(task.entries, start=task.first):
             try:
-                members = _members(entry, videos, short_side)
+                if fault is not None:
+                    raise fault
+                members = _members(entry, media, short_side, ignored)
             except BadSampleError as error:
                 if isinstance(entry, dict) and "id" in entry:
                     where += f" ({entry['id']})"
@@ -147,9 +117,11 @@ def pack_shard(task: PackTask, videos: Path, short_side: int | None) -> Outcome:
     return outcome
 
 
-def _members(published: Any, videos: Path, short_side: int | None) -> dict[str, bytes]:
-    entry = to_conversation(published)
-    names = [*_names(entry, "image"), *_names(entry, "video")]
+def _members(
+    published: Any, media: Media, short_side: int | None, ignored: Collection[str]
+) -> dict[str, bytes]:
+    entry = to_conversation(published, ignored)
+    names = [name for word in ("image", "video") for name in _names(entry, word, media)]
     for answered in with_answers(entry):
         turns = read_turns(answered)
         match_slots(turns, names)
@@ -157,80 +129,77 @@ def _members(published: Any, videos: Path, short_side: int | None) -> dict[str, 
     span = _span(entry)
     if span:
         if short_side is None:
-            raise BadSampleError("part_of_video", "it has `start` and `end`: cut by --reencode")
+            raise BadSampleError("part_of_video", "it has `start` or `end`: cut by --reencode")
         entry = {name: value for name, value in entry.items() if name not in ("start", "end")}
     members = {}
     for number, name in enumerate(names):
-        data, suffix = _read_visual(videos, name, short_side, span)
+        data, suffix = _read_visual(media, name, short_side, span)
         members[suffix if len(names) == 1 else f"{number}.{suffix}"] = data
     try:
-        text = json.dumps(entry, ensure_ascii=False, sort_keys=True).encode()
-    except (UnicodeEncodeError, RecursionError) as error:
+        text = json.dumps(entry, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:  # a number beyond float, half a character
         raise BadSampleError("bad_field", str(error)) from None
     return {**members, "json": text}
 
 
-def _names(entry: dict, field_name: str) -> list[str]:
+def _names(entry: dict, field_name: str, media: Media) -> list[str]:
     """File names; a video's without an ending is that of its .mp4 or of a folder of frames."""
     value = entry.get(field_name) or []
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise BadSampleError("bad_field", f"{field_name}: a file name or a list of them")
-    if field_name == "video":
-        names = [name if "." in name.rpartition("/")[2] else f"{name}.mp4" for name in names]
+    whole = []
     for name in names:
-        if name.rpartition(".")[2].lower() not in VISUALS:
+        bare = "." not in name.rpartition("/")[2]
+        if field_name == "video" and not suffix_of(name):  # a dot may stand in a name, as in v1.2_a
+            bare = bare or any(media.find(n) is not None for n in (f"{name}.mp4", f"{name}/."))
+            name = f"{name.rstrip('/')}.mp4" if bare else name
+        if not suffix_of(name):
             raise BadSampleError("unknown_format", name)
-    return names
+        whole.append(name)
+    return whole
 
 
 def _span(entry: dict) -> tuple[float, float] | None:
-    """Seconds of the part of the video that is meant; None for all of it."""
-    if not entry.get("video") or entry.get("start") is None or entry.get("end") is None:
+    """Seconds of the part of the video that is meant; None for all of it.
+
+    Without `end` the part ends with the video, without `start` it begins with it.
+    """
+    given = [entry.get(name) for name in ("start", "end")]
+    if not entry.get("video") or given == [None, None]:
         return None
     try:
-        start, end = float(entry["start"]), float(entry["end"])
+        start = 0.0 if given[0] is None else float(given[0])
+        end = math.inf if given[1] is None else float(given[1])
     except (TypeError, ValueError):
         raise BadSampleError("bad_field", "start and end: seconds") from None
-    if not 0 <= start < end < math.inf:
+    if not 0 <= start < end or (end == math.inf and given[1] is not None):
         raise BadSampleError("bad_field", f"start {start} and end {end}: 0 <= start < end")
-    return start, end
+    return None if (start, end) == (0, math.inf) else (start, end)
 
 
 def _read_visual(
-    videos: Path, name: str, short_side: int | None, span: tuple[float, float] | None
+    media: Media, name: str, short_side: int | None, span: tuple[float, float] | None
 ) -> tuple[bytes, str]:
-    """What goes into the shard, and its ending."""
-    suffix = name.rpartition(".")[2].lower()
-    folder = (videos / name).with_suffix("")
-    if is_video(name) and folder.is_dir() and not (videos / name).exists():
-        files = sorted(f for f in os.listdir(folder) if f.rpartition(".")[2] in IMAGE_SUFFIXES)
-        inside = Path(name).with_suffix("")
-        pictures = (_read_file(videos, str(inside / file)) for file in files)
-        return encode_frames(pictures, short_side, span), "mp4"
-    data = _read_file(videos, name)
-    if not is_video(name):
-        open_image(data)
-    elif short_side is not None:
-        return reencode(data, short_side, span), "mp4"
-    else:
-        FrameReader(1, UniformSampler(1)).video(data)  # as verify would refuse it
-    return data, suffix
-
-
-def _read_file(videos: Path, name: str) -> bytes:
+    """What goes into the shard, and its ending. What is wrong names the file."""
+    reading = [name]  # of a folder, the frame that is read
     try:
-        path = (videos / name).resolve()
-        if not path.is_relative_to(videos.resolve()):
-            raise BadSampleError("unsafe_path", f"{name} is outside {videos}")
-        if path.exists() and not path.is_file():  # a named pipe would be waited for
-            raise BadSampleError("file_unreadable", f"{name}: no file")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise BadSampleError("file_missing", name) from None
-    except (OSError, ValueError) as error:  # a name with a zero byte
-        text = getattr(error, "strerror", None) or str(error)
-        raise BadSampleError("file_unreadable", f"{name}: {text}") from None
+        folder = name.removesuffix(f".{name.rpartition('.')[2]}")
+        if is_video(name) and media.find(name) is None and (frames := media.frames(folder)):
+            pictures = (media.read(reading[0]) for reading[0] in frames)
+            return encode_frames(pictures, short_side, span), "mp4"
+        data = media.read(name)
+        if not is_video(name):
+            open_image(data)
+        elif short_side is not None:
+            return reencode(data, short_side, span), "mp4"
+        else:
+            FrameReader(1, UniformSampler(1)).video(data)  # as verify would refuse it
+        return data, suffix_of(name)
+    except BadSampleError as error:
+        named = error.detail.startswith(reading[0]) or reading[0] in error.detail
+        detail = error.detail if named else f"{reading[0]}: {error.detail}"
+        raise BadSampleError(error.reason, detail) from None
 
 
 def verify_shard(url: str, timeout_s: float = 30.0) -> Outcome:
@@ -258,18 +227,18 @@ def verify_shard(url: str, timeout_s: float = 30.0) -> Outcome:
 
 
 def _verify_sample(url: str, number: int, read: Callable[[], bytes]) -> Outcome:
-    key = f"#{number}"
+    key, member = f"#{number}", ""
     try:
         raw = untar_sample(read(), url)
         key = raw["__key__"]
-        suffixes = _check_text(raw)
-        for suffix in suffixes:
+        for suffix in _check_text(raw):
+            member = f".{suffix}: "
             if is_video(suffix):
                 count_frames(raw[suffix])
             else:
                 open_image(raw[suffix])
     except BadSampleError as error:
-        return Outcome(bad=[BadItem(url, key, error.reason, error.detail)])
+        return Outcome(bad=[BadItem(url, key, error.reason, member + error.detail)])
     return Outcome(good=1)
 
 

@@ -22,16 +22,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from datamodules.annotation_files import read_annotations
 from datamodules.batch import BadSampleError
 from datamodules.demo import write_demo
 from datamodules.index import expand_urls, read_manifest
 from datamodules.lengths import counts_stay_current, measure_shard
+from datamodules.media import Media
 from datamodules.pack import (
     BadItem,
     Outcome,
     pack_shard,
     plan_shards,
-    read_annotations,
     verify_shard,
 )
 
@@ -69,7 +70,10 @@ def pack(options: argparse.Namespace) -> Outcome:
         path.unlink()
     # 3. One task a shard
     tasks = plan_shards(entries, options.output, options.shard_size)
-    job = partial(pack_shard, videos=options.videos, short_side=options.reencode)
+    media = Media(options.videos, options.follow_links)
+    job = partial(
+        pack_shard, media=media, short_side=options.reencode, ignored=options.ignore_field
+    )
     return in_parallel(job, tasks, options.workers, "packing")
 
 
@@ -120,7 +124,8 @@ def as_json(outcome: Outcome) -> dict:
         "good": outcome.good,
         "bad": dict(sorted(Counter(item.reason for item in outcome.bad).items())),
         "items": [
-            {"shard": item.shard, "key": item.key, "reason": item.reason} for item in outcome.bad
+            {"shard": item.shard, "key": item.key, "reason": item.reason, "detail": item.detail}
+            for item in outcome.bad
         ],
     }
 
@@ -156,6 +161,12 @@ def _parser() -> argparse.ArgumentParser:
     writer.add_argument("--workers", type=_positive, default=workers, help="processes")
     writer.add_argument(
         "--reencode", type=_positive, metavar="SHORT_SIDE", help="H.264, a keyframe every 8 frames"
+    )
+    writer.add_argument(
+        "--follow-links", action="store_true", help="read links that lead out of --videos"
+    )
+    writer.add_argument(
+        "--ignore-field", action="append", default=[], metavar="FIELD", help="names no visual"
     )
     writer.add_argument("--overwrite", action="store_true", help="replace shards that are there")
     writer.set_defaults(run=pack)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.annotation_files import read_annotations
 from datamodules.annotations import to_conversation
 from datamodules.batch import VISUAL_SLOT, BadSampleError
 from datamodules.conversation import ConversationEncoder, parse_sample
 from datamodules.frames import FpsSampler, FrameReader, UniformSampler
 from datamodules.index import read_manifest
 from datamodules.instruct import decode_sample
-from datamodules.pack import read_annotations
 from datamodules.stream import ShardReader
 from datamodules.synthetic import draw_frames, encode_image, encode_video
 from datamodules.tar import untar_sample

@@ -135,7 +135,7 @@ def test_reencoding_makes_small_frames_with_keyframes_close_by(videos):
 
 def test_users_mistakes_are_one_line(videos, capsys, tmp_path):
     lines = tmp_path / "bad.jsonl"
-    lines.write_text('{"id": 1}\n{"id": \n')
+    lines.write_text('\n{"id": \n{\n')
     (tmp_path / "object.json").write_text("{}")
     (tmp_path / "nothing.json").write_text("[]")
     pack(videos, GOOD[4:5], "--workers", "1")
