@@ -45,7 +45,7 @@ class DistinctMeans(Metric):
 
     def compute(self) -> dict[str, float]:
         """Empty where no sample was seen, 0 where no sample has a term."""
-        if not self.samples:
+        if len(self.samples) == 0:  # a list, or one tensor where ranks have been gathered
             return {}
         places = distinct(dim_zero_cat(self.samples).cpu())
         terms, *sums = dim_zero_cat(self.rows).cpu()[places].sum(0).tolist()
