@@ -4,11 +4,13 @@ import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from experiments.files import inside
 from lightning_modules.metrics.bootstrap import MeanInterval
 
 #: Stands for a value that a run does not have.
@@ -96,13 +98,14 @@ def load_runs(roots: list[Path]) -> list[Run]:
 
 
 def load_run(folder: Path) -> Run:
-    config = _yaml(folder / "config.yaml") or _yaml(folder / ".hydra" / "config.yaml") or {}
-    hydra = _yaml(folder / ".hydra" / "hydra.yaml") or {}
+    file = partial(inside, folder)
+    config = _yaml(file("config.yaml")) or _yaml(file(".hydra/config.yaml")) or {}
+    hydra = _yaml(file(".hydra/hydra.yaml")) or {}
     choices = hydra.get("hydra", {}).get("runtime", {}).get("choices", {})
-    lines = _yaml(folder / ".hydra" / "overrides.yaml") or []
+    lines = _yaml(file(".hydra/overrides.yaml")) or []
     overrides = [str(line).partition("=") for line in lines]
-    command = folder / "command.txt"
-    needle = read_needle(folder / "needle.json")
+    command = file("command.txt")
+    needle = read_needle(file("needle.json"))
     measured = {"rotary": needle.rotary, "seed": str(needle.seed)} if needle else {}
     return Run(
         folder=folder,
@@ -110,10 +113,10 @@ def load_run(folder: Path) -> Run:
         choices=measured | {k: str(v) for k, v in choices.items() if not k.startswith("hydra")},
         config=dict(leaves(config)),
         command=command.read_text().strip() if command.is_file() else "",
-        versions=_versions(folder / "versions.json"),
-        curves=read_curves(folder / "metrics.csv"),
+        versions=_versions(file("versions.json")),
+        curves=read_curves(file("metrics.csv")),
         needle=needle,
-        generations=_generations(folder / "generations.jsonl"),
+        generations=_generations(file("generations.jsonl")),
     )
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.files import printable
 from experiments.run_states import RunState, differing_axes, read_runs
 
 _COLOURS = {
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = read_runs(options.folders, options.stale)
         metric = choose_metric(runs, options.metric)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     axes = differing_axes(runs)
     if options.json:
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     console.print(make_table(runs, axes, metric))
     for line in what_is_missing(runs):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
     return 0
 
 
@@ -83,22 +84,22 @@ def as_json(run: RunState, number: int, axes: dict[str, list[str | None]]) -> di
 
 def make_table(runs: list[RunState], axes: dict[str, list[str | None]], metric: str) -> Table:
     above = Path(os.path.commonpath([run.folder.parent for run in runs]))
-    table = Table("run", title=str(above), title_justify="left", title_style="dim")
+    table = Table("run", title=Text(printable(str(above))), title_justify="left", title_style="dim")
     table.box, table.pad_edge, table.header_style = None, False, "bold"
     table.columns[0].overflow = "fold"
     for axis in axes:
-        table.add_column(axis.rpartition(".")[2], style="magenta")
+        table.add_column(Text(printable(axis.rpartition(".")[2])), style="magenta")
     table.add_column("state")
-    for name in ("step", metric, "last sign", "resumes"):
-        table.add_column(name, justify="right")
+    for name in ("step", printable(metric), "last sign", "resumes"):
+        table.add_column(Text(name), justify="right")
     now = time.time()
     for number, run in enumerate(runs):
         state = Text(run.state, style=_COLOURS[run.state])
         if run.reason:
-            state.append(f" ({run.reason})", style="dim")
+            state.append(f" ({printable(run.reason)})", style="dim")
         table.add_row(
-            Text(str(run.folder.relative_to(above))),
-            *(Text(values[number] or "-") for values in axes.values()),
+            Text(printable(str(run.folder.relative_to(above)))),
+            *(Text(printable(values[number] or "-")) for values in axes.values()),
             state,
             _progress(run),
             f"{run.metrics[metric]:.4g}" if metric in run.metrics else "-",
