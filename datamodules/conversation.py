@@ -92,7 +92,16 @@ def parse_sample(raw: dict[str, Any]) -> tuple[list[Turn], list[str]]:
     Raises:
         BadSampleError: of `read_entry`, `read_turns` and `match_slots`.
     """
-    turns = read_turns(read_entry(raw))
+    return parse_entry(read_entry(raw), raw)
+
+
+def parse_entry(entry: Any, raw: dict[str, Any]) -> tuple[list[Turn], list[str]]:
+    """`parse_sample` of a raw sample whose JSON has been read: `entry` is what it holds.
+
+    Raises:
+        BadSampleError: of `read_turns` and `match_slots`.
+    """
+    turns = read_turns(entry)
     return turns, match_visuals(turns, raw)
 
 

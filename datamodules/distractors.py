@@ -19,9 +19,7 @@ class PeriodicDistractors(Distractors):
     """
 
     def __init__(self, period: int):
-        if period < 1:
-            raise ValueError(f"the period of distractors is {period} frames; set it to 1 or more")
-        self.period = period
+        self.period = _checked(period)
 
     def places(self, needle: int, frames: int, rng: np.random.Generator) -> list[int]:
         return [at for at in range(needle % self.period, frames, self.period) if at != needle]
@@ -34,8 +32,14 @@ class SingleDistractor(Distractors):
     """
 
     def __init__(self, period: int):
-        self.period = period
+        self.period = _checked(period)
 
     def places(self, needle: int, frames: int, rng: np.random.Generator) -> list[int]:
         sides = [at for at in (needle - self.period, needle + self.period) if 0 <= at < frames]
         return [int(rng.choice(sides))] if sides else []
+
+
+def _checked(period: int) -> int:
+    if period < 1:
+        raise ValueError(f"the period of distractors is {period} frames; set it to 1 or more")
+    return period

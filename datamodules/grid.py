@@ -13,6 +13,9 @@ from datamodules.batch import VideoBatch
 from datamodules.distractors import Distractors
 from datamodules.needle import Needle, by_question
 
+#: Rows that every grid has beside its conditions.
+CANARIES = ("blind", "ceiling")
+
 
 @dataclass(frozen=True)
 class GridPlan:
@@ -37,6 +40,25 @@ class GridPlan:
             raise ValueError(f"data.grid.depths is {list(self.depths)}; name depths from 0 to 1")
         if self.needles < 1:
             raise ValueError(f"data.grid.needles is {self.needles}; set it to 1 or more")
+        self._check_conditions()
+
+    def _check_conditions(self) -> None:
+        """What would end the test only after the training is refused here."""
+        if not self.conditions:
+            raise ValueError("data.grid.conditions is empty; name one, such as {plain: null}")
+        for name, distractors in self.conditions.items():
+            key = f"data.grid.conditions.{name}"
+            if name in CANARIES:
+                raise ValueError(f"{key}: {name} is always measured; choose another name")
+            if distractors is None:
+                continue
+            if not isinstance(distractors, Distractors):
+                raise ValueError(f"{key} is {distractors!r}; set its _target_ to a Distractors")
+            if self.needles < 2:
+                raise ValueError(
+                    f"data.grid.needles is 1, but {key} takes needles of other questions as "
+                    "distractors; set 2 or more"
+                )
 
 
 @dataclass

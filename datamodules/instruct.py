@@ -33,7 +33,7 @@ from datamodules.budget import BudgetOrder
 from datamodules.conversation import (
     ConversationEncoder,
     EncodedConversation,
-    parse_sample,
+    parse_entry,
     read_entry,
 )
 from datamodules.frames import FrameReader
@@ -66,8 +66,9 @@ def decode_sample(
     Raises:
         BadSampleError: whatever is wrong with it.
     """
-    turns, suffixes = parse_sample(raw)
-    task = read_task(read_entry(raw), turns)
+    entry = read_entry(raw)
+    turns, suffixes = parse_entry(entry, raw)
+    task = read_task(entry, turns)
     # What is asked of a model must not be given away to the pooler.
     text = conversation(turns, prompt_with_answers=False if task else None)
     read = [frames.read(suffix, raw[suffix]) for suffix in suffixes]

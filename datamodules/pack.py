@@ -19,7 +19,7 @@ from webdataset import TarWriter  # pyright: ignore[reportAttributeAccessIssue]
 from datamodules.annotation_files import Annotation
 from datamodules.annotations import to_conversation, with_answers
 from datamodules.batch import BadSampleError
-from datamodules.conversation import match_slots, parse_sample, read_turns
+from datamodules.conversation import match_slots, parse_entry, read_entry, read_turns
 from datamodules.frames import (
     FrameReader,
     UniformSampler,
@@ -244,11 +244,8 @@ def _verify_sample(url: str, number: int, read: Callable[[], bytes]) -> Outcome:
 
 def _check_text(raw: dict[str, Any]) -> list[str]:
     """The visuals of a sample, in the order of their slots; both answers of a pair are parsed."""
-    try:
-        entry = json.loads(raw["json"])
-    except (KeyError, ValueError, RecursionError):
-        entry = None
+    entry = read_entry(raw)
     if not isinstance(entry, dict) or "chosen" not in entry:
-        return parse_sample(raw)[1]
-    parsed = [parse_sample({**raw, "json": json.dumps(one)}) for one in with_answers(entry)]
+        return parse_entry(entry, raw)[1]
+    parsed = [parse_entry(one, raw) for one in with_answers(entry)]
     return parsed[0][1]

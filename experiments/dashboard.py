@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.files import inside, printable
 from experiments.run_states import RunState, differing_axes, read_runs
 
 try:
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # 2. The workspace, checked as it is built
         workspace = make_workspace(runs, axes, metric, logged)
         workspace.entity, workspace.project = place(runs[0], options.entity, options.project)
-        output = options.output or options.folder / "dashboard.json"
+        output = options.output or inside(options.folder, "dashboard.json")
         same_view(workspace, output)
 
         # 3. Where it is to be seen
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(workspace.url)
         output.write_text(json.dumps(json.loads(workspace._to_model().model_dump_json()), indent=1))
     except (ValueError, OSError, WandbError) as error:
-        print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"error: {printable(str(error).strip().splitlines()[0])}", file=sys.stderr)
         return 2
     print(output)
     return 0
@@ -111,7 +112,7 @@ def read_logged(runs: list[RunState]) -> list[str]:
     """
     names: dict[str, None] = {}
     for run in runs:
-        path = run.folder / "metrics.csv"
+        path = inside(run.folder, "metrics.csv")
         if path.is_file():
             with path.open(newline="") as file:
                 names |= dict.fromkeys(next(csv.reader(file), []))

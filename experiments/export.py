@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from datamodules.batch import BadSampleError
 from datamodules.processor import Processor
 from experiments.evaluate import load
+from experiments.files import inside
 from experiments.rundir import read_done, read_versions, write_whole
 from lightning_modules.lora import merge_lora, save_adapter
 from lightning_modules.model import VideoLanguageModel
@@ -62,7 +63,7 @@ def export(
     """
     if out.exists():
         raise ValueError(f"{out} is there already: name another folder, or remove it")
-    config_file = run / "config.yaml"
+    config_file = inside(run, "config.yaml")
     if not config_file.is_file():
         raise ValueError(f"{run} is no run directory: it has no config.yaml")
     config = yaml.safe_load(config_file.read_text())
@@ -95,7 +96,7 @@ def model_card(run: Path, config: dict[str, Any], model: VideoLanguageModel, ste
         lstrip_blocks=True,
     )
     environment.filters["json"] = json.dumps
-    command = run / "command.txt"
+    command = inside(run, "command.txt")
     sources = [config["model"][stage].get("source") for stage in ("llm", "encoder")]
     return environment.get_template("model_card.md.j2").render(
         name=config["name"],

@@ -8,7 +8,7 @@ from hydra.utils import get_class
 from lightning import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf, open_dict
-from transformers import AutoConfig, CLIPConfig
+from transformers import AutoConfig, CLIPConfig, SiglipConfig
 
 from experiments.largest import Largest
 from experiments.rehearsal import Rehearsal, rehearse
@@ -141,10 +141,11 @@ def _sizes(config: DictConfig, source: str) -> dict[str, Any]:
             f"the sizes of {source} are not known here and cannot be read: add those of its "
             "config.json to `sizes` in configs/plan.yaml, or give a folder that holds it"
         ) from error
-    if isinstance(read, CLIPConfig):
+    if isinstance(read, CLIPConfig | SiglipConfig):
         towers: Any = read
         vision, text = towers.vision_config.to_diff_dict(), towers.text_config.to_diff_dict()
-        return {"vision": vision, "text": text, "projection_dim": towers.projection_dim}
+        shared = {"projection_dim": towers.projection_dim} if isinstance(read, CLIPConfig) else {}
+        return {"vision": vision, "text": text} | shared
     return read.to_diff_dict() | {"model_type": read.model_type}
 
 

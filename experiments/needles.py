@@ -45,7 +45,8 @@ def test_needles(
 def describe(config: DictConfig, model: VideoLanguageModel, step: int) -> dict[str, Any]:
     """What a reader of the numbers must know about how they came about."""
     data = plain(config.data)
-    periods = [c["period"] for c in data["grid"]["conditions"].values() if c]
+    # Distractors need not be periodic.
+    periods = [c["period"] for c in data["grid"]["conditions"].values() if c and "period" in c]
     return {
         "run": config.run_name,
         "rotary": _rotary(config, model),

@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.source import REPLAYED
+from experiments.files import printable
 from experiments.run import plain
 from experiments.trust import flat, refusal, targets
 
@@ -81,7 +82,7 @@ class Replay:
             if command:
                 self._refuse(f"{key}={value}", "a command of the shell", "pipe:")
             raise ValueError(
-                f"{self.run} says {key}={value}, a folder to write to outside of "
+                f"{self.run} says {printable(f'{key}={value}')}, a folder to write to outside of "
                 f"{config.paths.run}: set {key} yourself"
             )
 
@@ -120,7 +121,8 @@ class Replay:
 
     def _refuse(self, what: str, why: str, word: str) -> None:
         raise ValueError(
-            f"{self.run} asks for {what}, {why}: add 'trust=[{word}]' if you know who made it"
+            f"{self.run} asks for {printable(what)}, {why}: add 'trust=[{printable(word)}]' if you "
+            "know who made it"
         )
 
 

@@ -1,13 +1,16 @@
 """ropelab-report: one page that says which setting finds the needle, and how far to believe it."""
 
 import argparse
+import re
 import sys
 from base64 import b64encode
+from collections.abc import Iterable
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments import report_tables as tables
+from experiments.files import inside, printable
 from experiments.report_data import ABSENT, Run, load_runs
 from experiments.report_plots import COLOURS, draw_all, save_stages
 
@@ -25,29 +28,30 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         runs = load_runs(options.runs)
         if options.stages:
-            print(describe_stages(runs))
+            print(*map(printable, describe_stages(runs).split("\n")), sep="\n")
+            written = [save_stages(runs, options.stages)]
+        else:
+            written = write_report(runs, options.output or options.runs[0])
     except (ValueError, OSError) as error:
-        sys.exit(f"ropelab-report: {error}")
-    if options.stages:
-        written = [save_stages(runs, options.stages)]
-    else:
-        written = write_report(runs, options.output or options.runs[0])
+        sys.exit(f"ropelab-report: {printable(str(error))}")
     for path in written:
         print(path.resolve())
 
 
 def write_report(runs: list[Run], output: Path) -> list[Path]:
     """Writes report.html, which holds everything, and report.md with its pictures beside it."""
+    pages = {suffix: inside(output, f"report.{suffix}") for suffix in ("html", "md")}
+    folder = inside(output, "report_files")
+
     axes = tables.ablated_axes(runs)
     groups = tables.group_runs(runs, axes)
     pictures = draw_all(groups)
-
-    folder = output / "report_files"
+    files = file_names(pictures)
     folder.mkdir(parents=True, exist_ok=True)
     for name, svg in pictures.items():
-        (folder / f"{name}.svg").write_text(svg)
+        inside(folder, files[name]).write_text(svg)
 
-    facts = describe(runs, groups, axes) | {"pictures": pictures}
+    facts = describe(runs, groups, axes) | {"pictures": pictures, "files": files}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: bool(name) and "html" in name,
@@ -55,13 +59,19 @@ def write_report(runs: list[Run], output: Path) -> list[Path]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": data_uri, "cell": table_cell}
-    written = []
-    for suffix in ("html", "md"):
-        path = output / f"report.{suffix}"
+    environment.filters |= {"data_uri": data_uri, "cell": table_cell, "fenced": fenced}
+    for suffix, path in pages.items():
         path.write_text(environment.get_template(f"report.{suffix}.j2").render(facts))
-        written.append(path)
-    return written
+    return list(pages.values())
+
+
+def file_names(pictures: Iterable[str]) -> dict[str, str]:
+    """A file name for each picture; the name of a condition may hold anything, `/` too."""
+    names = {name: re.sub(r"[^\w-]+", "_", name) for name in pictures}
+    return {
+        name: f"{safe}.svg" if safe == name else f"{safe}-{number}.svg"
+        for number, (name, safe) in enumerate(names.items())
+    }
 
 
 def describe_stages(runs: list[Run]) -> str:
@@ -101,7 +111,7 @@ def describe(runs: list[Run], groups: list[tables.Group], axes: list[str]) -> di
         "groups": groups,
         "rows": rows,
         "columns": tables.columns_of(groups),
-        "conditions": tables.CONDITIONS,
+        "conditions": tables.conditions_of(groups),
         "reaches": tables.REACHES,
         "canaries": tables.CANARIES,
         "colours": COLOURS,
@@ -153,8 +163,16 @@ def data_uri(svg: str) -> str:
 
 
 def table_cell(text: object) -> str:
-    """Text that cannot break out of a cell of a Markdown table."""
-    return " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").split())
+    """Text that cannot break out of a line or a cell of a Markdown table, nor become a link."""
+    safe = re.sub(r"([|`\[\]\\])", r"\\\1", str(text)).replace("<", "&lt;")
+    return " ".join(safe.split())
+
+
+def fenced(text: str) -> str:
+    """A block of code in Markdown, which ends where the text does."""
+    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
 
 
 if __name__ == "__main__":

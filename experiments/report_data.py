@@ -4,11 +4,13 @@ import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from experiments.files import inside
 from experiments.overrides import DELETED, read_overrides, show_value
 from lightning_modules.metrics.bootstrap import MeanInterval
 
@@ -97,13 +99,14 @@ def load_runs(roots: list[Path]) -> list[Run]:
 
 
 def load_run(folder: Path) -> Run:
-    config = _yaml(folder / "config.yaml") or _yaml(folder / ".hydra" / "config.yaml") or {}
-    hydra = _yaml(folder / ".hydra" / "hydra.yaml") or {}
+    file = partial(inside, folder)
+    config = _yaml(file("config.yaml")) or _yaml(file(".hydra/config.yaml")) or {}
+    hydra = _yaml(file(".hydra/hydra.yaml")) or {}
     choices = hydra.get("hydra", {}).get("runtime", {}).get("choices", {})
-    lines = _yaml(folder / ".hydra" / "overrides.yaml") or []
+    lines = _yaml(file(".hydra/overrides.yaml")) or []
     overrides = read_overrides(lines)
-    command = folder / "command.txt"
-    needle = read_needle(folder / "needle.json")
+    command = file("command.txt")
+    needle = read_needle(file("needle.json"))
     measured = {"rotary": needle.rotary, "seed": str(needle.seed)} if needle else {}
     return Run(
         folder=folder,
@@ -112,10 +115,10 @@ def load_run(folder: Path) -> Run:
         | {k: show_value(v) for k, v in choices.items() if not k.startswith("hydra")},
         config={key: show_value(value) for key, value in _leaf_values(config)},
         command=command.read_text().strip() if command.is_file() else "",
-        versions=_versions(folder / "versions.json"),
-        curves=read_curves(folder / "metrics.csv"),
+        versions=_versions(file("versions.json")),
+        curves=read_curves(file("metrics.csv")),
         needle=needle,
-        generations=_generations(folder / "generations.jsonl"),
+        generations=_generations(file("generations.jsonl")),
     )
 
 

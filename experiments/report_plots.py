@@ -14,8 +14,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from experiments.files import printable
 from experiments.report_data import ABSENT, Cell, Needle, Run
-from experiments.report_tables import CONDITIONS, Group, score
+from experiments.report_tables import CONDITIONS, Group, conditions_of, score
 
 #: Okabe and Ito (2008): eight colours that every kind of colour vision tells apart; without the
 #: yellow, which is too pale for a line on white.
@@ -58,9 +59,14 @@ def _svg(figure: Figure) -> str:
     return buffer.getvalue()
 
 
+def plain_text(text: str) -> str:
+    """A label as it is written: `$` would begin a formula. Lines stay."""
+    return "\n".join(map(printable, text.split("\n"))).replace("$", r"\$")
+
+
 def draw_all(groups: list[Group]) -> dict[str, str]:
     """Name -> SVG, for every picture that the runs can fill."""
-    conditions = [c for c in CONDITIONS if any(_cells(g, c) for g in groups)]
+    conditions = list(conditions_of(groups))
     pictures = {f"heatmap-{c}": heatmaps(groups, c) for c in conditions}
     if conditions:
         pictures["accuracy"] = accuracy_by_length(groups, conditions)
@@ -86,7 +92,7 @@ def heatmaps(groups: list[Group], condition: str) -> str:
             ax.set_visible(False)
         for ax, group in zip(axes.flat, shown, strict=False):
             _heatmap(ax, cell_means(_cells(group, condition), frames, depths), frames, depths)
-            ax.set_title(fill(group.label, 26))
+            ax.set_title(plain_text(fill(group.label, 26)))
             _mark_training_length(ax, group, frames)
         for ax in axes[:, 0]:
             ax.set_ylabel("depth of the needle")
@@ -107,7 +113,7 @@ def save_heatmap(needle: Needle, path: Path) -> Path:
         axes = figure.subplots(1, len(conditions), squeeze=False, sharey=True)[0]
         for ax, condition in zip(axes, conditions, strict=True):
             _heatmap(ax, cell_means(needle.cells[condition], frames, depths), frames, depths)
-            ax.set_title(condition)
+            ax.set_title(plain_text(condition))
             ax.set_xlabel("frames of the haystack")
         axes[0].set_ylabel("depth of the needle")
         bar = ScalarMappable(Normalize(0, 1), HEATMAP)
@@ -130,7 +136,7 @@ def save_stages(runs: list[Run], path: Path) -> Path:
                     steps, values = _smooth(run.curves[name])
                     ax.plot(steps + 1, values, color=colour, label=name, ms=5, **look)
             title = f"{number + 1}. {run.config.get('name', run.folder.name)}"
-            ax.set(title=title, xlabel="optimiser step", xlim=(0, None), ylim=(0, None))
+            ax.set(title=plain_text(title), xlabel="optimiser step", xlim=(0, None), ylim=(0, None))
         axes[0].set_ylabel("loss")
         _legend(figure, list(axes))
         figure.savefig(path, dpi=110)
@@ -194,7 +200,7 @@ def accuracy_by_length(groups: list[Group], conditions: list[str]) -> str:
             needles = [run.needle for group in shown for run in group.tested if run.needle]
             blind = sum(needle.blind.mean for needle in needles) / len(needles)
             ax.axhline(blind, color="#3d4450", ls="--", lw=1.2, label="blind (no needle)")
-            ax.set(title=CONDITIONS[condition], ylim=(-0.02, 1.04))
+            ax.set(title=plain_text(CONDITIONS.get(condition, condition)), ylim=(-0.02, 1.04))
         axes[0].set_ylabel("share found")
         _legend(figure, list(axes))
         return _svg(figure)
@@ -208,7 +214,9 @@ def _accuracy_line(ax: Axes, group: Group, cells: list[Cell]) -> None:
     mean, low, high = np.array(intervals).T
     ax.fill_between(lengths, low, high, color=_line(group)["color"], alpha=0.14, lw=0)
     marker = MARKERS[group.index % len(MARKERS)]
-    ax.plot(lengths, mean, **_line(group), marker=marker, ms=5, lw=1.8, label=group.label)
+    ax.plot(
+        lengths, mean, **_line(group), marker=marker, ms=5, lw=1.8, label=plain_text(group.label)
+    )
 
 
 def _line(group: Group) -> dict[str, Any]:
@@ -232,7 +240,7 @@ def loss_curves(groups: list[Group], names: list[str]) -> str:
             for group in groups:
                 for i, run in enumerate(r for r in group.runs if name in r.curves):
                     steps, values = _smooth(run.curves[name])
-                    label = group.label if i == 0 else None
+                    label = plain_text(group.label) if i == 0 else None
                     few = {"marker": MARKERS[group.index % len(MARKERS)]} if len(steps) < 5 else {}
                     ax.plot(steps, values, **_line(group), **few, lw=1.3, alpha=0.85, label=label)
             ax.set(title=name, xlabel="optimiser step", xlim=(0, None), ylim=(0, None))

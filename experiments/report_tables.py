@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from experiments.report_data import ABSENT, Cell, Needle, Run
 from experiments.overrides import short_keys
+from experiments.report_data import ABSENT, Cell, Needle, Run
 from lightning_modules.metrics.bootstrap import MeanInterval, bootstrap_interval
 
+#: What is written of the conditions that ship; others go by their own name.
 CONDITIONS = {
     "plain": "V-NIAH, no distractors",
     "periodic": "V-NIAH-D, periodic distractors",
@@ -98,9 +99,17 @@ def group_runs(runs: list[Run], axes: list[str]) -> list[Group]:
     return [Group(label, runs, index) for index, (label, runs) in enumerate(members.items())]
 
 
+def conditions_of(groups: list[Group]) -> dict[str, str]:
+    """Every condition that a run was tested under, and its title; those that ship come first."""
+    runs = [run.needle for group in groups for run in group.tested if run.needle]
+    tested = dict.fromkeys(name for needle in runs for name, cells in needle.cells.items() if cells)
+    names = [name for name in dict.fromkeys([*CONDITIONS, *tested]) if name in tested]
+    return {name: CONDITIONS.get(name, name) for name in names}
+
+
 def columns_of(groups: list[Group]) -> list[Column]:
     """Conditions and reaches of which at least one run has a cell."""
-    columns = [Column(condition, reach) for condition in CONDITIONS for reach in REACHES]
+    columns = [Column(name, reach) for name in conditions_of(groups) for reach in REACHES]
     return [c for c in columns if any(cells_of(run, c) for g in groups for run in g.tested)]
 
 

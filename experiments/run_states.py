@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from experiments import lock
+from experiments.files import inside
 from experiments.overrides import DELETED, read_overrides, show_value
 
 #: What a launcher leaves for a job, and what a job leaves once it has started.
@@ -68,17 +69,17 @@ class RunState:
     @cached_property
     def choices(self) -> dict[str, str]:
         """The option of every config group."""
-        hydra = _yaml(self.folder / ".hydra" / "hydra.yaml") or self._frozen
+        hydra = _mapping(self.folder, ".hydra/hydra.yaml") or self._frozen
         choices = hydra.get("hydra", {}).get("runtime", {}).get("choices", {})
         return {group: show_value(v) for group, v in choices.items() if "hydra" not in group}
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return _yaml(self.folder / "config.yaml") or self._frozen
+        return _mapping(self.folder, "config.yaml") or self._frozen
 
     @cached_property
     def _frozen(self) -> dict[str, Any]:
-        return _yaml(self.folder / _MARKS[0]) or {}
+        return _mapping(self.folder, _MARKS[0])
 
 
 def read_runs(roots: Iterable[Path], stale_after_s: float = 600) -> list[RunState]:
@@ -120,7 +121,7 @@ def _find(folder: Path) -> Iterator[Path]:
 def _read(folder: Path, jobs: set[str] | None, stale_after_s: float) -> RunState:
     try:
         overrides = _overrides(folder)
-        status, done = _json(folder / "status.json"), _json(folder / "done.json")
+        status, done = _json(inside(folder, "status.json")), _json(inside(folder, "done.json"))
         if done:
             step, last_sign = done["steps"], (folder / "done.json").stat().st_mtime
             metrics, state = {**status.get("metrics", {}), **done["metrics"]}, "done"
@@ -155,7 +156,7 @@ def _unfinished(
         return "running"
     else:
         last = "stopped" if (folder / "config.yaml").is_file() else "not started"
-    job = _json(folder / "slurm.json").get("job_id")
+    job = _json(inside(folder, "slurm.json")).get("job_id")
     queued = last == "not started" if jobs is None else job in jobs
     return "queued" if job and queued else last
 
@@ -165,9 +166,9 @@ def _mark(folder: Path) -> str:
 
 
 def _overrides(folder: Path) -> dict[str, Any]:
-    lines = _yaml(folder / ".hydra" / "overrides.yaml")
+    lines = _yaml(inside(folder, ".hydra/overrides.yaml"))
     if lines is None:
-        frozen = _yaml(folder / _MARKS[0]) or {}
+        frozen = _yaml(inside(folder, _MARKS[0])) or {}
         lines = frozen.get("hydra", {}).get("overrides", {}).get("task", [])
     return read_overrides(lines)
 
@@ -200,3 +201,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _yaml(path: Path) -> Any:
     return yaml.load(path.read_text(), _Loader) if path.is_file() else None
+
+
+def _mapping(folder: Path, name: str) -> dict[str, Any]:
+    """What a file of a run holds; nothing where it cannot be read, so that others are listed."""
+    try:
+        found = _yaml(inside(folder, name))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.run_states import RunState, differing_axes, read_runs
+from experiments.files import printable
 from experiments.overrides import short_keys
+from experiments.run_states import RunState, differing_axes, read_runs
 
 _COLOURS = {
     "done": "green",
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = read_runs(options.folders, options.stale)
         metric = choose_metric(runs, options.metric)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     axes = differing_axes(runs)
     if options.json:
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     console.print(make_table(runs, axes, metric))
     for line in what_is_missing(runs):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(printable(line), soft_wrap=True, highlight=False, markup=False)
     return 0
 
 
@@ -84,22 +85,22 @@ def as_json(run: RunState, number: int, axes: dict[str, list[str | None]]) -> di
 
 def make_table(runs: list[RunState], axes: dict[str, list[str | None]], metric: str) -> Table:
     above = Path(os.path.commonpath([run.folder.parent for run in runs]))
-    table = Table("run", title=str(above), title_justify="left", title_style="dim")
+    table = Table("run", title=Text(printable(str(above))), title_justify="left", title_style="dim")
     table.box, table.pad_edge, table.header_style = None, False, "bold"
     table.columns[0].overflow = "fold"
     for name in short_keys(axes).values():
-        table.add_column(name, style="magenta")
+        table.add_column(Text(printable(name)), style="magenta")
     table.add_column("state")
-    for name in ("step", metric, "last sign", "resumes"):
-        table.add_column(name, justify="right")
+    for name in ("step", printable(metric), "last sign", "resumes"):
+        table.add_column(Text(name), justify="right")
     now = time.time()
     for number, run in enumerate(runs):
         state = Text(run.state, style=_COLOURS[run.state])
         if run.reason:
-            state.append(f" ({run.reason})", style="dim")
+            state.append(f" ({printable(run.reason)})", style="dim")
         table.add_row(
-            Text(str(run.folder.relative_to(above))),
-            *(Text(values[number] or "-") for values in axes.values()),
+            Text(printable(str(run.folder.relative_to(above)))),
+            *(Text(printable(values[number] or "-")) for values in axes.values()),
             state,
             _progress(run),
             f"{run.metrics[metric]:.4g}" if metric in run.metrics else "-",

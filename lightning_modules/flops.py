@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 _MATMULS = (nn.Linear, nn.Conv2d)
 
@@ -93,8 +94,8 @@ class FlopMeter:
         self, name: str, weighed: dict[bool, Weights], tower: Any, args: Any, output: Any
     ) -> None:
         first = args[0]
-        if first.ndim == 4:  # frames: a class token stands before the patches of each
-            rows, length = output.shape[0], math.prod(tower.grid) + 1
+        if first.ndim == 4:  # frames
+            rows, length = output.shape[0], math.prod(tower.grid) + tower.class_tokens
         else:
             rows, length = first.shape[:2]
         if first.ndim == 3 and torch.is_grad_enabled():
@@ -105,8 +106,12 @@ class FlopMeter:
 
     def _count_layer(self, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
         weight: Any = layer.weight
+        # SigLIP's pooling head attends to one patch at a time: the values of its attention, a
+        # matrix of the same size that no module holds, go into the layer that is seen here.
+        times = 2 if isinstance(layer, NonDynamicallyQuantizableLinear) else 1
         back = weight.requires_grad + args[0].requires_grad if torch.is_grad_enabled() else 0
-        self.flops[name] += 2 * weight.numel() * (output.numel() // weight.shape[0]) * (1 + back)
+        rows = output.numel() // weight.shape[0]
+        self.flops[name] += 2 * times * weight.numel() * rows * (1 + back)
 
 
 def _towers(stage: Any) -> list[tuple[nn.Module, list[nn.Module]]]:

@@ -26,7 +26,10 @@ SINGLE = "+hydra.sweeper.single=true"
         (["-m", "a=1", "--dry-run"], ["-m", "a=1", LISTING]),
         (["dry_run=true", "a=1", "-m"], ["a=1", LISTING, "-m"]),
         (["+dry_run=True", "-m"], ["-m", LISTING]),
-        (["a=1", "--dry-run", "--config-dir", "b"], ["-m", "a=1", LISTING, SINGLE, "--config-dir", "b"]),
+        (
+            ["a=1", "--dry-run", "--config-dir", "b"],
+            ["-m", "a=1", LISTING, SINGLE, "--config-dir", "b"],
+        ),
     ],
 )
 def test_a_dry_run_is_asked_for_in_either_way(typed, asked):
@@ -35,7 +38,9 @@ def test_a_dry_run_is_asked_for_in_either_way(typed, asked):
     assert command == ["ropelab-train", *asked]
 
 
-@pytest.mark.parametrize("typed", [["a=1"], ["a=1", "dry_run=false"], ["dry_run=true", "dry_run=False"]])
+@pytest.mark.parametrize(
+    "typed", [["a=1"], ["a=1", "dry_run=false"], ["dry_run=true", "dry_run=False"]]
+)
 def test_otherwise_the_command_stays_as_it_is(typed):
     plain = [word for word in typed if "dry" not in word]
     assert not take_dry_run(typed)
@@ -47,7 +52,15 @@ def program(tiny, tmp_path) -> Callable[..., tuple[int, list[str]]]:
     """`program(*words)`: exit code of ropelab-train, and the lines that it prints."""
 
     def run(*words: str) -> tuple[int, list[str]]:
-        command = [sys.executable, "-m", "experiments.start", *tiny, "paths.runs=runs", "logger=csv", "run_name=s${seed}"]
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.start",
+            *tiny,
+            "paths.runs=runs",
+            "logger=csv",
+            "run_name=s${seed}",
+        ]
         done = subprocess.run(
             [*command, *words],
             cwd=tmp_path,
@@ -77,11 +90,20 @@ def leave(folder: Path, config: dict, *, done: bool = False, step: int | None = 
         (folder / "done.json").write_text('{"steps": 12, "metrics": {}}')
 
 
-def test_a_sweep_is_listed_with_what_would_become_of_each_job(program, compose, tiny, tmp_path, hold):  # noqa: F811
+def test_a_sweep_is_listed_with_what_would_become_of_each_job(
+    program, compose, tiny, tmp_path, hold
+):  # noqa: F811
     runs = tmp_path / "runs" / "vniah_d_tiny"
 
     def config(seed: int, *words: str) -> dict:
-        words = (*tiny, "paths.runs=runs", "logger=csv", "run_name=s${seed}", f"seed={seed}", *words)
+        words = (
+            *tiny,
+            "paths.runs=runs",
+            "logger=csv",
+            "run_name=s${seed}",
+            f"seed={seed}",
+            *words,
+        )
         return yaml.safe_load(to_yaml(compose(words, runs / f"s{seed}")))
 
     leave(runs / "s0", config(0), done=True)

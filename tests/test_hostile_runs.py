@@ -48,7 +48,9 @@ def attack(hostile, tmp_path, monkeypatch):
         path = hostile / ".hydra" / "overrides.yaml"
         own = yaml.safe_load(path.read_text())
         told = [word.replace("{run}", str(hostile)) for word in words]
-        path.write_text(yaml.safe_dump([*own, *told]))
+        options = [word for word in told if word.startswith("-")]  # argparse wants them first
+        others = [word for word in told if word not in options]
+        path.write_text(yaml.safe_dump([*options, *own, *others]))
         out = tmp_path / "out"
         argv = ["ropelab-evaluate", f"run={hostile}", *typed, f"hydra.run.dir={out}"]
         monkeypatch.setattr(sys, "argv", argv)
@@ -107,7 +109,7 @@ def test_it_is_where_the_user_asks_for_it(attack, tmp_path, needle_shards):
     "words",
     [
         ["--config-dir={run}/hub", "+group=evil"],
-        ["encoder=" + 12 * "../" + "{run}/hub/group/evil"],
+        ["tiles=" + 12 * "../" + "{run}/hub/group/evil"],
     ],
     ids=["a folder of options", "a path"],
 )

@@ -3,22 +3,16 @@
 import pytest
 import torch
 from uneven import (
-    EIGHT,
     LABELS,
     LAYOUTS,
     Gradients,
-    Layout,
     Samples,
     flat,
     loss_by_hand,
-    make_pairs,
     make_rows,
 )
 
 from experiments.run import build, plain
-from lightning_modules.dpo import SigmoidLoss
-from lightning_modules.preference import PreferenceModule
-from lightning_modules.reference import StreamedReference
 from lightning_modules.video_llm import VideoLLMModule
 
 TERMS = sum(LABELS)

@@ -14,6 +14,7 @@ class Encoder(nn.Module, ABC):
         grid: rows and columns of patches in a frame.
         image_size: side of a frame in pixels, square.
         per_frame: a frame's patches depend on that frame alone, so they may be kept and reused.
+        class_tokens: tokens that the blocks read of a frame beside its patches.
         reads_prompts: `align` and `encode_prompt` work, so that a prompt can guide the pooler.
     """
 
@@ -21,6 +22,7 @@ class Encoder(nn.Module, ABC):
     grid: tuple[int, int]
     image_size: int
     per_frame: bool
+    class_tokens: int = 0
     reads_prompts: bool = True
 
     @abstractmethod

@@ -48,6 +48,8 @@ class ClipEncoder(Encoder):
         ValueError: the arguments do not fit together; the message says which and what would.
     """
 
+    class_tokens = 1
+
     def __init__(
         self,
         source: str | None = None,

@@ -28,6 +28,7 @@ class ClipVisionEncoder(Encoder):
 
     reads_prompts = False
     per_frame = True
+    class_tokens = 1
 
     def __init__(
         self,
