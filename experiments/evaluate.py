@@ -19,11 +19,12 @@ from lightning import LightningDataModule, Trainer
 from omegaconf import DictConfig
 from torch import nn
 
-from experiments import CONFIG_DIR
+from experiments import CONFIG_DIR, cluster
 from experiments.needles import test_needles
 from experiments.run import build, build_all, plain, print_config, user_errors_in_one_line
 from experiments.rundir import RunDirectory
 from experiments.scores import score_answers
+from experiments.values import check_values
 from lightning_modules.checkpoint import newest_whole
 from lightning_modules.clip_context import ClipContextModule
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
@@ -51,6 +52,7 @@ def main() -> None:
     @user_errors_in_one_line
     def evaluate(config: DictConfig) -> float | None:
         # 1. The model as it was trained
+        check_values(config)
         run = Path(config.run)
         stage = build(config.module, "module")(model=plain(config.model))
         if isinstance(stage, ClipContextModule):
@@ -66,6 +68,8 @@ def main() -> None:
         callbacks = build_all({"progress": config.callbacks.get("progress")}, "callbacks")
         loggers = build_all(config.logger, "logger")
         trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
+        cluster.refuse_lone_ranks(trainer.world_size)
+        folder.claim()
         for made in trainer.loggers:
             made.log_hyperparams(plain(config))
 
