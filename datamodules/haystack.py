@@ -144,6 +144,12 @@ class HaystackDataModule(StepsDataModule):
             )
         return self._fingerprint
 
+    def validation_fingerprint(self) -> str:
+        data = hashlib.sha256()
+        for shards in self._shards.values():
+            data.update(read_manifest(shards["test"]).fingerprint().encode())
+        return data.hexdigest()[:16]
+
     @property
     def bank(self) -> UInt8[Tensor, "n c h w"]:
         """The frames that the rows' `order` counts."""

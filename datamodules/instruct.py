@@ -141,6 +141,7 @@ class InstructDataModule(StepsDataModule):
             "train": Faults(stream.on_bad_sample or "skip", stream.max_bad_rate),
             "val": Faults(stream.on_bad_sample or "raise"),
         }
+        self._read: dict[str, list[Manifest]] = {}
         self._manifests: dict[str, list[Manifest]] = {}
         self._conversation: ConversationEncoder | None = None
         self._fingerprint: str | None = None
@@ -177,6 +178,11 @@ class InstructDataModule(StepsDataModule):
                 f"batch {self.batch_size} step {self.per_step}"
             )
         return self._fingerprint
+
+    def validation_fingerprint(self) -> str | None:
+        if self._shards["val"] == [None]:
+            return None
+        return join(self._manifests_of("val")).fingerprint()
 
     def describe(self) -> dict[str, Any]:
         manifest, conversation = join(self._manifests_of("val")), self.conversation
@@ -249,11 +255,13 @@ class InstructDataModule(StepsDataModule):
 
     def _read_manifests(self, split: str) -> list[Manifest]:
         options = self._options
-        return [
-            read_manifest(shards, timeout_s=options.timeout_s, cache=options.index_cache)
-            for shards in self._shards[split]
-            if shards is not None
-        ]
+        if split not in self._read:
+            self._read[split] = [
+                read_manifest(shards, timeout_s=options.timeout_s, cache=options.index_cache)
+                for shards in self._shards[split]
+                if shards is not None
+            ]
+        return self._read[split]
 
     def _manifests_of(self, split: str) -> list[Manifest]:
         if split not in self._splits():

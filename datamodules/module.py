@@ -139,10 +139,41 @@ class StepsDataModule(LightningDataModule):
         faults = dict(counts.agreed + counts.new)
         return {
             "fingerprint": self.fingerprint(),
+            "validation": self.validation_fingerprint(),
             "epoch": epoch,
             "micro_batches": done,
             "faults": faults,
         }
+
+    def validation_fingerprint(self) -> str | None:
+        """Says which shards are validated on; None where nothing is known of them."""
+        return None
+
+    def check(self, state_dict: dict[str, Any]) -> None:
+        """Compares the stream of a checkpoint with this one. Needs no trainer.
+
+        Raises:
+            ValueError: they are not the same, and `on_changed` does not allow that.
+        """
+        then, now = state_dict["fingerprint"], self.fingerprint()
+        if self._go_on:
+            return
+        ways_out = (
+            f"restore what it was, start anew with resume=false, or go on with the new "
+            f"{{}} by {self._key}=go_on"
+        )
+        if then != now:
+            changed = "shards" if then.split()[1] != now.split()[1] else "settings"
+            raise ValueError(
+                f"the {changed} of the data changed since the checkpoint, from `{then}` to "
+                f"`{now}`: {ways_out.format('order')}"
+            )
+        before, validation = state_dict.get("validation"), self.validation_fingerprint()
+        if before is not None and before != validation:
+            raise ValueError(
+                f"the shards of data.val changed since the checkpoint, from {before} to "
+                f"{validation}: {ways_out.format('ones')}"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what was counted; the place itself is the trainer's to know.
@@ -150,14 +181,8 @@ class StepsDataModule(LightningDataModule):
         Raises:
             ValueError: the stream is not that of the checkpoint.
         """
+        self.check(state_dict)
         then, now = state_dict["fingerprint"], self.fingerprint()
-        if then != now and not self._go_on:
-            changed = "shards" if then.split()[1] != now.split()[1] else "settings"
-            raise ValueError(
-                f"the {changed} of the data changed since the checkpoint, from `{then}` to "
-                f"`{now}`: restore what it was, start anew with resume=false, or go on with the "
-                f"new order by {self._key}=go_on"
-            )
         self.faults["train"].agreed.clear()
         self.faults["train"].merge([state_dict["faults"]])
         if then == now:

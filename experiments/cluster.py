@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from types import FrameType
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,47 @@ def process_rank() -> int:
     """The global rank of this process before anything distributed is set up."""
     names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def launched_tasks() -> int:
+    """How many processes torchrun, srun or mpirun started this program as.
+
+    1 for a program that was typed, also in a shell that SLURM has opened on a node.
+    """
+    tasks = "RANK" in os.environ and os.environ.get("WORLD_SIZE")
+    if not tasks and "SLURM_PROCID" in os.environ:
+        # Of the step, which only srun sets: a batch script and the shell of salloc have one task.
+        # Lightning, too, takes a job of these names for a shell.
+        shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+        tasks = None if shell else os.environ.get("SLURM_STEP_NUM_TASKS")
+    tasks = tasks or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1"
+    return int(tasks) if tasks.isdecimal() else 1
+
+
+def refuse_lone_ranks(world_size: int = 1) -> None:
+    """Refuses several processes of a program that does not share its work among them.
+
+    Args:
+        world_size: processes that the program shares its work among.
+
+    Raises:
+        ValueError: each of the processes would do the same work, and write the same files.
+    """
+    tasks = launched_tasks()
+    if world_size > 1 or tasks == 1:
+        return
+    launcher = "torchrun" if "RANK" in os.environ else "srun or mpirun"
+    raise ValueError(
+        f"{launcher} started {tasks} processes, and each would do all the work: choose trainer=ddp "
+        f"or trainer=fsdp, or start one process without {launcher}"
+    )
+
+
+def run_alone(program: str) -> None:
+    """Ends a program that is one process if torchrun or srun started several; else does nothing."""
+    if (tasks := launched_tasks()) > 1:
+        line = f"error: {program} is one process, {tasks} were started: leave torchrun or srun out"
+        sys.exit(line if process_rank() == 0 else 1)
 
 
 def _slurm_job() -> str | None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.cluster import run_alone
 from experiments.files import inside, printable
 from experiments.run_states import RunState, differing_axes, read_runs
 
@@ -41,6 +42,7 @@ _SYSTEM = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    run_alone("ropelab-dashboard")
     options = _parser().parse_args(arguments)
     try:
         # 1. What ran, and what of it was logged

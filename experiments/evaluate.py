@@ -18,12 +18,13 @@ from lightning import LightningDataModule, Trainer
 from omegaconf import DictConfig
 from torch import nn
 
-from experiments import CONFIG_DIR
+from experiments import CONFIG_DIR, cluster
 from experiments.needles import test_needles
 from experiments.replay import read_replay
 from experiments.run import build, build_all, plain, print_config, user_errors_in_one_line
 from experiments.rundir import RunDirectory
 from experiments.scores import score_answers
+from experiments.values import check_values
 from lightning_modules.checkpoint import newest_whole
 from lightning_modules.clip_context import ClipContextModule
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
@@ -50,6 +51,7 @@ def main() -> None:
     def evaluate(config: DictConfig) -> float | None:
         # 1. The model as it was trained; of what its directory names only what may be built
         replay.check(config)
+        check_values(config)
         run = Path(config.run)
         stage = build(config.module, "module")(model=plain(config.model))
         if isinstance(stage, ClipContextModule):
@@ -65,6 +67,8 @@ def main() -> None:
         callbacks = build_all({"progress": config.callbacks.get("progress")}, "callbacks")
         loggers = build_all(config.logger, "logger")
         trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
+        cluster.refuse_lone_ranks(trainer.world_size)
+        folder.claim()
         for made in trainer.loggers:
             made.log_hyperparams(plain(config))
 

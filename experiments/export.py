@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from datamodules.batch import BadSampleError
 from datamodules.processor import Processor
+from experiments.cluster import run_alone
 from experiments.evaluate import load
 from experiments.files import inside
 from experiments.rundir import read_done, read_versions, write_whole
@@ -27,6 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def main(arguments: list[str] | None = None) -> None:
+    run_alone("ropelab-export")
     parser = argparse.ArgumentParser("ropelab-export", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("out", type=Path, help="folder to write, which is not there yet")

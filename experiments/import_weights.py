@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from experiments.cluster import run_alone
 from lightning_modules.importers import IMPORTERS, Importer, detect
 from lightning_modules.importers.base import REPORT, import_folder
 from lightning_modules.importers.match import Allowed
@@ -23,6 +24,7 @@ _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    run_alone("ropelab-import")
     options = _parser().parse_args(arguments)
     try:
         # 1. Where the source lies, and which layout it has

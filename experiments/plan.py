@@ -16,9 +16,10 @@ import hydra
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from experiments import CONFIG_DIR
+from experiments import CONFIG_DIR, cluster
 from experiments.forecast import GIB, Forecast, forecast, is_sharded
 from experiments.run import plain, user_errors_in_one_line
+from experiments.values import check_values
 from lightning_modules.reference import FrozenReference
 
 _KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "temporary")
@@ -28,6 +29,7 @@ _KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "tempo
 @user_errors_in_one_line
 def plan(config: DictConfig) -> None:
     # 1. Every world size on its own: the recipe, its model, one step of it
+    check_values(config)
     device = config.device
     usable = (1 - config.headroom) * device.memory_gib
     forecasts: list[Forecast] = []
@@ -54,6 +56,7 @@ def plan(config: DictConfig) -> None:
 
 def main() -> None:
     """Hydra takes `ranks=8,64` for a sweep; here it is one plan of two lines."""
+    cluster.run_alone("ropelab-plan")
     sys.argv[1:] = [re.sub(r"^ranks=(\d+(,\d+)*)$", r"ranks=[\1]", word) for word in sys.argv[1:]]
     plan()
 

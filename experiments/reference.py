@@ -21,10 +21,11 @@ from omegaconf import DictConfig
 
 from datamodules.pack import write_shard
 from datamodules.preference import RawPairs, with_reference
-from experiments import CONFIG_DIR
+from experiments import CONFIG_DIR, cluster
 from experiments.evaluate import load
 from experiments.run import build, plain, print_config, user_errors_in_one_line
 from experiments.rundir import write_whole
+from experiments.values import check_values
 from lightning_modules.preference import model_settings
 from lightning_modules.weights import sha256
 
@@ -32,6 +33,8 @@ from lightning_modules.weights import sha256
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="reference")
 @user_errors_in_one_line
 def main(config: DictConfig) -> None:
+    cluster.run_alone("ropelab-reference")
+    check_values(config)
     print_config(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
 

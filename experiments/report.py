@@ -10,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments import report_tables as tables
+from experiments.cluster import run_alone
 from experiments.files import inside, printable
 from experiments.report_data import ABSENT, Run, load_runs
 from experiments.report_plots import COLOURS, draw_all, save_stages
@@ -18,6 +19,7 @@ SHOWN_GENERATIONS = 8
 
 
 def main(arguments: list[str] | None = None) -> None:
+    run_alone("ropelab-report")
     parser = argparse.ArgumentParser("ropelab-report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
     parser.add_argument("--output", type=Path, help="where to write (default: the first of RUNS)")

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.cluster import run_alone
 from experiments.files import printable
 from experiments.overrides import short_keys
 from experiments.run_states import RunState, differing_axes, read_runs
@@ -39,6 +40,7 @@ _METRICS = ("score", "val/loss", "train/loss")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    run_alone("ropelab-runs")
     options = _parser().parse_args(arguments)
     try:
         runs = read_runs(options.folders, options.stale)

@@ -35,11 +35,13 @@ from datamodules.pack import (
     plan_shards,
     verify_shard,
 )
+from experiments.cluster import run_alone
 
 _screen = Console(stderr=True)  # so that --json leaves standard output to the JSON
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    run_alone("ropelab-shards")
     options = _parser().parse_args(arguments)
     try:
         outcome = options.run(options)

@@ -11,11 +11,12 @@ from typing import Any
 import hydra
 
 from experiments import CONFIG_DIR, launcher, names  # noqa: F401 - Hydra knows them by now
-from experiments.cluster import leave_on_signals
+from experiments.cluster import leave_on_signals, run_alone
 
 
 def main() -> None:
     if launcher.take_dry_run(sys.argv) or {"-m", "--multirun"} & set(sys.argv[1:]):
+        run_alone("ropelab-train -m")
         sweep()
         return
     leave_on_signals()

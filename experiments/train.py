@@ -8,7 +8,8 @@ import hydra
 import lightning
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import CONFIG_DIR
+from experiments import CONFIG_DIR, cluster
+from experiments.checks import check_place
 from experiments.needles import test_needles
 from experiments.run import (
     axes,
@@ -20,13 +21,16 @@ from experiments.run import (
     user_errors_in_one_line,
 )
 from experiments.rundir import RunDirectory
+from experiments.values import check_values
 from lightning_modules import weights
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
 @user_errors_in_one_line
 def main(config: DictConfig) -> float | None:
-    # 1. Where everything of this run goes, unless it is all there; and from which seed it comes
+    # 1. Where everything of this run goes, unless it is all there; and from which seed it comes.
+    # Nothing is written there before step 5.
+    check_values(config)
     folder = RunDirectory(config)
     if done := folder.finished():
         print(f"finished before: {folder.path / 'done.json'}")
@@ -40,22 +44,29 @@ def main(config: DictConfig) -> float | None:
     module.resumed = checkpoint is not None
     module.check()
 
-    # 3. The data, made first where the recipe makes its own
-    build(config.prepare, "prepare")
+    # 3. The data
     datamodule = build(config.data, "data")
 
     # 4. The trainer with its callbacks and loggers; the global batch decides the accumulation
     loggers = build_all(config.logger, "logger")
     callbacks = build_all(config.callbacks, "callbacks")
     trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
+    cluster.refuse_lone_ranks(trainer.world_size)
     share_steps(trainer, datamodule)
+    module.check_sharing(datamodule, trainer.world_size, trainer.accumulate_grad_batches)
+
+    # 5. The data is made where the recipe makes its own, and must be that of the checkpoint; then
+    # nothing is left that could refuse this run
+    build(config.prepare, "prepare")
+    check_place(checkpoint, trainer, datamodule)
+    folder.claim()
     for logger in trainer.loggers:
         logger.log_hyperparams(plain(config) | {"choice": axes(config)})
 
-    # 5. Training, from where the run directory says it stands
+    # 6. Training, from where the run directory says it stands
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
 
-    # 6. The test, and the number that a sweep compares
+    # 7. The test, and the number that a sweep compares
     steps = trainer.global_step
     score = None
     if config.test:

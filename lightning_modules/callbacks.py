@@ -24,6 +24,9 @@ class Generations(Callback):
     """
 
     def __init__(self, folder: str | Path, count: int = 8, max_new_tokens: int = 16):
+        for name, value in (("count", count), ("max_new_tokens", max_new_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more")
         self.folder, self.count, self.max_new_tokens = Path(folder), count, max_new_tokens
 
     def on_validation_batch_end(

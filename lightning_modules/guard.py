@@ -23,6 +23,8 @@ class NonFiniteGuard(Callback):
     """
 
     def __init__(self, max_skipped: int = 10):
+        if max_skipped < 0:
+            raise ValueError(f"max_skipped={max_skipped} must be 0 or more")
         self.max_skipped = max_skipped
         self.skipped = 0
         self._losses: list[Tensor] = []  # of the micro-batches of this step

@@ -23,6 +23,8 @@ class Heartbeat(Callback):
     """
 
     def __init__(self, folder: str | Path, every_s: float = 10.0):
+        if every_s < 0:
+            raise ValueError(f"every_s={every_s} must be 0 or more seconds")
         self.path, self.every_s = Path(folder) / "status.json", every_s
         self._written, self._starts = -math.inf, 0
         self._began, self._wall_before = time.monotonic(), 0.0

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 #: Told with every row, and no reason to log one.
 _BESIDE = {"epoch"}
 
+_MODES = ("online", "offline", "disabled", "shared")
+
 #: Seconds that rows are kept back from the disk. By default W&B waits for 32 KiB, so that a kill
 #: leaves nothing of a small run.
 _FLUSH_S = 0.1
@@ -127,9 +129,9 @@ class ResumableWandbLogger(WandbLogger):
         finish_timeout: int = 60,
         **options: Any,
     ):
+        _check(options.get("mode"), dict(best or {}), init_timeout, finish_timeout)
         super().__init__(
             save_dir=save_dir,
-            id=_keep_id(Path(save_dir) / "run_id"),
             resume="allow",
             settings=wandb.Settings(
                 quiet=True,
@@ -152,6 +154,8 @@ class ResumableWandbLogger(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
+            # Not when it is built: a run that is refused until then leaves no id.
+            self._id = self._wandb_init["id"] = _keep_id(self._folder / "run_id")
             fragments = find_fragments(self._folder, str(self._id))
             run = self._experiment = self._begin()
             run.define_metric(TRAINER_STEP)
@@ -267,6 +271,23 @@ def finish_wandb(exit_code: int, preempted: bool = False) -> None:
     if wandb.run is not None and preempted:
         wandb.run.mark_preempting()
     wandb.finish(exit_code=exit_code)
+
+
+def _check(mode: str | None, best: dict[str, str], init_timeout: int, finish_timeout: int) -> None:
+    """
+    Raises:
+        ValueError: a setting that W&B would refuse only when the run begins.
+    """
+    if mode not in (None, *_MODES):
+        raise ValueError(f"mode={mode} must be {', '.join(_MODES)} (WANDB_MODE sets it)")
+    for name, end in best.items():
+        if end not in ("min", "max"):
+            raise ValueError(f"best.{name}={end} must be min or max")
+    if init_timeout <= 0 or finish_timeout < 0:
+        raise ValueError(
+            f"init_timeout={init_timeout} and finish_timeout={finish_timeout} are seconds: set 1 "
+            "or more"
+        )
 
 
 def _keep_id(path: Path) -> str | None:

@@ -1,9 +1,11 @@
 """Learning rate over the steps of a training."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
@@ -15,7 +17,12 @@ def schedule(
     """One of transformers' schedules, its warm-up given as a share of all steps.
 
     `name` is one that `transformers.get_scheduler` knows: cosine, linear, constant_with_warmup, …
+
+    Raises:
+        ValueError: `warmup` is no share, or there is no such schedule.
     """
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"warmup={warmup} must be a share of all steps, from 0 to 1")
     return get_scheduler(
         name,
         optimizer,
@@ -41,3 +48,48 @@ def follow(
         for _ in range(done):
             scheduler.step()
     return scheduler
+
+
+def try_optimizer(
+    make_optimizer: Callable[[Any], Optimizer],
+    make_scheduler: Callable[[Optimizer, int], Any] | None,
+    groups: Mapping[str, Mapping[str, Any] | None],
+) -> None:
+    """Builds the optimizer and the schedule once for a single number, to find mistakes in them.
+
+    Raises:
+        ValueError: one of them cannot be built; the line names the key.
+    """
+    optimizer = _try(make_optimizer, "optim.optimizer", getattr(make_optimizer, "keywords", {}))
+    for part, options in groups.items():
+        _try(make_optimizer, f"tuning.groups.{part}", options or {})
+    if make_scheduler is not None:
+        try:
+            make_scheduler(optimizer, 10)
+        except Exception as error:
+            raise ValueError(f"optim.scheduler: {_first_line(error)}") from None
+
+
+def _try(make: Callable[..., Optimizer], key: str, options: Mapping[str, Any]) -> Optimizer:
+    try:
+        return make([nn.Parameter(torch.zeros(1, device="cpu"))], **options)
+    except Exception as error:
+        named = f"{key}.{name}={options[name]}" if (name := _culprit(make, options)) else key
+        raise ValueError(f"{named}: {_first_line(error)}") from None
+
+
+def _culprit(make: Callable[..., Optimizer], options: Mapping[str, Any]) -> str | None:
+    """The only option without which the optimizer can be built."""
+    plain: Any = getattr(make, "func", make)
+    known = {**getattr(make, "keywords", {}), **options}
+    for name in options:
+        try:
+            plain([nn.Parameter(torch.zeros(1))], **{k: v for k, v in known.items() if k != name})
+        except Exception:
+            continue
+        return name
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -166,6 +166,8 @@ def _end(walltime: str | float | int | None) -> float | None:
             raise ValueError(f"walltime={walltime} is not a duration: write it as 24:00:00")
         days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
         walltime = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if walltime <= 0:
+        raise ValueError(f"walltime={walltime} is no time: write it as 24:00:00")
     return _STARTED + walltime
 
 

@@ -27,6 +27,8 @@ class Throughput(Callback):
     """
 
     def __init__(self, peak_flops: float | None = None, known: Mapping[str, float] | None = None):
+        if peak_flops is not None and peak_flops <= 0:
+            raise ValueError(f"peak_flops={peak_flops} must be above 0, or null")
         self._peak, self._known = peak_flops, dict(known or {})
         self._meter: FlopMeter | None = None
         self._clear()

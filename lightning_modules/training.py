@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lightning_modules.importers.initial import Initial
-from lightning_modules.optim import follow
+from lightning_modules.optim import follow, try_optimizer
 from lightning_modules.sharding import agree_on_gradients, clip_norm, shard
 from lightning_modules.step import StepLoss
 from lightning_modules.tuning import Tuning
@@ -105,6 +105,7 @@ class TrainingModule(LightningModule, Generic[Network]):
         Raises:
             ValueError: names the stage and what to change. A stage with a `source` is left out.
         """
+        try_optimizer(self._make_optimizer, self._make_scheduler, self.tuning.groups)
         if not any(spec.get("source") for spec in self.spec.values()):
             with torch.device("meta"):
                 network = self.build()

@@ -81,6 +81,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return {**checkpoint, "state_dict": weights}
 
 
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a checkpoint says beside its weights: steps, loops, the state of data and callbacks.
+
+    Tensors have shapes and no values, so nothing large is read.
+    """
+    file = path / "meta.pt" if path.is_dir() else path
+    return torch.load(file, map_location="meta", weights_only=True, mmap=True)
+
+
 class _PlainReader(FileSystemReader):
     """PyTorch's reader of sharded checkpoints; their `.metadata` is a pickle, opened with care."""
 

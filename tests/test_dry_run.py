@@ -92,7 +92,7 @@ def leave(folder: Path, config: dict, *, done: bool = False, step: int | None = 
 
 def test_a_sweep_is_listed_with_what_would_become_of_each_job(
     program, compose, tiny, tmp_path, hold
-):  # noqa: F811
+):
     runs = tmp_path / "runs" / "vniah_d_tiny"
 
     def config(seed: int, *words: str) -> dict:

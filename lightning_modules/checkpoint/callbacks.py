@@ -38,6 +38,7 @@ class LastCheckpoint(Checkpoint):
         walltime: how long the run may take, as `24:00:00` or in seconds; without it SLURM is asked.
 
     Raises:
+        ValueError: a number that makes no sense.
         OSError: on all ranks, where there is no room; what was saved before stays.
     """
 
@@ -48,6 +49,10 @@ class LastCheckpoint(Checkpoint):
         walltime_margin_s: float | int = 120,
         walltime: str | float | int | None = None,
     ):
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} must be 1 or more")
+        if walltime_margin_s < 0:
+            raise ValueError(f"walltime_margin_s={walltime_margin_s} must be 0 or more")
         self.folder = Path(dirpath)
         self.every_n_steps = every_n_steps
         self._stops_at = stops_at(walltime, walltime_margin_s)

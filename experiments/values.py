@@ -1,0 +1,182 @@
+"""Values of a config against the annotations of what they are given to, before anything is built.
+
+optim.optimizer: {_target_: torch.optim.AdamW, lr: abc}
+                            |                   |
+                lr: float | Tensor   <----------+   "optim.optimizer.lr=abc must be a number"
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+#: Targets whose annotations are read. Nothing else is imported here.
+_READ = ("datamodules.", "lightning.", "lightning_modules.", "torch.optim.")
+
+#: Keys of the config that are given to nothing that has annotations.
+_TOP: dict[str, Any] = {
+    "init": str | None,
+    "job_type": str,
+    "name": str,
+    "print_config": bool,
+    "resume": bool,
+    "run_name": str,
+    "seed": int,
+    "tags": list[str],
+    "test": bool,
+    "trial": bool,
+}
+
+#: Sections that others interpolate, so that the key that the user knows is named.
+_FIRST = ("optim", "tuning", "model")
+
+#: Least values of what Lightning and PyTorch take as it is, and fail with later.
+_LEAST = {
+    "data.stream.num_workers": 0,
+    "data.stream.timeout_s": 0.001,
+    "trainer.gradient_clip_val": 0,
+    "trainer.log_every_n_steps": 1,
+    "trainer.val_check_interval": 1e-9,
+}
+
+#: Where 0 would train nothing; -1 is no end.
+_NOT_ZERO = ("trainer.max_epochs", "trainer.max_steps")
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    NoneType: "null",
+}
+
+_MOST_SEED = 2**32 - 1  # of NumPy's generators
+
+
+def check_values(config: DictConfig) -> None:
+    """Compares every value with the annotation of the argument that takes it.
+
+    Raises:
+        ValueError: one has the wrong type; the line names its key.
+    """
+    for key, hint in _TOP.items():
+        if key in config:
+            value = config[key]
+            _check(
+                OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, hint, key
+            )
+    if not 0 <= config.seed <= _MOST_SEED:
+        raise ValueError(f"seed={config.seed} must be from 0 to {_MOST_SEED}")
+    for section in sorted(map(str, config), key=lambda name: name not in _FIRST):
+        if OmegaConf.is_config(config[section]):
+            _check_node(OmegaConf.to_container(config[section], resolve=True), section)
+    for key, least in _LEAST.items():
+        value = OmegaConf.select(config, key)
+        if isinstance(value, (int, float)) and value < least:
+            raise ValueError(f"{key}={value} must be {_or_more(least)}")
+    for key in _NOT_ZERO:
+        if OmegaConf.select(config, key) == 0:
+            raise ValueError(f"{key}=0 would train nothing: set 1 or more, or -1 for no end")
+
+
+def _or_more(least: float) -> str:
+    return f"{least} or more" if least in (0, 1) else "more than 0"
+
+
+def _check_node(node: Any, key: str) -> None:
+    if isinstance(node, dict):
+        hints = _hints(node.get("_target_"))
+        for name, value in node.items():
+            if name in hints:
+                _check(value, hints[name], f"{key}.{name}")
+            _check_node(value, f"{key}.{name}")
+    elif isinstance(node, list):
+        for number, child in enumerate(node):
+            _check_node(child, f"{key}.{number}")
+
+
+def _check(value: Any, hint: Any, key: str) -> None:
+    if value != "???" and not fits(value, hint):  # what is missing is told of where it is read
+        shown = "null" if value is None else value
+        raise ValueError(f"{key}={shown} must be {describe(hint)}")
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    """Annotations of a target's arguments, those that it hands on to its base classes too."""
+    if not isinstance(target, str) or not target.startswith(_READ):
+        return {}
+    try:
+        found = get_object(target)
+    except Exception:
+        return {}  # there is no such thing, which whoever builds it says better
+    hints: dict[str, Any] = {}
+    for owner in reversed(found.__mro__) if inspect.isclass(found) else [found]:
+        try:
+            hints |= get_type_hints(owner.__init__ if inspect.isclass(owner) else owner)
+        except (AttributeError, NameError, TypeError):
+            continue  # names of annotations that only type checkers import
+    return hints
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a config may go where the annotation is `hint`.
+
+    What cannot be known before objects are built is said to fit.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if isinstance(value, dict) and "_target_" in value:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin in (list, Sequence, Iterable, Collection):
+        items = arguments[0] if arguments else Any
+        return isinstance(value, list) and all(fits(item, items) for item in value)
+    if origin is tuple:
+        same = Ellipsis in arguments or (isinstance(value, list) and len(value) == len(arguments))
+        return isinstance(value, list) and same
+    if origin in (dict, Mapping):
+        return isinstance(value, dict) and all(fits(v, arguments[1]) for v in value.values())
+    if origin is Callable or hint is Callable:
+        return isinstance(value, dict)
+    return _fits_class(value, hint)
+
+
+def _fits_class(value: Any, hint: Any) -> bool:
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is Path:
+        return isinstance(value, str)
+    if inspect.isclass(hint) and (value is None or isinstance(value, (bool, int, float, str))):
+        try:
+            return isinstance(value, hint)
+        except TypeError:  # a protocol, which is not asked in this way
+            return True
+    return True
+
+
+def describe(hint: Any) -> str:
+    """`a number or null`"""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        words = dict.fromkeys(describe(part) for part in arguments)
+        if "a number" in words:
+            words.pop("a whole number", None)
+        return " or ".join(word for word in words if word)
+    if origin is Literal:
+        return ", ".join(str(word) for word in arguments)
+    if origin in (list, Sequence, Iterable, Collection):
+        return "a list"
+    if origin is tuple:
+        return f"a list of {len(arguments)}" if Ellipsis not in arguments else "a list"
+    if origin in (dict, Mapping):
+        return "a mapping"
+    return _WORDS.get(hint, "")  # an object that no word of the command line is
