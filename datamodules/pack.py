@@ -19,19 +19,14 @@ from webdataset import TarWriter  # pyright: ignore[reportAttributeAccessIssue]
 from datamodules.annotations import to_conversation, with_answers
 from datamodules.batch import BadSampleError
 from datamodules.conversation import VISUALS, match_slots, parse_sample, read_turns
-from datamodules.frames import (
-    IMAGE_SUFFIXES,
-    FrameReader,
-    UniformSampler,
-    count_frames,
-    is_video,
-    open_image,
-)
+from datamodules.frames import IMAGE_SUFFIXES, FrameReader, UniformSampler, is_video, naming
+from datamodules.images import open_image
 from datamodules.index import Shard, index_path, index_shard, lengths_path, write_index
 from datamodules.reencode import encode_frames, reencode
 from datamodules.source import open_source
 from datamodules.tar import untar_sample
 from datamodules.task import read_task
+from datamodules.videos import count_frames
 
 
 class BadItem(NamedTuple):
@@ -207,14 +202,16 @@ def _read_visual(
         files = sorted(f for f in os.listdir(folder) if f.rpartition(".")[2] in IMAGE_SUFFIXES)
         inside = Path(name).with_suffix("")
         pictures = (_read_file(videos, str(inside / file)) for file in files)
-        return encode_frames(pictures, short_side, span), "mp4"
+        with naming(name):
+            return encode_frames(pictures, short_side, span), "mp4"
     data = _read_file(videos, name)
-    if not is_video(name):
-        open_image(data)
-    elif short_side is not None:
-        return reencode(data, short_side, span), "mp4"
-    else:
-        FrameReader(1, UniformSampler(1)).video(data)  # as verify would refuse it
+    with naming(name):
+        if not is_video(name):
+            open_image(data)
+        elif short_side is not None:
+            return reencode(data, short_side, span), "mp4"
+        else:
+            FrameReader(1, UniformSampler(1)).video(data)  # as verify would refuse it
     return data, suffix
 
 
@@ -264,10 +261,8 @@ def _verify_sample(url: str, number: int, read: Callable[[], bytes]) -> Outcome:
         key = raw["__key__"]
         suffixes = _check_text(raw)
         for suffix in suffixes:
-            if is_video(suffix):
-                count_frames(raw[suffix])
-            else:
-                open_image(raw[suffix])
+            with naming(suffix):
+                count_frames(raw[suffix]) if is_video(suffix) else open_image(raw[suffix])
     except BadSampleError as error:
         return Outcome(bad=[BadItem(url, key, error.reason, error.detail)])
     return Outcome(good=1)
