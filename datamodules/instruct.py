@@ -84,7 +84,10 @@ def decode_sample(
 def collate(
     samples: Sequence[Sample], *, image_size: int, pad_id: int, prompt_pad_id: int
 ) -> VideoBatch:
-    """Stacks samples; without any visual the batch has frames (0 c h w)."""
+    """Stacks samples; without any visual the batch has frames (0 c h w).
+
+    A batch with one visual holds the very frames of its sample: an hour of video fits once.
+    """
     visuals = [visual for sample in samples for visual in sample.visuals]
     none = torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8)
     texts = [sample.text for sample in samples]
@@ -92,7 +95,7 @@ def collate(
         input_ids=pad_rows([text.input_ids for text in texts], pad_id),
         attention_mask=pad_rows([[1] * len(text.input_ids) for text in texts], 0).bool(),
         labels=pad_rows([text.labels for text in texts], IGNORE_INDEX),
-        frames=torch.cat([none, *visuals]),  # v x (t c h w) -> n c h w
+        frames=visuals[0] if len(visuals) == 1 else torch.cat([none, *visuals]),  # -> n c h w
         frame_counts=[visual.shape[0] for visual in visuals],
         prompt_ids=pad_rows([text.prompt_ids for text in texts], prompt_pad_id),
         prompt_mask=pad_rows([[1] * len(text.prompt_ids) for text in texts], 0).bool(),

@@ -26,7 +26,7 @@ from jaxtyping import Int32
 
 from datamodules.batch import VISUAL_SLOT, BadSampleError
 from datamodules.conversation import ConversationEncoder, parse_sample
-from datamodules.frames import frame_times, is_video
+from datamodules.frames import is_video, naming
 from datamodules.index import (
     Manifest,
     Shard,
@@ -40,6 +40,7 @@ from datamodules.order import StreamOptions
 from datamodules.pack import BadItem, Outcome
 from datamodules.source import open_source
 from datamodules.tar import untar_sample
+from datamodules.videos import frame_times
 
 _ANY_LENGTH = 2**31  # tokens: nothing is cut here
 
@@ -169,7 +170,8 @@ def _measure(
     ids = conversation(turns).input_ids
     visuals = []
     for suffix in suffixes:
-        times = frame_times(raw[suffix]) if is_video(suffix) else []
+        with naming(suffix):
+            times = frame_times(raw[suffix]) if is_video(suffix) else []
         visuals.append((len(times), times[-1] - times[0] if times else 0.0))
     return len(ids) - ids.count(VISUAL_SLOT), visuals
 

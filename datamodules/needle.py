@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datamodules.batch import BadSampleError
 from datamodules.conversation import Turn, parse_sample
-from datamodules.frames import FrameReader, is_video
+from datamodules.frames import FrameReader, is_video, naming
 from datamodules.index import read_manifest
 from datamodules.stream import ShardReader
 from datamodules.tar import untar_sample
@@ -38,7 +38,7 @@ def read_clips(shards: str | Iterable[str], frames: FrameReader) -> list[UInt8[T
             videos = [suffix for suffix in raw if is_video(suffix)]
             if not videos:
                 raise BadSampleError("not_a_video", "a haystack needs one")
-            clips += [frames.video(raw[suffix]) for suffix in videos]
+            clips += [frames.read(suffix, raw[suffix])[0] for suffix in videos]
     return clips
 
 
@@ -54,7 +54,8 @@ def read_needles(shards: str | Iterable[str], frames: FrameReader) -> list[Needl
             turns, suffixes = parse_sample(raw)
             if [turn.role for turn in turns] != ["user", "assistant"] or len(suffixes) != 1:
                 raise BadSampleError("not_a_needle", "one image, one question, one answer")
-            picture = frames.image(raw[suffixes[0]])[0]
+            with naming(suffixes[0]):
+                picture = frames.image(raw[suffixes[0]])[0]
         question = turns[0].text.replace("<image>", "").strip()
         needles.append(Needle(picture, question, turns[1].text, raw["__key__"]))
     if len(by_question(needles)) < 2:

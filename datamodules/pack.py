@@ -20,19 +20,15 @@ from datamodules.annotation_files import Annotation
 from datamodules.annotations import to_conversation, with_answers
 from datamodules.batch import BadSampleError
 from datamodules.conversation import match_slots, parse_entry, read_entry, read_turns
-from datamodules.frames import (
-    FrameReader,
-    UniformSampler,
-    count_frames,
-    is_video,
-    open_image,
-)
+from datamodules.frames import FrameReader, UniformSampler, is_video, naming
+from datamodules.images import open_image
 from datamodules.index import Shard, index_path, index_shard, lengths_path, write_index
 from datamodules.media import Media, suffix_of
 from datamodules.reencode import encode_frames, reencode
 from datamodules.source import open_source
 from datamodules.tar import untar_sample
 from datamodules.task import read_task
+from datamodules.videos import count_frames
 
 
 class BadItem(NamedTuple):
@@ -227,18 +223,15 @@ def verify_shard(url: str, timeout_s: float = 30.0) -> Outcome:
 
 
 def _verify_sample(url: str, number: int, read: Callable[[], bytes]) -> Outcome:
-    key, member = f"#{number}", ""
+    key = f"#{number}"
     try:
         raw = untar_sample(read(), url)
         key = raw["__key__"]
         for suffix in _check_text(raw):
-            member = f".{suffix}: "
-            if is_video(suffix):
-                count_frames(raw[suffix])
-            else:
-                open_image(raw[suffix])
+            with naming(suffix):
+                count_frames(raw[suffix]) if is_video(suffix) else open_image(raw[suffix])
     except BadSampleError as error:
-        return Outcome(bad=[BadItem(url, key, error.reason, member + error.detail)])
+        return Outcome(bad=[BadItem(url, key, error.reason, error.detail)])
     return Outcome(good=1)
 
 

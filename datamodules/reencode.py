@@ -8,28 +8,33 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import av
+import numpy as np
 from av import VideoFrame
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from datamodules.batch import BadSampleError
-from datamodules.frames import count_frames, open_image, open_video, upright
+from datamodules.images import open_image
+from datamodules.videos import every_frame, scan_packets, turn_of
 
 #: Of a video that comes as a folder of frames; LLaVA-Hound's are taken at this rate.
 FOLDER_FPS = 2
 
+_UNIT = Fraction(1, 90_000)  # of times, in seconds
+_MATRIX = 1  # BT.709, in FFmpeg's AVColorSpace
+
 Span = tuple[float, float]  # first and last second
+Frames = Iterable[tuple[float, VideoFrame]]  # with the seconds at which they are shown
 
 
 def reencode(data: bytes, short_side: int, span: Span | None = None, gop: int = 8) -> bytes:
     """A video, or the seconds of it that `span` names, made cheap to read at random.
 
     Raises:
-        BadSampleError: as `count_frames`; video_empty where nothing lies in the span.
+        BadSampleError: as `every_frame`; video_empty where nothing is shown in the span.
     """
-    count_frames(data)
-    with open_video(data) as source:
-        video = source.streams.video[0]
-        frames = _part(_upright(source.decode(video)), span)
-        return _encode(frames, short_side, gop, video.average_rate)
+    packets = scan_packets(data)
+    frames = _part(every_frame(data, packets), span, packets.last)
+    return _encode(frames, short_side, gop, packets.rate)
 
 
 def encode_frames(
@@ -38,68 +43,93 @@ def encode_frames(
     """Frames that come as images, `FOLDER_FPS` of them a second -> H.264.
 
     Raises:
-        BadSampleError: as `FrameReader.image`; video_empty where nothing lies in the span.
+        BadSampleError: as `open_image`; video_empty where nothing is shown in the span.
     """
 
-    def frames() -> Iterator[VideoFrame]:
+    def frames() -> Iterator[tuple[float, VideoFrame]]:
         for number, data in enumerate(pictures):
-            frame = VideoFrame.from_image(open_image(data))
-            frame.pts, frame.time_base = number, Fraction(1, FOLDER_FPS)
-            yield frame
+            try:
+                picture = open_image(data)
+            except BadSampleError as error:
+                detail = f"frame {number + 1} of the folder: {error.detail}"
+                raise BadSampleError(error.reason, detail) from None
+            yield number / FOLDER_FPS, VideoFrame.from_image(picture)
 
-    return _encode(_part(frames(), span), short_side, gop, Fraction(FOLDER_FPS))
-
-
-def _part(frames: Iterable[VideoFrame], span: Span | None) -> Iterator[VideoFrame]:
-    """The frames of the span, counted from the first frame; they come out from time 0 on."""
-    if span is None:
-        yield from frames
-        return
-    origin = first = None
-    for frame in frames:
-        if frame.pts is None or frame.time is None:
-            continue
-        origin = frame.time if origin is None else origin
-        if span[0] <= frame.time - origin <= span[1]:
-            first = frame.pts if first is None else first
-            frame.pts -= first
-            yield frame
+    part = _part(frames(), span, 1 / FOLDER_FPS)
+    return _encode(part, short_side, gop, Fraction(FOLDER_FPS))
 
 
-def _upright(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
-    for frame in frames:
-        pts, base = frame.pts, frame.time_base
-        if frame.rotation:
-            frame = VideoFrame.from_ndarray(upright(frame.to_ndarray(format="rgb24"), frame))
-            frame.pts, frame.time_base = pts, base
-        yield frame
+def _part(frames: Frames, span: Span | None, last: float) -> Iterator[tuple[float, VideoFrame]]:
+    """The frames of the span, counted from the first frame; they come out from time 0 on.
+
+    Where no frame begins in the span, it is the one that is on the screen then.
+
+    Args:
+        last: seconds for which the last frame is shown.
+    """
+    start, end = span or (0.0, math.inf)
+    origin = first = before = None
+    at = 0.0
+    for seconds, frame in frames:
+        origin = seconds if origin is None else origin
+        at = seconds - origin
+        if start <= at <= end:
+            first = at if first is None else first
+            yield at - first, frame
+        elif at < start:
+            before = frame
+    if first is None and before is not None and start < at + last:
+        yield 0.0, before
 
 
-def _encode(
-    frames: Iterator[VideoFrame], short_side: int | None, gop: int, rate: Fraction | None
-) -> bytes:
+def _encode(frames: Frames, short_side: int | None, gop: int, rate: Fraction) -> bytes:
+    frames = iter(frames)
     first = next(frames, None)
     if first is None:
         raise BadSampleError("video_empty", "no frame in it")
+    size = _even_size(first[1], short_side)
     options = {"movflags": "faststart"}  # needs a file that can be opened twice
     with (
         NamedTemporaryFile(suffix=".mp4") as file,
         av.open(file.name, "w", format="mp4", options=options) as target,
     ):
-        stream = target.add_stream("libx264", rate=rate or 25)
+        stream = target.add_stream("libx264", rate=rate)
         stream.options = {"g": str(gop), "bf": "0", "threads": "1", "crf": "20"}
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.time_base = first.time_base or Fraction(1, 90_000)
-        stream.width, stream.height = _even_size(first, short_side)
-        for frame in chain([first], frames):
-            small = frame.reformat(stream.width, stream.height, "yuv420p", interpolation="AREA")
+        stream.pix_fmt, (stream.width, stream.height) = "yuv420p", size
+        codec = stream.codec_context
+        codec.time_base = _UNIT
+        codec.colorspace, codec.color_range = _MATRIX, ColorRange.MPEG
+        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        for seconds, frame in chain([first], frames):
+            small = _as_bt709(frame, *size)
+            small.pts, small.time_base = round(seconds / _UNIT), _UNIT
             target.mux(stream.encode(small))
         target.mux(stream.encode())
         target.close()
         return Path(file.name).read_bytes()
 
 
+def _as_bt709(frame: VideoFrame, width: int, height: int) -> VideoFrame:
+    """A frame as it is shown, of this size.
+
+    It goes through RGB, so that a reader gets from it what it would get from the source: that may
+    be of any matrix, range and depth, named or not.
+    """
+    turn = turn_of(frame)
+    if turn.exchanged:
+        width, height = height, width
+    small = frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray()
+    shown = VideoFrame.from_ndarray(np.ascontiguousarray(turn(small)), format="rgb24")
+    return shown.reformat(
+        format="yuv420p",
+        interpolation="AREA",
+        dst_colorspace=Colorspace.ITU709,
+        dst_color_range=ColorRange.MPEG,
+    )
+
+
 def _even_size(frame: VideoFrame, short_side: int | None) -> tuple[int, int]:
+    """Width and height of what is made of a frame, as it is shown."""
     scale = min(1.0, (short_side or math.inf) / min(frame.width, frame.height))
     width, height = (max(2, round(n * scale / 2) * 2) for n in (frame.width, frame.height))
-    return width, height
+    return (height, width) if turn_of(frame).exchanged else (width, height)

@@ -21,7 +21,7 @@ from hostile import (
 from tiny_shards import tar_bytes
 
 from datamodules.batch import BadSampleError
-from datamodules.frames import open_image
+from datamodules.images import open_image
 from datamodules.tar import untar_sample
 
 BOMBS = {

@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from datamodules.batch import BadSampleError
-from datamodules.frames import FpsSampler, FrameReader, UniformSampler, count_frames, open_image
+from datamodules.frames import FpsSampler, FrameReader, UniformSampler
+from datamodules.images import open_image
+from datamodules.videos import count_frames
 
 
 def ramp_video(

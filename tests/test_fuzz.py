@@ -21,8 +21,9 @@ import torch
 from damage import KINDS, samples
 
 from datamodules.batch import BadSampleError
+from datamodules.container import MAX_BYTES
 from datamodules.conversation import ConversationEncoder
-from datamodules.frames import MAX_BYTES, FrameReader, UniformSampler
+from datamodules.frames import FrameReader, UniformSampler
 from datamodules.index import read_manifest
 from datamodules.instruct import Sample, decode_sample
 from datamodules.source import ForwardFile

@@ -1,0 +1,120 @@
+"""Video bytes -> an open container, its video stream and errors in words.
+
+FFmpeg trusts what a file claims. Here stands what a video may claim before it costs memory.
+"""
+
+import ctypes
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+
+import av
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.video.codeccontext import VideoCodecContext
+from av.video.stream import VideoStream
+
+from datamodules.batch import BadSampleError
+from datamodules.headers import check_claims
+from datamodules.images import MAX_PIXELS, is_image, kind_of
+
+#: Bytes that decoding one video may take. Kilobytes can claim any number of large frames.
+MAX_BYTES = 2 << 30
+
+# One block of memory inside FFmpeg: a plane of a frame of 8K, or a table of five million samples.
+_MAX_BLOCK = 128 << 20
+
+# Frames that a decoder holds at once. H.264 and HEVC keep 16 for reference, and those in work.
+_FRAMES_HELD, _FRAMES_HELD_INTRA = 20, 2
+
+# Formats that hold their own data. Others (playlists, concatenations, image sequences) name files
+# and addresses that the demuxer would open.
+_CONTAINER_OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,gif",
+    "protocol_whitelist": "",
+}
+
+
+@contextmanager
+def open_video(
+    data: bytes, max_pixels: int = MAX_PIXELS
+) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Opens a container and its video, the one that players choose.
+
+    What fails inside becomes a `BadSampleError`.
+    """
+    if not data:
+        raise BadSampleError("video_empty", "0 bytes")
+    check_claims(data)
+    _limit_blocks()
+    # Opening decodes a few frames too, so the limit has to be known before.
+    options = {**_CONTAINER_OPTIONS, "max_pixels": str(max_pixels)}
+    with (
+        _as_bad_video(data),
+        av.open(
+            io.BytesIO(data), mode="r", options=options, metadata_errors="replace"
+        ) as container,
+    ):
+        stream = _best_stream(container)
+        codec = stream.codec_context
+        if codec.width * codec.height > max_pixels:
+            size = f"{codec.width} x {codec.height}"
+            raise BadSampleError("video_too_large", f"{size}, the limit is {max_pixels} pixels")
+        if codec.format is not None:
+            bits = codec.format.padded_bits_per_pixel
+            check_memory(codec, codec.width, codec.height, bits)
+        codec.thread_count = 1
+        codec.options = {"max_pixels": str(max_pixels)}  # as the size may change on the way
+        yield container, stream
+
+
+def _best_stream(container: InputContainer) -> VideoStream:
+    """FFmpeg's choice, which prefers the longer and better of two; a cover picture is no video."""
+    films = [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & av.stream.Disposition.attached_pic
+    ]
+    if not films:
+        raise BadSampleError("not_a_video", "no video in it, or a cover picture only")
+    known = [stream for stream in films if stream.codec_context is not None]
+    if not known:
+        raise BadSampleError("video_unreadable", "a codec that is not known")
+    best = container.streams.best("video")
+    return best if best in known else known[0]
+
+
+def check_memory(codec: VideoCodecContext, width: int, height: int, bits: int) -> None:
+    """Refuses frames of which a decoder would hold more than `MAX_BYTES`."""
+    held = _FRAMES_HELD_INTRA if codec.codec.intra_only else _FRAMES_HELD
+    if held * width * height * bits > 8 * MAX_BYTES:
+        what = f"frames of {width} x {height} pixels of {bits} bits"
+        raise BadSampleError("video_too_large", f"{what}: a decoder may hold {held} of them")
+
+
+@cache
+def _limit_blocks() -> None:
+    """Tells FFmpeg how much it may reserve at once; what else the process does is not limited.
+
+    The function is FFmpeg's own, found through the libraries that a module of PyAV loads. Without
+    it the claims that `check_claims` knows are still refused.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(av.frame.__file__).av_max_alloc(ctypes.c_size_t(_MAX_BLOCK))
+
+
+@contextmanager
+def _as_bad_video(data: bytes) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise BadSampleError("video_too_large", f"over {_MAX_BLOCK} bytes at once") from None
+    except (FFmpegError, ValueError, ArithmeticError) as error:
+        if is_image(data):
+            raise BadSampleError("not_a_video", f"it is {kind_of(data)}") from None
+        text = getattr(error, "strerror", None) or str(error)
+        kind = kind_of(data)
+        raise BadSampleError(
+            "video_unreadable", f"it is {kind}: {text}" if kind else text
+        ) from None

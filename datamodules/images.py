@@ -1,0 +1,129 @@
+"""Image bytes -> an upright RGB picture of 8 bits a channel; transparent parts stand on white."""
+
+import io
+import struct
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from datamodules.batch import BadSampleError
+
+#: Pixels of the largest picture or frame that is decoded: 8K video.
+MAX_PIXELS = 7680 * 4320
+
+_JPEG_SCANS = 200  # a progressive picture has about ten, and each is a pass over all of it
+_FORMATS = ("JPEG", "PNG", "WEBP")
+
+# How other files begin that are found under the name of a picture or a video.
+_BEGINNINGS = (
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"\x89PNG\r\n\x1a\n", "a PNG image"),
+    (b"GIF8", "a GIF"),
+    (b"BM", "a BMP image"),
+    (b"II*\0", "a TIFF image"),
+    (b"MM\0*", "a TIFF image"),
+    (b"%PDF", "a PDF file"),
+    (b"%!PS", "a PostScript file"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"\x1a\x45\xdf\xa3", "a Matroska or WebM video"),
+    (b"#EXTM3U", "a playlist"),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself"),
+)
+_TEXTS = (
+    (b"<!doctype html", "an HTML page"),
+    (b"<html", "an HTML page"),
+    (b"<svg", "an SVG drawing"),
+    (b"<?xml", "an XML file"),
+    (b"{", "a JSON file"),
+)
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Returns a picture in mode RGB, turned as its Exif orientation says.
+
+    Args:
+        data: a JPEG, PNG or WebP file; of an animation the first picture is taken.
+        max_pixels: a larger picture is refused before it is decoded.
+
+    Raises:
+        BadSampleError: image_unreadable, image_too_large.
+    """
+    if data[:2] == b"\xff\xd8" and (scans := data.count(b"\xff\xda")) > _JPEG_SCANS:
+        raise BadSampleError("image_too_large", f"{scans} scans, the limit is {_JPEG_SCANS}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata; the size is checked here
+            # Named formats only: Pillow has others that start programs.
+            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+            width, height = picture.size
+            if width * height > max_pixels:
+                raise BadSampleError("image_too_large", f"{width} x {height}")
+            return _as_rgb(_turned(picture))
+    except BadSampleError:
+        raise
+    except (MemoryError, Image.DecompressionBombError) as error:
+        raise BadSampleError("image_too_large", str(error)) from None
+    except Exception as error:  # Pillow's readers of broken files raise nearly anything
+        kind = kind_of(data)
+        if not data:
+            text = "0 bytes"
+        elif kind and not is_image(data):
+            text = f"it is {kind}; a JPEG, PNG or WebP image is expected"
+        else:
+            text = f"{type(error).__name__}: {str(error).split('<')[0].strip()}"
+        raise BadSampleError("image_unreadable", text) from None
+
+
+def is_image(data: bytes) -> bool:
+    """Whether the bytes begin as a format that `open_image` reads."""
+    return kind_of(data) in ("a JPEG image", "a PNG image", "a WebP image")
+
+
+def kind_of(data: bytes) -> str | None:
+    """Says in words what a file is, by how it begins; None where nothing is known about it."""
+    if not data:
+        return None
+    if data[4:8] == b"ftyp":
+        brand = data[8:12]
+        return "an AVIF or HEIC image" if brand in (b"avif", b"heic", b"mif1") else "an MP4 video"
+    if data[:4] == b"RIFF":
+        names = {b"WEBP": "a WebP image", b"AVI ": "an AVI video", b"WAVE": "a WAV sound"}
+        return names.get(data[8:12])
+    for beginning, kind in _BEGINNINGS:
+        if data.startswith(beginning):
+            return kind
+    text = data[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next((kind for beginning, kind in _TEXTS if text.startswith(beginning)), None)
+
+
+def _turned(picture: Image.Image) -> Image.Image:
+    """The picture as its camera was held. Metadata that cannot be read leave it as it is."""
+    picture.load()
+    try:
+        return ImageOps.exif_transpose(picture)
+    except (ValueError, TypeError, KeyError, SyntaxError, struct.error):
+        return picture
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):
+        picture = _from_16_bits(picture)
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    # Pixels that nobody was meant to see hold any colour, often black, as the text on them is.
+    shown = picture.convert("RGBA")
+    on_white = Image.new("RGB", shown.size, "white")
+    on_white.paste(shown, mask=shown.getchannel("A"))
+    return on_white
+
+
+def _from_16_bits(picture: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits as one of 8; Pillow's own conversion cuts at 255."""
+    values = np.asarray(picture).clip(0, 65535).astype(np.uint32)
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    hidden = picture.info.get("transparency")  # one value stands for nothing at all
+    if isinstance(hidden, int):
+        grey.putalpha(Image.fromarray(((values != hidden) * 255).astype(np.uint8)))
+    return grey
