@@ -57,7 +57,9 @@ class Layer(torch.nn.Module):
 
 layer = Layer()
 hooked = Layer()
-hooked.register_forward_pre_hook(lambda _, args, kwargs: (args, dict(kwargs)), with_kwargs=True)
+hooked.register_forward_pre_hook(
+    lambda _, args, kwargs: (args, {"old": list(kwargs["old"])}), with_kwargs=True
+)
 hooked.register_forward_hook(lambda module, args, output: None, always_call=True)
 
 

@@ -188,7 +188,6 @@ def test_lora_is_folded_in_or_beside_and_says_the_same(lora, run_with_lora, file
     assert (again.config.lora is not None) == (lora == "apart")
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own use
 def test_peft_reads_the_adapter_beside_a_plain_llm(run_with_lora, tmp_path):
     model = export(run_with_lora, tmp_path / "out", lora="apart")
     plain_llm = AutoModelForCausalLM.from_config(model.llm.lm.config)

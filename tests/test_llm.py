@@ -93,7 +93,6 @@ def write_gguf(path, model):
     writer.close()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside the GGUF reader
 def test_from_a_gguf_file(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)).eval()
     write_gguf(tmp_path / "tiny.gguf", model)

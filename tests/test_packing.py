@@ -103,7 +103,6 @@ def test_flex_attention_sees_the_same_documents_and_padding(rotary, uncompiled_f
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within PyTorch and transformers
 @torch.no_grad()
 def test_flex_attention_compiled_gives_the_same():
     """Rows of two lengths, so that what was compiled for one serves the other."""
