@@ -133,6 +133,7 @@ class Gradients(Callback):
         self.steps: list[dict[str, Tensor]] = []
         self.logged: list[dict[str, float]] = []
 
+    @torch.no_grad()
     def on_before_optimizer_step(self, trainer, pl_module: LightningModule, optimizer):
         self.steps.append(
             {
@@ -149,3 +150,12 @@ class Gradients(Callback):
 
 def flat(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([gradients[name].flatten().double() for name in sorted(gradients)])
+
+
+def pair_by_hand(network, batch, beta, gamma):
+    """DPO of one pair, written out, and `gamma` times the chosen answer's mean cross-entropy."""
+    chosen, learnt = loss_by_hand(network, batch.chosen)
+    rejected, _ = loss_by_hand(network, batch.rejected)
+    ((kept, left),) = batch.reference.tolist()
+    margin = (-chosen - kept) - (-rejected - left)
+    return -torch.log(torch.sigmoid(beta * margin)) + gamma * chosen / learnt
