@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from lightning import Callback
-from tiny_fit import OPTIM, PER_STEP, STEPS, TUNED, Angles, Norms, make_fit, make_tiled_batch, whole
+from tiny_fit import OPTIM, STEPS, TUNED, Angles, Norms, make_fit, make_tiled_batch, whole
 
 from lightning_modules.guard import NonFiniteGuard
 from lightning_modules.weights import all_finite, sha256

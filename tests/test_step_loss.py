@@ -20,7 +20,6 @@ from uneven import (
 )
 
 from experiments.run import build, plain
-from lightning_modules.dpo import SigmoidLoss
 from lightning_modules.preference import PreferenceModule
 from lightning_modules.reference import StreamedReference
 from lightning_modules.step import StepLoss
@@ -54,13 +53,15 @@ def fit(compose, tiny, tmp_path_factory):
             [*tiny, "pooler=prompt_guided_2x2", "trainer.gradient_clip_val=null", *words], folder
         )
 
-    def run(layout, *words, val=8, pairs=False, **options):
+    def run(layout, *words, val=8, pairs=None, **options):
         config = configured(*words)
         torch.manual_seed(0)
         stage = VideoLLMModule
         if pairs:
             stage = Pairs
-            options |= {"loss": SigmoidLoss(BETA), "reference": StreamedReference()}
+            loss = configured("module=preference", f"module/loss={pairs}").module.loss
+            loss.beta = BETA
+            options |= {"loss": build(loss, "loss"), "reference": StreamedReference()}
         tuning = build(config.tuning, "tuning")
         module = stage(plain(config.model), still, tuning=tuning, **options)
         trainer = build(
@@ -90,12 +91,18 @@ def truth(fit):
 
 @pytest.fixture(scope="module")
 def truth_of_pairs(fit):
-    _, module = fit(LAYOUTS["1x8"], pairs=True)
+    """`truth_of_pairs(loss)`: the same of each pair."""
 
-    def hand(network, batch):
-        return pair_by_hand(network, batch, BETA, GAMMA), 1
+    @cache
+    def of(loss):
+        _, module = fit(LAYOUTS["1x8"], pairs=loss)
 
-    return [by_hand(module, hand, make_pairs([number])) for number in EIGHT]
+        def hand(network, batch):
+            return pair_by_hand(network, batch, loss, BETA, GAMMA), 1
+
+        return [by_hand(module, hand, make_pairs([number])) for number in EIGHT]
+
+    return of
 
 
 def by_hand(module, hand, batch):
@@ -137,10 +144,13 @@ def test_packed_rows_of_a_budget_weigh_the_same(fit, truth):
     check(seen, LAYOUTS["budget"], truth)
 
 
-@pytest.mark.parametrize("name", ["4x2", "budget", "short"])
-def test_every_pair_of_a_step_weighs_the_same(name, fit, truth_of_pairs):
-    seen, _ = fit(LAYOUTS[name], pairs=True, gamma=GAMMA)
-    check(seen, LAYOUTS[name], truth_of_pairs)
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [("4x2", "sigmoid"), ("budget", "sigmoid"), ("short", "ipo"), ("budget", "hinge")],
+)
+def test_every_pair_of_a_step_weighs_the_same(name, loss, fit, truth_of_pairs):
+    seen, _ = fit(LAYOUTS[name], pairs=loss, gamma=GAMMA)
+    check(seen, LAYOUTS[name], truth_of_pairs(loss))
 
 
 #: A step of two ranks, and one that is short on both.
@@ -176,9 +186,11 @@ def test_ranks_take_the_step_of_all_their_terms(world, words, layout, fit, truth
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["ddp_sim", "fsdp_sim"])
 def test_ranks_take_the_step_of_all_their_pairs(trainer, fit, truth_of_pairs, run_ranks):
-    found = run_ranks(2, lambda rank: fit(SHORT, f"trainer={trainer}", pairs=True, gamma=GAMMA)[0])
+    found = run_ranks(
+        2, lambda rank: fit(SHORT, f"trainer={trainer}", pairs="sigmoid", gamma=GAMMA)[0]
+    )
     for seen in found:
-        check(seen, SHORT, truth_of_pairs, 1e-4)
+        check(seen, SHORT, truth_of_pairs("sigmoid"), 1e-4)
 
 
 def test_lora_and_bfloat16_take_the_same_step(fit):
@@ -259,11 +271,11 @@ def test_val_loss_counts_a_sample_once_that_two_ranks_have_read(fit, truth, run_
 
 def test_validation_of_pairs_counts_a_pair_once(fit, truth_of_pairs, run_ranks):
     def run(rank):
-        _, module = fit(SHORT, "trainer=ddp_sim", val=3, pairs=True, gamma=GAMMA)
+        _, module = fit(SHORT, "trainer=ddp_sim", val=3, pairs="sigmoid", gamma=GAMMA)
         metrics = module.trainer.callback_metrics
         return [metrics[f"val/{name}"].item() for name in ("loss", "reward_accuracy")]
 
-    expected = mean(truth_of_pairs, EIGHT)[1]
+    expected = mean(truth_of_pairs("sigmoid"), EIGHT)[1]
     for loss, accuracy in run_ranks(2, run):
         assert loss == pytest.approx(expected, rel=1e-5)
         assert 8 * accuracy == pytest.approx(round(8 * accuracy))

@@ -152,10 +152,17 @@ def flat(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([gradients[name].flatten().double() for name in sorted(gradients)])
 
 
-def pair_by_hand(network, batch, beta, gamma):
-    """DPO of one pair, written out, and `gamma` times the chosen answer's mean cross-entropy."""
-    chosen, learnt = loss_by_hand(network, batch.chosen)
-    rejected, _ = loss_by_hand(network, batch.rejected)
+def pair_by_hand(network, batch, name, beta, gamma):
+    """The loss of one pair, written out, with the chosen answer's mean cross-entropy."""
+    (chosen, learnt), (rejected, others) = (
+        loss_by_hand(network, answer) for answer in (batch.chosen, batch.rejected)
+    )
     ((kept, left),) = batch.reference.tolist()
-    margin = (-chosen - kept) - (-rejected - left)
-    return -torch.log(torch.sigmoid(beta * margin)) + gamma * chosen / learnt
+    if name == "ipo":  # on means over tokens
+        margin = (-chosen - kept) / learnt - (-rejected - left) / others
+        loss = (margin - 1 / (2 * beta)) ** 2
+    else:
+        margin = (-chosen - kept) - (-rejected - left)
+        hinge = torch.clamp(1 - beta * margin, min=0)
+        loss = -torch.log(torch.sigmoid(beta * margin)) if name == "sigmoid" else hinge
+    return loss + gamma * chosen / learnt
