@@ -139,7 +139,7 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
                 f"one: set data.batch_size={size // ranks}, or "
                 f"data.global_batch_size={ranks * data.batch_size}"
             )
-        if ranks > 1 and not data.even:
+        if ranks > 1 and not getattr(data, "even", True):
             raise ValueError(
                 "data.stream.max_tokens gives ranks batches of different sizes, and the pairs of "
                 f"{ranks} ranks are compared as many of each: set data.stream.max_tokens=null"

@@ -1,5 +1,7 @@
 """Ranks contrast their rows with those of all ranks, as one process does."""
 
+from functools import partial
+
 import pytest
 import torch
 from lightning import Callback, LightningDataModule
@@ -82,6 +84,90 @@ def fit(compose):
 @pytest.fixture(scope="module")
 def alone(fit, tmp_path_factory):
     return fit(tmp_path_factory.mktemp("alone"), 1)
+
+
+def contrast_by_hand(network, numbers):
+    """InfoNCE both ways: each row's own similarity against all of the step, written out."""
+    pairs = network(make_batch(numbers, length=90, vocabulary=2000, size=32))
+    table = pairs.scale * pairs.visuals @ pairs.captions.T
+    own = table.diagonal()
+    return ((table.logsumexp(0) - own) / 2 + (table.logsumexp(1) - own) / 2).mean()
+
+
+class Step(Callback):
+    """Gradients and loss of one step."""
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients = {
+            n: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+            for n, p in pl_module.named_parameters()
+            if p.grad is not None
+        }
+
+    def on_train_batch_end(self, trainer, *_):
+        self.loss = trainer.callback_metrics["train/loss"].item()
+
+
+def check_step(found, loss, network, numbers):
+    gradients = found
+    network.zero_grad()
+    expected = contrast_by_hand(network, numbers)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    hand = {f"model.{n}": p.grad for n, p in network.named_parameters() if p.grad is not None}
+    assert gradients.keys() == hand.keys()
+    torch.testing.assert_close(gradients, hand, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "rows"), [("alone", 8), ("alone", 5), ("ddp_sim", 8), ("fsdp_sim", 8)]
+)
+def test_a_step_is_the_mean_over_its_captions(trainer, rows, fit_step, run_ranks):
+    """Also where it is a short one."""
+    world = 1 if trainer == "alone" else 2
+    numbers = range(rows)
+    words = [] if world == 1 else [f"trainer={trainer}"]
+
+    def run(rank):
+        step, network = fit_step(numbers, world, *words)
+        return step.gradients, step.loss, whole(network)
+
+    results = [run(0)] if world == 1 else run_ranks(world, run)
+    _, network = fit_step(numbers, 1)
+    for gradients, loss, weights in results:
+        torch.testing.assert_close(weights, whole(network), rtol=0, atol=0)
+        check_step(gradients, loss, network, numbers)
+
+
+@pytest.fixture(scope="module")
+def fit_step(compose, tmp_path_factory):
+    """`fit_step(numbers, world, *overrides)`: one step over these rows, shared by ranks."""
+    folder = tmp_path_factory.mktemp("step")
+
+    class Rows(Batches):
+        def __init__(self, numbers):
+            super().__init__(len(numbers))
+            self.numbers = numbers
+
+        def train_dataloader(self):
+            own = len(self.numbers) // self.trainer.world_size
+            start = own * self.trainer.global_rank
+            return Share([self.numbers[start : start + own]])
+
+    def run(numbers, world, *overrides):
+        config = compose([*SMALL, *overrides, f"trainer.devices={world}"], folder)
+        torch.manual_seed(0)
+        still = partial(torch.optim.SGD, lr=0.0)
+        module = ClipContextModule(plain(config.model), still, temperature=0.07)
+        options = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        options |= {"enable_checkpointing": False, "gradient_clip_val": None, "max_steps": 1}
+        step = Step()
+        trainer = build(config.trainer, "trainer", callbacks=[step], **options)
+        trainer.fit(module, datamodule=Rows(numbers))
+        return step, module.network
+
+    return run
 
 
 @pytest.mark.parametrize("trainer", ["ddp_sim", "fsdp_sim"])

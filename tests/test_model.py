@@ -9,7 +9,7 @@ from torch import nn
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Grid, VideoBatch, pad_rows
 from experiments import CONFIG_DIR
-from lightning_modules.loss import next_token_loss
+from lightning_modules.loss import sequence_log_probs
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.stage import build, resolve
 
@@ -188,22 +188,22 @@ def test_the_head_runs_only_where_there_is_a_label():
     hidden = torch.randn(2, 5, 8, requires_grad=True)
     labels = torch.full((2, 5), IGNORE_INDEX)
     labels[0, 3:], labels[1, 1] = torch.tensor([1, 7]), 4
-    loss, count = next_token_loss(hidden, labels, head)
+    sums, counts = sequence_log_probs(hidden, labels, head)
     full = nn.functional.cross_entropy(
         hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
     )
     assert seen == [3]
-    assert count == 3
-    torch.testing.assert_close(loss, full)
+    assert counts.tolist() == [2, 1]
+    torch.testing.assert_close(-sums.sum() / 3, full)
 
 
 def test_loss_without_a_label_is_a_zero_that_can_be_stepped():
     hidden = torch.randn(1, 4, 8, requires_grad=True)
     labels = torch.full((1, 4), IGNORE_INDEX)
-    loss, count = next_token_loss(hidden, labels, nn.Linear(8, 5))
-    loss.backward()
-    assert loss == 0
-    assert count == 0
+    sums, counts = sequence_log_probs(hidden, labels, nn.Linear(8, 5))
+    sums.sum().backward()
+    assert sums.tolist() == [0]
+    assert counts.tolist() == [0]
     assert hidden.grad is not None
 
 

@@ -87,11 +87,6 @@ def fit(compose, tiny):
     return run
 
 
-def in_turn(results):
-    """Losses in the order in which one process meets its micro-batches, of one rank a row."""
-    return [loss for turn in zip(*results[::2], strict=True) for loss in turn]
-
-
 @pytest.fixture(scope="module")
 def alone(fit, tmp_path_factory):
     folder, norms = tmp_path_factory.mktemp("alone"), Norms()
@@ -118,17 +113,14 @@ def test_ranks_that_share_layers_learn_what_one_process_learns(
 
     results = run_ranks(devices, run)
     losses, weights, samples = alone
-    found = in_turn([result[0] for result in results])
-    assert len(found) == STEPS * PER_STEP
-    torch.testing.assert_close(found, losses, rtol=0, atol=1e-5)
-    assert sum(losses[:8]) > 1.03 * sum(losses[-8:]), "clipped steps are short, but steps"
+    assert len(losses) == STEPS
+    assert sum(losses[:2]) > 1.03 * sum(losses[-2:]), "clipped steps are short, but steps"
     for own, after, digest, ((rows, _), width), agreed in results:
         torch.testing.assert_close(after, weights, rtol=0, atol=1e-6)
         assert digest == results[0][2]
         assert rows == width // devices, "the layer was to be split"
         assert agreed == {"broken": devices // 2}
-        assert own in (results[0][0], results[-1][0])
-    assert results[0][0] == results[1][0], "ranks of a row see the same"
+        torch.testing.assert_close(own, losses, rtol=0, atol=1e-5)
     assert (tmp_path / "samples.jsonl").read_text() == samples
 
 

@@ -133,6 +133,7 @@ class Gradients(Callback):
         self.steps: list[dict[str, Tensor]] = []
         self.logged: list[dict[str, float]] = []
 
+    @torch.no_grad()
     def on_before_optimizer_step(self, trainer, pl_module: LightningModule, optimizer):
         self.steps.append(
             {
@@ -149,3 +150,19 @@ class Gradients(Callback):
 
 def flat(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([gradients[name].flatten().double() for name in sorted(gradients)])
+
+
+def pair_by_hand(network, batch, name, beta, gamma):
+    """The loss of one pair, written out, with the chosen answer's mean cross-entropy."""
+    (chosen, learnt), (rejected, others) = (
+        loss_by_hand(network, answer) for answer in (batch.chosen, batch.rejected)
+    )
+    ((kept, left),) = batch.reference.tolist()
+    if name == "ipo":  # on means over tokens
+        margin = (-chosen - kept) / learnt - (-rejected - left) / others
+        loss = (margin - 1 / (2 * beta)) ** 2
+    else:
+        margin = (-chosen - kept) - (-rejected - left)
+        hinge = torch.clamp(1 - beta * margin, min=0)
+        loss = -torch.log(torch.sigmoid(beta * margin)) if name == "sigmoid" else hinge
+    return loss + gamma * chosen / learnt
