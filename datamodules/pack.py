@@ -193,8 +193,7 @@ def _read_visual(
             FrameReader(1, UniformSampler(1)).video(data)  # as verify would refuse it
         return data, suffix_of(name)
     except BadSampleError as error:
-        named = error.detail.startswith(reading[0]) or reading[0] in error.detail
-        detail = error.detail if named else f"{reading[0]}: {error.detail}"
+        detail = error.detail if reading[0] in error.detail else f"{reading[0]}: {error.detail}"
         raise BadSampleError(error.reason, detail) from None
 
 
