@@ -66,7 +66,7 @@ def hold():
         if pid == 0:
             lock.take(folder)
             os.write(tell, b"x")
-            time.sleep(60)
+            time.sleep(300)
             os._exit(0)
         os.read(ready, 1)
         holders.append(pid)

@@ -127,7 +127,7 @@ def _describe_former(job: Job) -> str:
 def show(jobs: Sequence[Job], states: Sequence[str], manner: str) -> str:
     """A line for every job, and one that says how many would run."""
     names = [job.name for job in jobs]
-    width, wide = max(map(len, names)), max(len(state) for state in states)
+    width, wide = max(map(len, names)), max(min(len(state), 40) for state in states)
     lines = [
         f"{name:<{width}}  {state:<{wide}}  {_near(job.folder)}".lstrip()
         for job, name, state in zip(jobs, names, states, strict=True)

@@ -11,7 +11,7 @@ _LOGGER = "ResumableWandbLogger"
 _ASK = """
 import sys, wandb
 try:
-    sys.exit(0 if wandb.login(prompt=False) else 3)
+    sys.exit(0 if wandb.login(prompt=False, verify=False) else 3)
 except wandb.errors.Error as error:
     sys.exit(f"why: {error}")
 """

@@ -29,12 +29,22 @@ def count(config: DictConfig, folder: Path) -> None:
             sys.exit(130 if name == "SIGINT" else leave(name, process_rank()))
 
 
+def has_terminal() -> bool:
+    """Whether anything here could ask: on stdin, or past it as `getpass` does."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return os.isatty(0)
+    return True
+
+
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="light")
 def main(config: DictConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda number, frame: config.stubborn or received.append(number))
     folder = Path(config.paths.run)
     start = {"time": time.time(), "pid": os.getpid(), "gpus": os.getenv("CUDA_VISIBLE_DEVICES")}
+    start["terminal"] = has_terminal()
     start |= {key: value for key, value in os.environ.items() if key.startswith("SLURM_")}
     with (folder / "starts.jsonl").open("a") as file:
         file.write(json.dumps(start) + "\n")
