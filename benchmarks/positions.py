@@ -1,5 +1,9 @@
 """Position ids of a long row in a few tensor operations, against a loop over its tokens.
 
+The loop is there to check the results; no training runs it, and its time is no published code's.
+VideoRoPE's own functions are tensor operations: against them the gain at this length is 6.5 to
+14 x.
+
 The loop is written from the papers' formulas, and from the published code where that differs
 (docs/schemes.md says where); it knows nothing of `place` and `advance`. 100,000 tokens: five
 videos, an image and text between them.
@@ -86,7 +90,7 @@ def run() -> list[Row]:
     tokens = sum(s.size if isinstance(s, Grid) else s for s in LAYOUT)
     return [
         compare(
-            f"positions of {tokens:,} tokens, {name}",
+            f"positions of {tokens:,} tokens, {name}, against a loop over tokens",
             lambda scheme=scheme: scheme.positions(LAYOUT),
             lambda loop=loop: loop(LAYOUT),
             at_least=10,

@@ -83,9 +83,17 @@ def test_a_step_with_siglip_is_what_the_counter_says(pooler, compose, tmp_path):
         network(make_batch()).loss.backward()
     total = counter.get_total_flops()
     assert sum(meter.flops.values()) == pytest.approx(total, rel=0.02)
-    counted = counter.get_flop_counts()
-    assert meter.flops["encoder"] > 0
-    assert counted
+
+
+@torch.no_grad()
+def test_the_pooling_head_is_counted_with_its_values():
+    """16 patches through values, output and MLP: by hand, and as PyTorch counts them."""
+    stages = Stages(SiglipEncoder(config={"vision": VISION, "text": TEXT}, context_length=None))
+    meter = FlopMeter(stages)
+    with FlopCounterMode(display=False) as counter:
+        stages.encoder.align(torch.zeros(4, PATCHES, WIDTH))
+    by_hand = 2 * 16 * (2 * WIDTH * WIDTH + 2 * WIDTH * 64)
+    assert meter.flops["encoder"] == by_hand == counter.get_total_flops()
 
 
 def test_ropelab_plan_reads_a_folder_of_siglip(compose, tmp_path):
