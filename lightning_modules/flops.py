@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.recompute import is_running_again
+
 _MATMULS = (nn.Linear, nn.Conv2d)
 
 
@@ -104,6 +106,8 @@ class FlopMeter:
         self.flops[name] += weights.flops(rows * length, length, torch.is_grad_enabled())
 
     def _count_layer(self, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
+        if is_running_again():
+            return
         weight: Any = layer.weight
         back = weight.requires_grad + args[0].requires_grad if torch.is_grad_enabled() else 0
         self.flops[name] += 2 * weight.numel() * (output.numel() // weight.shape[0]) * (1 + back)
