@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lightning_modules.recompute import is_running_again
+
 _MATMULS = (nn.Linear, nn.Conv2d)
 
 
@@ -105,6 +107,8 @@ class FlopMeter:
         self.flops[name] += weights.flops(rows * length, length, torch.is_grad_enabled())
 
     def _count_layer(self, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
+        if is_running_again():
+            return
         weight: Any = layer.weight
         # SigLIP's pooling head attends to one patch at a time: the values of its attention, a
         # matrix of the same size that no module holds, go into the layer that is seen here.

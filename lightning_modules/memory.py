@@ -11,6 +11,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from lightning_modules.recompute import is_running_again
+
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -68,9 +70,11 @@ class OutOfMemory(Callback):
         self._where, self._backward = where, backward
 
     def _entered(self, name: str, module: nn.Module, args: Any) -> None:
-        self._is_at(name)
+        self._is_at(name, backward=is_running_again())
 
     def _left(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if is_running_again():
+            return  # still in the backward of this stage
         self._is_at("loss" if name == "llm" else name)
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(partial(self._is_at, name, True))

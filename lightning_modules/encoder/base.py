@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
+from .chunks import CHUNK_FRAMES
+
 
 class Encoder(nn.Module, ABC):
     """Turns frames into patch features, and puts patches and prompts into one space.
@@ -16,6 +18,7 @@ class Encoder(nn.Module, ABC):
         per_frame: a frame's patches depend on that frame alone, so they may be kept and reused.
         class_tokens: tokens that the blocks read of a frame beside its patches.
         reads_prompts: `align` and `encode_prompt` work, so that a prompt can guide the pooler.
+        chunk_frames: frames that run at a time where no gradient is asked for; None: all.
     """
 
     width: int
@@ -24,6 +27,7 @@ class Encoder(nn.Module, ABC):
     per_frame: bool
     class_tokens: int = 0
     reads_prompts: bool = True
+    chunk_frames: int | None = CHUNK_FRAMES
 
     @abstractmethod
     def forward(

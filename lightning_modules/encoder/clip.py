@@ -13,6 +13,7 @@ from lightning_modules.stage import set_attention
 
 from .base import Encoder
 from .bt_adapter import BTAdapter
+from .chunks import CHUNK_FRAMES, check_chunk_frames, run_layers
 from .prompt import extend_context
 from .towers import (
     check_given,
@@ -43,6 +44,8 @@ class ClipEncoder(Encoder):
         image_size: side of a frame in pixels, for the data to read; that of `source` or `config`.
         attention: of both towers, as transformers calls it: sdpa, eager, flash_attention_2,
             flex_attention, …
+        chunk_frames: frames that run at a time where no gradient is asked for; None: all at once.
+            The layers that BT-Adapter stands beside take all, since frames see one another there.
 
     Raises:
         ValueError: the arguments do not fit together; the message says which and what would.
@@ -60,6 +63,7 @@ class ClipEncoder(Encoder):
         bt_adapter: Mapping[str, int] | None = None,
         image_size: int | None = None,
         attention: str = "sdpa",
+        chunk_frames: int | None = CHUNK_FRAMES,
     ):
         super().__init__()
         clip = _load(source, config)
@@ -67,6 +71,7 @@ class ClipEncoder(Encoder):
         check_image_size(image_size, clip.vision_model.config.image_size)
         self.feature_layer, self.kept_positions = feature_layer, kept_positions
         self.attention = attention
+        self.chunk_frames = check_chunk_frames(chunk_frames)
         self.stretched = context_length is not None
         self.bt_adapter = dict(bt_adapter) if bt_adapter else None
 
@@ -106,13 +111,9 @@ class ClipEncoder(Encoder):
         Raises:
             ValueError: frames of another size than the tower reads.
         """
-        tower = self.vision
-        hidden = tower.pre_layrnorm(embed(tower, normalise(frames)))
-        if not frame_counts:  # transformers' attention does not take an empty batch
-            return hidden
-        for layer in tower.encoder.layers[: self.branch_start]:
-            hidden = layer(hidden, None)
-        if self.adapter is None:
+        tower, layers = self.vision, self.vision.encoder.layers
+        hidden = run_tower(tower, layers[: self.branch_start], frames, self.chunk_frames)
+        if self.adapter is None or not frame_counts:
             return hidden
         beside = list(tower.encoder.layers[self.branch_start :])
         positions = tower.embeddings.position_embedding.weight
@@ -173,6 +174,7 @@ class ClipEncoder(Encoder):
             "bt_adapter": self.bt_adapter,
             "image_size": self.image_size,
             "attention": self.attention,
+            "chunk_frames": self.chunk_frames,
         }
 
 
@@ -204,6 +206,21 @@ def embed(tower: CLIPVisionModel, frames: Float[Tensor, "n c h w"]) -> Float[Ten
     patches = embed_patches(embeddings, frames, tower.config.image_size)  # n p d
     token = embeddings.class_embedding.expand(frames.shape[0], 1, -1)
     return torch.cat([token, patches], dim=1) + embeddings.position_embedding.weight
+
+
+def run_tower(
+    tower: CLIPVisionModel,
+    layers: nn.ModuleList,
+    frames: Num[Tensor, "n c h w"],
+    chunk_frames: int | None,
+) -> Float[Tensor, "n s d"]:
+    """Hidden states behind `layers`, the first ones of `tower`."""
+
+    def start(part: Num[Tensor, "n c h w"]) -> Float[Tensor, "n s d"]:
+        return tower.pre_layrnorm(embed(tower, normalise(part)))
+
+    reads = (tower.embeddings, tower.pre_layrnorm)
+    return run_layers(start, reads, layers, frames, chunk_frames)
 
 
 def _branch_start(adapter_depth: int, kept: int, depth: int) -> int:

@@ -10,7 +10,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from lightning_modules.stage import set_attention
 
 from .base import Encoder
-from .clip import embed, normalise
+from .chunks import CHUNK_FRAMES, check_chunk_frames
+from .clip import run_tower
 from .towers import check_image_size, layers_before, tower_sizes
 
 
@@ -19,7 +20,7 @@ class ClipVisionEncoder(Encoder):
 
     Args:
         config: `{"vision": {...}}`, the names in it those of transformers' CLIPVisionConfig.
-        feature_layer, attention: as in `ClipEncoder`.
+        feature_layer, attention, chunk_frames: as in `ClipEncoder`.
         image_size: side of a frame in pixels, for the data to read; that of `config`.
 
     Raises:
@@ -36,6 +37,7 @@ class ClipVisionEncoder(Encoder):
         feature_layer: int = -2,
         image_size: int | None = None,
         attention: str = "sdpa",
+        chunk_frames: int | None = CHUNK_FRAMES,
     ):
         super().__init__()
         self.vision = CLIPVisionModel(CLIPVisionConfig(**config["vision"]))
@@ -43,6 +45,7 @@ class ClipVisionEncoder(Encoder):
         architecture: Any = self.vision.config
         check_image_size(image_size, architecture.image_size)
         self.feature_layer, self.attention = feature_layer, attention
+        self.chunk_frames = check_chunk_frames(chunk_frames)
         layers = self.vision.encoder.layers
         self.vision.encoder.layers = layers[: layers_before(feature_layer, len(layers))]
         self.width, self.image_size = architecture.hidden_size, architecture.image_size
@@ -52,10 +55,8 @@ class ClipVisionEncoder(Encoder):
     def forward(
         self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
     ) -> Float[Tensor, "n p d"]:
-        hidden = self.vision.pre_layrnorm(embed(self.vision, normalise(frames)))
-        if frame_counts:  # transformers' attention does not take an empty batch
-            for layer in self.vision.encoder.layers:
-                hidden = layer(hidden, None)
+        layers = self.vision.encoder.layers
+        hidden = run_tower(self.vision, layers, frames, self.chunk_frames)
         return hidden[:, 1:]
 
     def align(self, patches: Float[Tensor, "*n p d"]) -> Float[Tensor, "*n p e"]:
@@ -79,6 +80,7 @@ class ClipVisionEncoder(Encoder):
             "feature_layer": self.feature_layer,
             "image_size": self.image_size,
             "attention": self.attention,
+            "chunk_frames": self.chunk_frames,
         }
 
 

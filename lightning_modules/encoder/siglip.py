@@ -18,6 +18,7 @@ from transformers import (
 from lightning_modules.stage import set_attention
 
 from .base import Encoder
+from .chunks import CHUNK_FRAMES, check_chunk_frames, run_layers
 from .clip_vision import no_prompts
 from .prompt import extend_context
 from .towers import (
@@ -39,7 +40,8 @@ class SiglipEncoder(Encoder):
         source: hub id or folder of a whole SigLIP, vision and text.
         config: sizes for one with random weights: `{"vision": {...}, "text": {...}}`, the names
             in it those of transformers' SigLIP configs. Without `text` no prompt is read.
-        feature_layer, context_length, kept_positions, attention: as in `ClipEncoder`.
+        feature_layer, context_length, kept_positions, attention, chunk_frames: as in
+            `ClipEncoder`.
         image_size: side of a frame in pixels, for the data to read; that of `source` or `config`.
 
     Raises:
@@ -57,6 +59,7 @@ class SiglipEncoder(Encoder):
         kept_positions: int = 20,
         image_size: int | None = None,
         attention: str = "sdpa",
+        chunk_frames: int | None = CHUNK_FRAMES,
     ):
         super().__init__()
         towers: Any = _load(source, config)
@@ -68,6 +71,7 @@ class SiglipEncoder(Encoder):
         check_image_size(image_size, architecture.image_size)
         self.feature_layer, self.kept_positions = feature_layer, kept_positions
         self.attention = attention
+        self.chunk_frames = check_chunk_frames(chunk_frames)
         layers = self.vision.encoder.layers
         self.vision.encoder.layers = layers[: layers_before(feature_layer, len(layers))]
         self.width, self.image_size = architecture.hidden_size, architecture.image_size
@@ -84,11 +88,8 @@ class SiglipEncoder(Encoder):
     def forward(
         self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
     ) -> Float[Tensor, "n p d"]:
-        hidden = self._embed(_normalise(frames))
-        if frame_counts:  # transformers' attention does not take an empty batch
-            for layer in self.vision.encoder.layers:
-                hidden = layer(hidden, None)
-        return hidden
+        reads, layers = [self.vision.embeddings], self.vision.encoder.layers
+        return run_layers(self._embed, reads, layers, frames, self.chunk_frames)
 
     def align(self, patches: Float[Tensor, "*n p d"]) -> Float[Tensor, "*n p e"]:
         """What the tower's pooling head makes of each patch by itself: its attention to one patch
@@ -149,19 +150,20 @@ class SiglipEncoder(Encoder):
             "kept_positions": self.kept_positions,
             "image_size": self.image_size,
             "attention": self.attention,
+            "chunk_frames": self.chunk_frames,
         }
 
     def _heads(self) -> list[nn.Module]:
         return [self.vision.head] if self.vision.use_head else []
 
-    def _embed(self, frames: Float[Tensor, "n c h w"]) -> Float[Tensor, "n p d"]:
+    def _embed(self, frames: Num[Tensor, "n c h w"]) -> Float[Tensor, "n p d"]:
         """Not transformers' own forward, for the reason that `clip.embed` gives.
 
         Raises:
             ValueError: frames of another size than the tower reads.
         """
         embeddings = self.vision.embeddings
-        patches = embed_patches(embeddings, frames, self.image_size)  # n p d
+        patches = embed_patches(embeddings, _normalise(frames), self.image_size)  # n p d
         return patches + embeddings.position_embedding.weight
 
 

@@ -49,5 +49,6 @@ class Pooler(nn.Module, ABC):
         """Pools `expand(patches)`, a map of every patch by itself (`None`: the patches).
 
         `relevance` is the cosine of each patch and the prompt. Where no gradient is asked for,
-        `expand` runs on a few frames at a time, so that its result never exists as a whole.
+        `expand` runs on a few frames at a time, so that its result never exists as a whole. Where
+        one is, its result is not kept for the backward pass, but made again there.
         """

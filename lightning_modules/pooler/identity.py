@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from datamodules.batch import Grid
+from lightning_modules.recompute import made_again
 
 from .base import Pooler
 
@@ -22,4 +23,4 @@ class IdentityPooler(Pooler):
         relevance: Float[Tensor, "t h w"] | None = None,
         expand: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "t h w m"]:
-        return patches if expand is None else expand(patches)
+        return patches if expand is None else made_again(expand, patches)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from datamodules.batch import Grid
+from lightning_modules.recompute import made_again
 
 #: Frames expanded at a time where no gradient is asked for.
 CHUNK_FRAMES = 4
@@ -117,11 +118,15 @@ class FittedWindows(NamedTuple):
         weights: Float[Tensor, "t2 h2 w2 window"],
         expand: Callable[[Tensor], Tensor] | None,
     ) -> Float[Tensor, "t2 h2 w2 m"]:
-        """The weighted sum of `expand(patches)` in each window, in chunks if it may."""
+        """The weighted sum of `expand(patches)` in each window.
+
+        `expand` makes the widest tensors of all. Without gradients it runs on a few frames at a
+        time. With gradients its results are not kept, but made again in the backward pass.
+        """
         if expand is None:
             return self._sum(patches, weights)
         if torch.is_grad_enabled():
-            return self._sum(expand(patches), weights)
+            return made_again(lambda p, w: self._sum(expand(p), w), patches, weights)
         pooled = []
         for part in weights.split(max(1, CHUNK_FRAMES // self.stride.t)):
             used = (len(part) - 1) * self.stride.t + self.kernel.t
