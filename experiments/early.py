@@ -22,7 +22,9 @@ class MakeFolder(Callback):
         _make(config, "run", "hydra.run.dir=…, or another folder for all runs with paths.runs=…")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _make(config, "sweep", "hydra.sweep.dir=…, or another folder for all runs with paths.runs=…")
+        _make(
+            config, "sweep", "hydra.sweep.dir=…, or another folder for all runs with paths.runs=…"
+        )
 
 
 def _make(config: DictConfig, kind: str, ways_out: str) -> None:

@@ -1,12 +1,12 @@
 """What the weights of a run were made with, and what of that a run may change when it goes on.
 
-    config.yaml of the run directory     config of this command
-                  |                               |
-                  +------- leaves by key ---------+
-                                |
-    how it is computed, how it is watched      never compared
-    how far it goes, what is tested            may change: the run goes on
-    everything else                            makes the weights: must be the same
+config.yaml of the run directory     config of this command
+              |                               |
+              +------- leaves by key ---------+
+                            |
+how it is computed, how it is watched      never compared
+how far it goes, what is tested            may change: the run goes on
+everything else                            makes the weights: must be the same
 """
 
 import os

@@ -1,8 +1,8 @@
 """Values of a config against the annotations of what they are given to, before anything is built.
 
-    optim.optimizer: {_target_: torch.optim.AdamW, lr: abc}
-                                |                   |
-                    lr: float | Tensor   <----------+   "optim.optimizer.lr=abc must be a number"
+optim.optimizer: {_target_: torch.optim.AdamW, lr: abc}
+                            |                   |
+                lr: float | Tensor   <----------+   "optim.optimizer.lr=abc must be a number"
 """
 
 import inspect
@@ -67,7 +67,9 @@ def check_values(config: DictConfig) -> None:
     for key, hint in _TOP.items():
         if key in config:
             value = config[key]
-            _check(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, hint, key)
+            _check(
+                OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, hint, key
+            )
     if not 0 <= config.seed <= _MOST_SEED:
         raise ValueError(f"seed={config.seed} must be from 0 to {_MOST_SEED}")
     for section in sorted(map(str, config), key=lambda name: name not in _FIRST):
