@@ -117,10 +117,15 @@ class HaystackDataModule(StepsDataModule):
         self._sets: dict[str, tuple[list[Tensor], list[Needle]]] = {}
 
     def prepare_data(self) -> None:
-        """Makes missing indexes once a node, before its ranks read them."""
+        """Makes missing indexes once a node, before its ranks read them.
+
+        Raises:
+            BadSampleError: a shard is missing or damaged.
+        """
         for shards in self._shards.values():
             for split in SPLITS:
-                read_manifest(shards[split])
+                if faults := read_manifest(shards[split]).faults:
+                    raise faults[0]
 
     def setup(self, stage: str | None = None) -> None:
         if self._sets:

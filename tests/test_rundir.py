@@ -1,0 +1,349 @@
+"""A run directory keeps what it holds: whatever is refused leaves it byte for byte as it was."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from experiments import rundir
+from experiments.made_of import compare
+from experiments.rundir import find_original
+
+#: Two steps of four samples, and no test.
+SHORT = ["data.training.samples=8", "test=false"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the lock."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files if f.name != "run.lock"}
+
+
+def done(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "done.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(run_train):
+    def start(folder: Path, *words: str) -> None:
+        run_train(folder, *SHORT, *words)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def made(run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "run"
+    run(folder)
+    assert done(folder)["steps"] == 2
+    return folder
+
+
+@pytest.fixture
+def finished(made, tmp_path) -> Path:
+    """A finished run that a test may spoil."""
+    folder = tmp_path / "run"
+    shutil.copytree(made, folder)
+    config = (folder / "config.yaml").read_text().replace(str(made), str(folder))
+    (folder / "config.yaml").write_text(config)
+    return folder
+
+
+@pytest.fixture
+def killed(finished) -> Path:
+    (finished / "done.json").unlink()
+    return finished
+
+
+#: What makes other weights: refused, in a line that names the key and both values.
+REFUSED = [
+    ("optim.optimizer.lr=5e-2", "optim.optimizer.lr=0.001, this run has 0.05"),
+    ("optim.scheduler.warmup=0.5", "optim.scheduler.warmup=0.1, this run has 0.5"),
+    ("seed=1", "seed=0, this run has 1"),
+    ("tuning.freeze=[encoder]", r"tuning.freeze=None, this run has \['encoder'\]"),
+    ("tuning.decay_norms_and_biases=false", "tuning.decay_norms_and_biases=True, .* False"),
+    ("data.batch_size=2", "data.batch_size=4, this run has 2"),
+    ("data.training.needles=2", "data.training.needles=5, this run has 2"),
+    ("data.training.samples=16", "data.training.samples=8, this run has 16"),
+    ("data.conversation.max_length=99", "data.conversation.max_length=2048, this run has 99"),
+    ("trainer.precision=64-true", "trainer.precision=32-true, this run has 64-true"),
+    ("trainer.gradient_clip_val=2.0", "trainer.gradient_clip_val=1.0, this run has 2.0"),
+    ("+trainer.limit_train_batches=1", "trainer.limit_train_batches=None, this run has 1"),
+    ("module.packing=512", "module.packing=None, this run has 512"),
+    ("rotary=mrope", "model.rotary._target_=.*VideoRope, this run has .*MRope"),
+    ("init=runs/other", r"init=None, this run has runs/other"),
+    ("data.gird=1", "data.gird=None, this run has 1"),
+    ("optim.optimizer.lr=abc", "optim.optimizer.lr=abc must be a number"),
+    ("trainer.max_steps=1", "trained up to step 2, and trainer.max_steps=1 ends before"),
+]
+
+#: What does not make the weights, and is refused by a later check. A finished run needs none.
+REFUSED_LATER = [
+    ("callbacks.x._target_=lightning.no.Such", "callbacks.x: "),
+    ("callbacks.checkpoint.every_n_steps=0", "callbacks.checkpoint: every_n_steps=0 must be 1"),
+    ("trainer.enable_foo=1", "trainer: .*enable_foo"),
+    ("trainer.accumulate_grad_batches=3", "trainer.accumulate_grad_batches is 3"),
+    ("trainer.devices=0", "trainer: .*devices=0"),
+    ("tuning.checkpointing=[foo]", "tuning.checkpointing names foo"),
+    ("paths.data=nowhere", r"nowhere/vniah/\S+\.tar"),
+    ("logger.y={_target_: lightning_modules.loggers.No}", "logger.y: "),
+]
+
+
+def refuse(run, folder: Path, word: str, line: str) -> None:
+    before = contents(folder)
+    known = ("data.gird", "callbacks.x", "trainer.enable_foo", "trainer.max_steps", "logger.y")
+    plus = "+" if word.startswith((*known, "trainer.limit")) else ""
+    with pytest.raises(SystemExit, match=f"error: .*{line}") as caught:
+        run(folder, plus + word)
+    assert "\n" not in str(caught.value)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(("word", "line"), REFUSED)
+def test_what_a_finished_run_was_made_with_is_kept(word, line, finished, run):
+    refuse(run, finished, word.lstrip("+"), line)
+
+
+@pytest.mark.parametrize(("word", "line"), [REFUSED[0], *REFUSED_LATER])
+def test_a_refused_command_leaves_a_killed_run_as_it_was(word, line, killed, run):
+    refuse(run, killed, word, line)
+
+
+def test_other_shards_of_the_same_name_change_nothing(killed, run, tmp_path, needle_shards):
+    data = tmp_path / "data"
+    shutil.copytree(needle_shards, data)
+    shard = data / "vniah" / "needles-train.tar"
+    shutil.copy(data / "vniah" / "needles-test.tar", shard)
+    for index in shard.parent.glob("needles-train*idx*"):
+        index.unlink()
+    before = contents(killed)
+    with pytest.raises(SystemExit, match="shards of the data changed since the checkpoint"):
+        run(killed, f"paths.data={data}")
+    assert contents(killed) == before
+    run(killed, f"paths.data={data}", "data.training.on_changed=go_on")
+    assert done(killed)["steps"] == 2
+
+
+def test_the_same_shards_elsewhere_are_the_same(killed, run, tmp_path, needle_shards):
+    shutil.copytree(needle_shards, tmp_path / "elsewhere")
+    run(killed, f"paths.data={tmp_path / 'elsewhere'}")
+    assert done(killed)["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trainer.log_every_n_steps=2", "callbacks.checkpoint.every_n_steps=1", "data.audit=true"],
+        ["+trainer.max_steps=2", "tuning.checkpointing=[llm]", "optim.optimizer.fused=false"],
+        ["+trainer.val_check_interval=1.0", "callbacks.generations=null", "name=other", "tags=[x]"],
+    ],
+)
+def test_how_a_run_is_computed_and_watched_may_change(words, killed, made, run):
+    run(killed, *words)
+    assert done(killed)["weights_sha256"] == done(made)["weights_sha256"]
+
+
+def test_a_longer_training_goes_on_and_says_so(finished, run):
+    run(finished, "trainer.max_epochs=2")
+    assert done(finished)["steps"] == 4
+    assert yaml.safe_load((finished / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+    before = contents(finished)
+    with pytest.raises(SystemExit, match=r"trained up to epoch 2, and trainer.max_epochs=1 ends"):
+        run(finished)
+    assert contents(finished) == before
+
+
+def test_resume_false_is_the_way_out(finished, made, run):
+    run(finished, "optim.optimizer.lr=5e-2", "resume=false")
+    assert done(finished)["weights_sha256"] != done(made)["weights_sha256"]
+    assert (
+        yaml.safe_load((finished / "config.yaml").read_text())["optim"]["optimizer"]["lr"] == 0.05
+    )
+
+
+def test_resume_false_removes_nothing_before_all_is_checked(finished, run):
+    before = contents(finished)
+    with pytest.raises(SystemExit, match="nowhere"):
+        run(finished, "resume=false", "paths.data=nowhere")
+    assert contents(finished) == before
+
+
+def test_before_anything_was_trained_everything_may_change(run, tmp_path):
+    with pytest.raises(SystemExit, match="nowhere"):
+        run(tmp_path, "paths.data=nowhere")
+    assert not (tmp_path / "config.yaml").exists()
+    run(tmp_path, "optim.optimizer.lr=5e-2")
+    assert done(tmp_path)["steps"] == 2
+
+
+@pytest.mark.parametrize("trial", ["fast", "overfit", "profile"])
+def test_a_trial_touches_no_run(trial, finished, run):
+    before = contents(finished)
+    with pytest.raises(SystemExit, match="holds a training, which debug= must not write over") as e:
+        run(finished, f"debug={trial}")
+    assert "\n" not in str(e.value)
+    assert contents(finished) == before
+
+
+def test_a_trial_has_its_own_name(compose, tmp_path):
+    names = {
+        compose(["experiment=resume_probe", *words], tmp_path).run_name
+        for words in ([], ["debug=fast"])
+    }
+    assert len(names) == 2
+
+
+def test_a_trial_is_no_start_of_a_run(run, tmp_path):
+    for _ in range(2):  # and may be tried again
+        run(tmp_path, "debug=overfit", "trainer.max_epochs=2")
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit, match=r"holds a trial \(debug=\).*resume=false"):
+        run(tmp_path)
+    assert contents(tmp_path) == before
+    run(tmp_path, "resume=false")
+    assert done(tmp_path)["steps"] == 2
+
+
+def test_a_folder_that_is_no_run_is_not_cleared(run, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "mine.ckpt").write_bytes(b"precious")
+    for words in (["debug=fast"], ["resume=false"], []):
+        with pytest.raises(SystemExit, match=r"config\.yaml, which says what"):
+            run(tmp_path, *words)
+    assert contents(tmp_path) == {"checkpoints/mine.ckpt": b"precious"}
+
+
+def test_a_damaged_config_is_one_line(finished, run):
+    (finished / "config.yaml").write_text("a: [")
+    before = contents(finished)
+    with pytest.raises(SystemExit, match=r"config\.yaml, .* is damaged: put it back") as caught:
+        run(finished)
+    assert "\n" not in str(caught.value)
+    assert contents(finished) == before
+
+
+def test_a_place_that_cannot_be_written_is_one_line(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"file/run cannot be written .*hydra\.run\.dir") as caught:
+        run(tmp_path / "file" / "run")
+    assert "\n" not in str(caught.value)
+
+
+# Copies
+
+
+@pytest.fixture
+def with_id(finished) -> Path:
+    (finished / "run_id").write_text("12345678")
+    return finished
+
+
+def test_a_copy_is_its_own_run(with_id, run, tmp_path, caplog):
+    copy = tmp_path / "copy"
+    shutil.copytree(with_id, copy)
+    run(copy, "trainer.max_epochs=2")
+    assert (copy / "run_id").read_text() != "12345678"
+    assert f"{copy} is a copy of {with_id}" in caplog.text
+    assert (with_id / "run_id").read_text() == "12345678"
+    own = (copy / "run_id").read_text()
+    run(copy, "trainer.max_epochs=3")
+    assert (copy / "run_id").read_text() == own
+
+
+def test_a_finished_copy_is_finished(with_id, run, tmp_path, capsys):
+    shutil.copytree(with_id, tmp_path / "copy")
+    run(tmp_path / "copy")
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_a_moved_run_stays_itself(with_id, run, tmp_path):
+    moved = with_id.rename(tmp_path / "moved")
+    run(moved, "trainer.max_epochs=2")
+    assert (moved / "run_id").read_text() == "12345678"
+
+
+def test_links_and_other_runs_are_no_originals(with_id, tmp_path):
+    link, other = tmp_path / "link", tmp_path / "other"
+    link.symlink_to(with_id)
+    assert find_original(with_id, str(link)) is None
+    assert find_original(link, str(with_id)) is None
+    shutil.copytree(with_id, other)
+    assert find_original(other, str(with_id)) == with_id
+    (other / "run_id").write_text("87654321")  # started anew since
+    assert find_original(other, str(with_id)) is None
+    assert not list(tmp_path.rglob(".probe*"))
+
+
+def test_the_same_directory_under_another_mount_is_no_copy(with_id, tmp_path, monkeypatch):
+    """Two mounts of one network folder have other device numbers."""
+    (tmp_path / "mount").symlink_to(with_id)
+    monkeypatch.setattr(rundir.os.path, "samefile", lambda a, b: False)
+    assert find_original(with_id, str(tmp_path / "mount")) is None
+
+
+# What is compared
+
+
+def config(**sections: Any) -> dict[str, Any]:
+    return {"paths": {"run": "/a/run", "data": "data"}, "test": True, **sections}
+
+
+def test_paths_in_the_run_directory_move_with_it():
+    then, now = (
+        {"paths": {"run": run, "data": data}, "model": {"x": f"{run}/m"}, "prepare": [f"{data}/p"]}
+        for run, data in (("/a/run", "data"), ("/b/copy", "/scratch/7/data"))
+    )
+    assert compare(then, now) == ({}, {})
+    assert "model.x" in compare(then, now | {"model": {"x": "/b/copying/m"}})[0]
+
+
+def test_null_and_what_is_not_said_are_the_same():
+    then = config(trainer={"a": None, "b": []}, optim={})
+    assert compare(then, config(trainer={"c": None})) == ({}, {})
+
+
+def test_what_is_longer_or_tested_is_gone_on_with():
+    then = config(trainer={"max_epochs": 1}, data={"grid": {"n": 1}}) | {"test": False}
+    now = config(trainer={"max_epochs": 2}, data={"grid": {"n": 2}})
+    assert compare(then, now) == (
+        {},
+        {"trainer.max_epochs": (1, 2), "data.grid.n": (1, 2), "test": (False, True)},
+    )
+    assert compare(now, now | {"test": False}) == ({}, {})
+
+
+def test_the_weight_of_a_mixture_is_no_place():
+    def mixture(folder: str, weight: float) -> dict[str, Any]:
+        return config(data={"train": {"a": {"shards": folder, "weight": weight}}})
+
+    weights, further = compare(mixture("x", 1.0), mixture("y", 2.0))
+    assert weights == {"data.train.a.weight": (1.0, 2.0)}
+    assert further == {"data.train.a.shards": ("x", "y")}
+
+
+def test_other_data_is_taken_where_it_is_asked_for():
+    then = config(data={"batch_size": 1, "stream": {"on_changed": "stop"}}, seed=0)
+    now = config(data={"batch_size": 2, "stream": {"on_changed": "go_on"}}, seed=1)
+    assert compare(then, now)[0] == {"seed": (0, 1)}
+    assert compare(now, then)[0].keys() == {"seed", "data.batch_size"}
+
+
+def test_the_key_that_is_typed_is_named_before_what_interpolates_it():
+    def both(lr: float, seed: int) -> dict[str, Any]:
+        return config(
+            optim={"lr": lr}, module={"optimizer": {"lr": lr}}, data={"seed": seed}, seed=seed
+        )
+
+    assert next(iter(compare(both(1, 0), both(2, 0))[0])) == "optim.lr"
+    assert next(iter(compare(both(1, 0), both(1, 2))[0])) == "seed"
+
+
+def test_one_folder_of_initial_weights_however_it_is_written(tmp_path, monkeypatch):
+    (tmp_path / "w").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert compare(config(init="w"), config(init=str(tmp_path / "w"))) == ({}, {})
+    assert "init" in compare(config(init="w"), config(init="v"))[0]
