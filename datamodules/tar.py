@@ -161,7 +161,7 @@ class _Walk:
 
     def _take(self, member: tarfile.TarInfo) -> None:
         key, suffix = base_plus_ext(member.name)
-        if key is None or not _counts(member.name) or member.isdir():
+        if key is None or suffix is None or not _counts(member.name) or member.isdir():
             return
         if not member.isreg():
             self._links.append(_described(member))
@@ -284,7 +284,7 @@ def _files(data: bytes, url: str, links: dict[str, str]) -> Iterator[dict[str, A
                 if not _counts(member.name) or member.isdir():
                     continue
                 if not member.isreg():
-                    links.setdefault(base_plus_ext(member.name)[0], _described(member))
+                    links.setdefault(base_plus_ext(member.name)[0] or "", _described(member))
                 else:
                     content = data[member.offset_data : member.offset_data + member.size]
                     # names of old archives may be in any encoding, and land in logs

@@ -135,7 +135,7 @@ def assert_only(samples, broken, reason: str, decode: Callable, folder: Path) ->
 
 
 def test_nothing_of_a_shard_is_executed_or_followed(samples, decode, tmp_path):
-    """Pickles stay bytes, links and devices are no data, paths that lead out are refused."""
+    """Pickles stay bytes; links and devices make a sample bad, as do paths that lead out."""
     trap = tmp_path / "trap"
 
     class Trap:
@@ -150,7 +150,12 @@ def test_nothing_of_a_shard_is_executed_or_followed(samples, decode, tmp_path):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
-            info = tarfile.TarInfo("a.0.jpg")
+            key = f"link{int(kind)}"
+            for suffix, data in samples[0][0][1].items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            info = tarfile.TarInfo(f"{key}.0.jpg")
             info.type, info.linkname = kind, str(tmp_path / "secret")
             tar.addfile(info)
         for name in ("/etc/b.json", "c/../../d.json"):
@@ -160,9 +165,9 @@ def test_nothing_of_a_shard_is_executed_or_followed(samples, decode, tmp_path):
     (tmp_path / "0.tar").write_bytes(file.getvalue())
     keys, faults = stream_keys([tmp_path / "0.tar"], decode)
     assert set(keys) == {"a"}
-    assert faults.counts == {"unsafe_member": 2}
+    assert faults.counts == {"unsafe_member": 2, "link_member": 4}
     assert not trap.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "0.tar.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar"]
 
 
 # --- shards --------------------------------------------------------------------------------------
