@@ -12,6 +12,7 @@ from lightning_modules.encoder.clip import ClipEncoder
 from lightning_modules.encoder.clip_vision import ClipVisionEncoder
 from lightning_modules.encoder.siglip import SiglipEncoder
 from lightning_modules.sharding import shard
+from lightning_modules.tuning import compile_layers
 
 KINDS = {
     "clip": lambda **options: make(**options),
@@ -151,6 +152,26 @@ def test_the_size_is_kept_with_the_model_and_checked(kind):
         with pytest.raises(ValueError, match=f"model.encoder.chunk_frames is {size}: set"):
             make_kind(kind, size)
     assert ClipEncoder(config=CONFIG, context_length=None).chunk_frames == 16
+
+
+@torch.no_grad()
+def test_compiled_layers_are_not_compiled_anew_for_every_number_of_frames():
+    """Five times at most: for the first size; then for many frames and for one, each as the first
+    chunk and as a later one. After that nothing is compiled, whatever number comes.
+    """
+    encoder, plain = make_kind("clip_vision", 4), make_kind("clip_vision", 4)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in encoder.blocks():
+        compile_layers(block, {"backend": "eager"})
+    graphs = []
+    for count in (8, 4, 7, 5, 6, 9, 3, 1, 11, 13, 22, 2, 34, 39, 10):
+        found = encoder(draw(count), [count])
+        torch.testing.assert_close(found, plain(draw(count), [count]), atol=1e-6, rtol=1e-6)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0, "nothing was compiled"
+    assert graphs[8] == graphs[-1] <= 5, graphs
+    torch._dynamo.reset()
 
 
 class Gathers(TorchDispatchMode):
