@@ -29,6 +29,7 @@ class Heartbeat(Callback):
         self._written, self._starts = -math.inf, 0
         self._began, self._wall_before = time.monotonic(), 0.0
         self._total: int | None = None
+        self._step = 0  # where an earlier start came to, until this one trains
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = trainer.estimated_stepping_batches
@@ -58,6 +59,10 @@ class Heartbeat(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        if not self._starts:  # before training began: what earlier starts came to stays
+            before = read_status(self.path)
+            self._starts, self._wall_before = before.get("starts", 0), before.get("wall_s", 0.0)
+            self._total, self._step = before.get("total_steps"), before.get("step", 0)
         failed = isinstance(exception, Exception)
         lines = str(exception).strip().splitlines()
         reason = ": ".join([type(exception).__name__, *lines[:1]])
@@ -70,7 +75,7 @@ class Heartbeat(Callback):
         metrics = {k: v.item() for k, v in trainer.callback_metrics.items()}
         status = {
             "state": state,
-            "step": trainer.global_step,
+            "step": max(trainer.global_step, self._step),
             "total_steps": self._total,
             "time": time.time(),
             "starts": self._starts,

@@ -256,6 +256,23 @@ class TestHeartbeat:
             assert (status["state"], status["reason"]) == (state, reason)
             assert (status["step"], status["starts"]) == (5, starts)
 
+    def test_a_start_that_fails_before_training_keeps_what_was_reached(self, tmp_path):
+        trainer, module, data = beat(tmp_path)
+        trainer.fit(module, data)
+        before = self.status(tmp_path)
+
+        def fail(*_):
+            raise ValueError("no memory")
+
+        trainer, module, data = beat(tmp_path)
+        module.configure_optimizers = fail
+        with pytest.raises(ValueError, match="no memory"):
+            trainer.fit(module, data)
+        after = self.status(tmp_path)
+        assert (after["state"], after["reason"]) == ("failed", "ValueError: no memory")
+        assert (after["step"], after["total_steps"], after["starts"]) == (8, 8, 1)
+        assert after["wall_s"] >= before["wall_s"]
+
     def test_without_a_disk_training_goes_on(self, tmp_path, caplog):
         trainer, module, data = beat(tmp_path / "no" / "such")
         trainer.fit(module, data)

@@ -1,13 +1,22 @@
 """Who started a program, and as how many processes: torchrun, srun, mpirun, or a person."""
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from experiments import cluster, dashboard, export, import_weights, report, runs, shards
+from experiments import (
+    cluster,
+    dashboard,
+    export,
+    import_weights,
+    plan,
+    reference,
+    report,
+    runs,
+    shards,
+    start,
+)
 
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
 SRUN = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}
@@ -61,7 +70,7 @@ def test_several_trainings_of_one_process_each_are_refused(variables, name, monk
 
 def test_training_is_refused_before_it_writes(run_train, tmp_path, monkeypatch):
     pretend(monkeypatch, TORCHRUN)
-    with pytest.raises(SystemExit, match="error: torchrun started 2 processes.*trainer=ddp"):
+    with pytest.raises(SystemExit, match=r"error: torchrun started 2 processes.*trainer=ddp"):
         run_train(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} <= {"run.lock"}
 
@@ -76,13 +85,11 @@ def test_the_other_programs_are_one_process(program, rank, monkeypatch):
     assert said == "1" if rank else "is one process, 2 were started: leave torchrun" in said
 
 
-@pytest.mark.parametrize("program", ["plan", "reference", "start"])
-def test_programs_of_hydra_are_one_process(program, tmp_path):
+def test_programs_of_hydra_are_one_process(compose, tmp_path, monkeypatch):
     """A multirun is started once, too: its jobs are processes of their own."""
-    words = ["experiment=resume_probe", "output=out"] if program == "reference" else ["-m"]
-    env = os.environ | TORCHRUN | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-m", f"experiments.{program}", *words]
-    shown = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert shown.returncode == 1
-    assert "is one process, 2 were started" in shown.stderr
-    assert "Traceback" not in shown.stderr
+    config = compose(["experiment=resume_probe", "output=out"], tmp_path, "reference")
+    monkeypatch.setattr(sys, "argv", ["ropelab", "-m"])
+    pretend(monkeypatch, TORCHRUN)
+    for begin in (plan.main, start.main, lambda: reference.main.__wrapped__(config)):
+        with pytest.raises(SystemExit, match="is one process, 2 were started"):
+            begin()
