@@ -46,7 +46,9 @@ def name_run(rotary: str, seed: int, settings: Mapping[str, Any], groups: Collec
     name = re.sub(r"[^\w.+-]+", "_", name, flags=re.ASCII).strip("_")
     if unique and len(name) <= _LONGEST_NAME and not _HASHED.search(name):
         return name
-    exact = show_value([rotary, seed, *([k, type(v).__name__, v] for k, v in sorted(settings.items()))])
+    exact = show_value(
+        [rotary, seed, *([k, type(v).__name__, v] for k, v in sorted(settings.items()))]
+    )
     digest = hashlib.sha256(exact.encode()).hexdigest()[:_HASH_LENGTH]
     return f"{name[: _LONGEST_NAME - _HASH_LENGTH - 1]}-{digest}"
 

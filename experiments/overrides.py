@@ -15,7 +15,9 @@ _INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
 _FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
 _WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
 _NAMED = {"null": None, "true": True, "false": False}
-_NAMED |= {f"{sign}{name}": float(f"{sign}{name}") for sign in ("", "+", "-") for name in ("nan", "inf")}
+_NAMED |= {
+    f"{sign}{name}": float(f"{sign}{name}") for sign in ("", "+", "-") for name in ("nan", "inf")
+}
 
 
 class Deleted:

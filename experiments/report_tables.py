@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from experiments.report_data import ABSENT, Cell, Needle, Run
 from experiments.overrides import short_keys
+from experiments.report_data import ABSENT, Cell, Needle, Run
 from lightning_modules.metrics.bootstrap import MeanInterval, bootstrap_interval
 
 CONDITIONS = {

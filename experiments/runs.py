@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.run_states import RunState, differing_axes, read_runs
 from experiments.overrides import short_keys
+from experiments.run_states import RunState, differing_axes, read_runs
 
 _COLOURS = {
     "done": "green",

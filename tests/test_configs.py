@@ -12,8 +12,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from experiments import CONFIG_DIR
 import experiments.names  # noqa: F401 - registers the resolvers
+from experiments import CONFIG_DIR
 from experiments.run import build, build_all, plain
 from lightning_modules.video_llm import VideoLLMModule
 

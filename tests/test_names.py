@@ -1,7 +1,6 @@
 """Names of run directories and factors of ablations come from values, not from typed words."""
 
 import itertools
-import json
 import random
 import re
 import shutil
@@ -17,16 +16,19 @@ from omegaconf import OmegaConf
 
 from experiments import CONFIG_DIR, report_tables
 from experiments.names import name_run
+from experiments.overrides import DELETED, read_overrides, read_value, show_value
 from experiments.report_data import load_runs
 from experiments.run_states import differing_axes, read_runs
-from experiments.overrides import DELETED, read_overrides, read_value, show_value
 
 LIGHT = Path(__file__).parent / "cluster" / "configs" / "light.yaml"
 GROUPS = {"pooler", "trainer", "llm", "module/loss", "scores", "tiles"}
 
-TYPED = r"""2e-3 0.002 2.0e-3 2E-3 1 1.0 +1 -1 1_000 1e5 1. .5 nan -inf 00 01 1a 2x2 1e 1.5.2 true
-    False TRUE null Null none yes on 0x10 a_b a/b a-b a.b a@b bf16-mixed - . '1' "true" ''
-    [1,2] [a,'b,c',null] {a:1,b:{c:[x]}} ${seed} ~ a:b""".split()
+TYPED = [
+    *("2e-3", "0.002", "2.0e-3", "2E-3", "1", "1.0", "+1", "-1", "1_000", "1e5", "1.", ".5", "nan"),
+    *("-inf", "00", "01", "1a", "2x2", "1e", "1.5.2", "true", "False", "TRUE", "null", "Null"),
+    *("none", "yes", "on", "0x10", "a_b", "a/b", "a-b", "a.b", "a@b", "bf16-mixed", "-", ".", ""),
+    *("'1'", '"true"', "''", "[1,2]", "[a,'b,c',null]", "{a:1,b:{c:[x]}}", "${seed}", "~", "a:b"),
+]
 
 
 @pytest.mark.parametrize("text", [*TYPED, "'a b'", "[a, 'b, c']", "{a: 1, b: {c: 2}}"])
@@ -39,7 +41,12 @@ def test_a_value_is_read_as_hydra_reads_it(text):
 
 def test_equal_values_have_one_text_and_others_have_others():
     same = [["2e-3", "0.002", "2.0e-3"], ["false", "False"], ["null", "Null"], ["a", "'a'", '"a"']]
-    same += [["[1,2]", "[1, 2]"], ["{b:2,a:1}", "{a: 1, b: 2}"], ["1_000", "1000"], ["1e-5", "0.00001"]]
+    same += [
+        ["[1,2]", "[1, 2]"],
+        ["{b:2,a:1}", "{a: 1, b: 2}"],
+        ["1_000", "1000"],
+        ["1e-5", "0.00001"],
+    ]
     texts = [{show_value(read_value(typed)) for typed in alike} for alike in same]
     assert texts == [
         {"0.002"}, {"false"}, {"null"}, {"a"}, {"[1,2]"}, {"{a:1,b:2}"}, {"1000"}, {"1e-5"}
@@ -223,14 +230,22 @@ def settings_of(folder: Path) -> tuple[dict[str, Any], list[str], list[str]]:
     """Factors that ropelab-runs finds, and factors and settings of ropelab-report."""
     runs = load_runs([folder])
     axes = report_tables.ablated_axes(runs)
-    return differing_axes(read_runs([folder])), axes, [g.label for g in report_tables.group_runs(runs, axes)]
+    return (
+        differing_axes(read_runs([folder])),
+        axes,
+        [g.label for g in report_tables.group_runs(runs, axes)],
+    )
 
 
 def test_one_setting_in_other_words_is_one_level_of_a_factor(tmp_path):
     write_run(tmp_path / "a", "optim.lr=2e-3", "optim.flag=False", lr=0.002, flag=False)
     write_run(tmp_path / "b", "optim.lr=0.002", "optim.flag=false", lr=0.002, flag=False)
-    write_run(tmp_path / "c", "optim={lr: 2.0e-3, flag: FALSE}", "pooler='average'", lr=0.002, flag=False)
-    write_run(tmp_path / "d", "tiles=null", "scores=[mc, open]", "+list=[a, 1]", lr=0.002, flag=False)
+    write_run(
+        tmp_path / "c", "optim={lr: 2.0e-3, flag: FALSE}", "pooler='average'", lr=0.002, flag=False
+    )
+    write_run(
+        tmp_path / "d", "tiles=null", "scores=[mc, open]", "+list=[a, 1]", lr=0.002, flag=False
+    )
     axes, reported, _ = settings_of(tmp_path)
     assert axes == {}
     assert reported == []

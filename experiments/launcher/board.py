@@ -79,7 +79,11 @@ class Row:
     @property
     def time_left(self) -> str:
         """Until training ends, at the speed of this start of the run."""
-        if self.first is None or self.status is None or self.label not in ("training", "validating"):
+        if (
+            self.first is None
+            or self.status is None
+            or self.label not in ("training", "validating")
+        ):
             return ""
         began, at = self.first
         step, total = self.status["step"], self.status.get("total_steps")
