@@ -51,14 +51,14 @@ def start_fixture(tmp_path, monkeypatch) -> Iterator[Start]:
         process.communicate()
 
 
-def end(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = process.communicate(timeout=60)
+def end(process: subprocess.Popen[str], code: int = 0, limit_s: float = 60) -> str:
+    output, _ = process.communicate(timeout=limit_s)
     assert process.returncode == code, output
     return output
 
 
-def until(happens: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
+def until(happens: Callable[[], object], limit_s: float = 60) -> None:
+    end = time.monotonic() + limit_s
     while not happens():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.02)

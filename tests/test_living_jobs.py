@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from light_runs import (  # noqa: F401 - the fixtures
     ROOT,
@@ -64,9 +65,14 @@ def test_whoever_loses_the_race_for_a_directory_waits(launched, run, tmp_path, m
         time.sleep(60)
         os._exit(0)
     until(lambda: lock.holder(run(3).path))
-    looks = iter([None, None])  # before it freezes the job, and before it starts it
-    ask = lock.holder
-    monkeypatch.setattr(lock, "holder", lambda folder: next(looks, None) or ask(folder))
+    ask, looks = lock.holder, []
+
+    def look(folder: Path) -> dict | None:
+        """Nobody is there yet when it freezes the job, nor when it looks before it starts it."""
+        looks.append(folder)
+        return ask(folder) if len(looks) > 2 else None
+
+    monkeypatch.setattr(lock, "holder", look)
 
     def let_go() -> None:
         until(lambda: run(3).starts)
@@ -89,12 +95,16 @@ def test_a_training_outlives_its_launcher_and_the_next_takes_its_result(tiny, tm
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     folder = tmp_path / "runs" / "vniah_d_tiny" / "only"
     first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
-    until(lambda: lock.holder(folder))
-    with stopped((lock.holder(folder) or {})["pid"]) as pid:
+    try:
+        until(lambda: lock.holder(folder), limit_s=200)  # it imports PyTorch first
+        with stopped((lock.holder(folder) or {})["pid"]) as pid:
+            first.kill()
+            first.wait()
+            again = subprocess.Popen(command, cwd=tmp_path, env=environment, **output)
+            read_until(again, f"runs already, process {pid} on ")
+        assert "finished elsewhere" in end(again, limit_s=200)
+    finally:
         first.kill()
         first.wait()
-        again = subprocess.Popen(command, cwd=tmp_path, env=environment, **output)
-        read_until(again, f"runs already, process {pid} on ")
-    assert "finished elsewhere" in end(again)
     assert json.loads((folder / "status.json").read_text())["starts"] == 1
     assert json.loads((folder / "done.json").read_text())["steps"] == 12
