@@ -154,7 +154,9 @@ def in_terminal(command: list[str], folder: Path, **environment: str) -> tuple[i
     if pid == 0:
         os.chdir(folder)
         path = f"{ROOT}{os.pathsep}{LIGHT}"
-        os.execve(command[0], command, os.environ | {"PYTHONPATH": path, "TERM": "xterm"} | environment)
+        os.execve(
+            command[0], command, os.environ | {"PYTHONPATH": path, "TERM": "xterm"} | environment
+        )
     shown = b""
     while True:
         try:
@@ -177,7 +179,9 @@ def test_a_table_in_a_terminal_and_jobs_that_have_none(tmp_path):
     assert re.search(r"#0 seed=0 +finished +score 0", shown)
     assert re.search(r"#1 seed=1 +failed +exit code 1 \(error: asked to fail\)", shown)
     for seed in (0, 1):
-        (start,) = (tmp_path / "runs" / "light" / str(seed) / "starts.jsonl").read_text().splitlines()
+        (start,) = (
+            (tmp_path / "runs" / "light" / str(seed) / "starts.jsonl").read_text().splitlines()
+        )
         assert json.loads(start)["terminal"] is False
     one = [word for word in command if "launcher" not in word]
     code, shown = in_terminal([*one, "resume=false"], tmp_path)
@@ -210,7 +214,7 @@ def online(folder: Path, mode: str | None = "online") -> list[Job]:
 
 @pytest.mark.parametrize("mode", ["online", None])
 def test_without_a_key_no_job_starts(mode, home):
-    with pytest.raises(ValueError, match="W&B has no key .*WANDB_API_KEY.*WANDB_MODE=offline"):
+    with pytest.raises(ValueError, match=r"W&B has no key .*WANDB_API_KEY.*WANDB_MODE=offline"):
         check_key(online(home, mode))
 
 
@@ -225,7 +229,7 @@ def test_a_key_is_found_where_wandb_looks_for_it(home, monkeypatch):
     check_key(online(home))
     netrc.unlink()
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    with pytest.raises(ValueError, match="W&B has no key .WANDB_API_KEY invalid: .*40"):
+    with pytest.raises(ValueError, match=r"W&B has no key .WANDB_API_KEY invalid: .*40"):
         check_key(online(home))
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     check_key(online(home))

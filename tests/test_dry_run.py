@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
-from test_runs import hold  # noqa: F401 - a fixture
+from test_runs import hold_fixture  # noqa: F401
 
 from experiments.launcher.listing import take_dry_run
 
@@ -28,7 +28,10 @@ SINGLE = "+hydra.sweeper.single=true"
         (["-m", "a=1", "--dry-run"], ["-m", "a=1", LISTING]),
         (["dry_run=true", "a=1", "-m"], ["a=1", LISTING, "-m"]),
         (["+dry_run=True", "-m"], ["-m", LISTING]),
-        (["a=1", "--dry-run", "--config-dir", "b"], ["-m", "a=1", LISTING, SINGLE, "--config-dir", "b"]),
+        (
+            ["a=1", "--dry-run", "--config-dir", "b"],
+            ["-m", "a=1", LISTING, SINGLE, "--config-dir", "b"],
+        ),
     ],
 )
 def test_a_dry_run_is_asked_for_in_either_way(typed, asked):
@@ -37,7 +40,9 @@ def test_a_dry_run_is_asked_for_in_either_way(typed, asked):
     assert command == ["ropelab-train", *asked]
 
 
-@pytest.mark.parametrize("typed", [["a=1"], ["a=1", "dry_run=false"], ["dry_run=true", "dry_run=False"]])
+@pytest.mark.parametrize(
+    "typed", [["a=1"], ["a=1", "dry_run=false"], ["dry_run=true", "dry_run=False"]]
+)
 def test_otherwise_the_command_stays_as_it_is(typed):
     plain = [word for word in typed if "dry" not in word]
     assert not take_dry_run(typed)
@@ -79,7 +84,9 @@ def leave(folder: Path, config: dict, *, done: bool = False, step: int | None = 
         (folder / "done.json").write_text('{"steps": 12, "metrics": {}}')
 
 
-def test_a_sweep_is_listed_with_what_would_become_of_each_job(program, compose, tiny, tmp_path, hold):  # noqa: F811
+def test_a_sweep_is_listed_with_what_would_become_of_each_job(
+    program, compose, tiny, tmp_path, hold
+):
     runs = tmp_path / "runs" / "vniah_d_tiny"
 
     words = ("seed=0", *tiny, *HERE)

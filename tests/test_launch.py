@@ -5,10 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import hydra
@@ -16,109 +12,21 @@ import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, RunMode
+from light_runs import (  # noqa: F401 - the fixtures
+    ROOT,
+    end,
+    launched_fixture,
+    run_fixture,
+    start_fixture,
+    until,
+)
 from omegaconf import open_dict
 
-from experiments import CONFIG_DIR, lock
+from experiments import CONFIG_DIR
 from experiments.cluster import leave
 from experiments.launcher.job import FROZEN, Job, compose
-from experiments.launcher.local import LocalLauncher
 from experiments.run import plain
-
-ROOT = Path(__file__).parents[1]
-LIGHT = ROOT / "tests" / "cluster"
-Start = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture
-def start(tmp_path, monkeypatch) -> Iterator[Start]:
-    """`start(*overrides)`: a multirun of the light program in a directory of the test's own."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{LIGHT}")
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs/light.yaml").write_text((LIGHT / "configs/light.yaml").read_text())
-    command = [sys.executable, "-m", "light", "--config-dir", "configs", "-m"]
-    made: list[subprocess.Popen[str]] = []
-
-    def begin(*overrides: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [*command, "run_name=${seed}", *overrides],
-            cwd=tmp_path,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        made.append(process)
-        return process
-
-    yield begin
-    for process in made:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def end(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == code, output
-    return output
-
-
-def until(happens: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not happens():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-
-
-def read_until(process: subprocess.Popen[str], text: str) -> None:
-    """Reads what a program prints, up to the line with `text`."""
-    assert process.stdout
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return
-    raise AssertionError(f"no {text!r} in {''.join(lines)}")
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[int]:
-    """Inside, the process stands still, and lives."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield pid
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-
-
-class Run:
-    """What the light program left in the directory of a job."""
-
-    def __init__(self, folder: Path, seed: int):
-        self.path = folder / "runs" / "light" / str(seed)
-
-    @property
-    def steps(self) -> list[int]:
-        path = self.path / "steps.txt"
-        return [int(line) for line in path.read_text().split()] if path.is_file() else []
-
-    @property
-    def starts(self) -> list[dict]:
-        path = self.path / "starts.jsonl"
-        return list(map(json.loads, path.read_text().splitlines())) if path.is_file() else []
-
-    @property
-    def done(self) -> dict | None:
-        path = self.path / "done.json"
-        return json.loads(path.read_text()) if path.is_file() else None
-
-
-@pytest.fixture
-def run(tmp_path) -> Callable[[int], Run]:
-    return lambda seed: Run(tmp_path, seed)
-
 
 # Frozen configs
 
@@ -209,25 +117,6 @@ def test_the_same_command_again_starts_what_is_not_finished(start, run):
     assert [len(run(n).starts) for n in range(3)] == [2, 2, 2]
 
 
-@pytest.fixture
-def launched(tmp_path, monkeypatch) -> Callable[..., Sequence[JobReturn]]:
-    """`launched(*seeds)`: a launcher in this process, and what a sweeper gets from it."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{LIGHT}")
-    monkeypatch.chdir(tmp_path)
-
-    def launch(*seeds: int) -> Sequence[JobReturn]:
-        with hydra.initialize_config_dir(str(LIGHT / "configs"), version_base="1.3"):
-            loader = GlobalHydra.instance().config_loader()
-            words = [f"hydra.searchpath=[file://{CONFIG_DIR}]", "run_name=${seed}"]
-            launcher = LocalLauncher()
-            launcher.program = "light"
-            launcher.config = loader.load_configuration("light", words, RunMode.MULTIRUN)
-            launcher.hydra_context = HydraContext(loader, None)  # pyright: ignore[reportArgumentType]
-            return launcher.launch([["run_name=${seed}", f"seed={n}"] for n in seeds], 0)
-
-    return launch
-
-
 def test_sweepers_get_the_scores(start, launched):
     end(start("seed=3"))  # one that is there already, and one that is not
     returned = launched(3, 4)
@@ -293,66 +182,6 @@ def test_a_second_ctrl_c_kills(start, run):
     assert not run(1).starts
 
 
-def test_a_launcher_that_is_killed_leaves_its_job_to_the_next(start, run):
-    """It lives on, and counts as the one job that may run at a time."""
-    command = ["seed=0,1", "steps=10"]
-    sweep = start(*command)
-    until(lambda: run(0).steps)
-    with stopped(run(0).starts[0]["pid"]) as pid:
-        sweep.kill()
-        sweep.wait()
-        again = start(*command)
-        read_until(again, f"#0 seed=0: runs already, process {pid} on ")
-        time.sleep(1)
-        assert not run(1).starts
-    assert "#0 seed=0: finished elsewhere" in end(again)
-    assert [len(run(n).starts) for n in (0, 1)] == [1, 1]
-    assert all(run(n).steps == list(range(10)) for n in (0, 1))
-
-
-def test_a_job_that_lives_keeps_its_gpus(start, run):
-    """The next launcher gives its other jobs the other GPUs."""
-    command = ["launcher=local_parallel", "hydra.launcher.n_jobs=2", "hydra.launcher.gpus=[0,1]"]
-    sweep = start(*command, "seed=0", "steps=1000")
-    until(lambda: run(0).steps)
-    with stopped(run(0).starts[0]["pid"]) as pid:
-        sweep.kill()
-        sweep.wait()
-        again = start(*command, "seed=0,1,2", "steps=1")
-        until(lambda: run(1).done and run(2).done)
-        assert [run(n).starts[0]["gpus"] for n in (0, 1, 2)] == ["0", "1", "1"]
-        os.kill(pid, signal.SIGKILL)
-    end(again)
-    assert run(0).done
-
-
-def test_whoever_loses_the_race_for_a_directory_waits(launched, run, tmp_path, monkeypatch):
-    """Another process takes the lock when the launcher has looked already."""
-    run(3).path.mkdir(parents=True)
-    holder = os.fork()
-    if holder == 0:
-        lock.take(run(3).path)
-        time.sleep(60)
-        os._exit(0)
-    until(lambda: lock.holder(run(3).path))
-    looks = iter([None, None])  # before it freezes the job, and before it starts it
-    ask = lock.holder
-    monkeypatch.setattr(lock, "holder", lambda folder: next(looks, None) or ask(folder))
-
-    def let_go() -> None:
-        until(lambda: run(3).starts)
-        time.sleep(3)  # longer than the job waits for the lock
-        os.kill(holder, signal.SIGKILL)
-        os.waitpid(holder, 0)
-
-    letting_go = threading.Thread(target=let_go)
-    letting_go.start()
-    (returned,) = launched(3)
-    letting_go.join()
-    assert returned.return_value == 3.0
-    assert len(run(3).starts) == 2
-
-
 @pytest.mark.parametrize(
     ("environment", "rank", "code"),
     [
@@ -392,24 +221,6 @@ def test_a_run_that_is_told_to_go_while_it_starts_goes(tmp_path):
 
 
 # The program itself
-
-
-def test_a_training_outlives_its_launcher_and_the_next_takes_its_result(tiny, tmp_path):
-    command = [sys.executable, "-m", "experiments.start", "-m", *tiny, "logger=csv", "test=false"]
-    command += ["run_name=only", "paths.runs=runs"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    folder = tmp_path / "runs" / "vniah_d_tiny" / "only"
-    first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
-    until(lambda: lock.holder(folder))
-    with stopped((lock.holder(folder) or {})["pid"]) as pid:
-        first.kill()
-        first.wait()
-        again = subprocess.Popen(command, cwd=tmp_path, env=environment, **output)
-        read_until(again, f"runs already, process {pid} on ")
-    assert "finished elsewhere" in end(again)
-    assert json.loads((folder / "status.json").read_text())["starts"] == 1
-    assert json.loads((folder / "done.json").read_text())["steps"] == 12
 
 
 @pytest.mark.slow

@@ -55,8 +55,8 @@ def freeze(folder: Path, *words: str) -> Path:
     return folder
 
 
-@pytest.fixture
-def hold():
+@pytest.fixture(name="hold")
+def hold_fixture():
     """`hold(folder)`: another process holds its lock, as one that trains there does."""
     holders = []
 

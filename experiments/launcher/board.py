@@ -160,7 +160,9 @@ class Board:
     def _table(self) -> Table:
         assert self._live is not None
         rows, hidden = choose_rows(list(self.rows.values()), self._live.console.height - 5)
-        table = Table("job", "state", box=None, pad_edge=False, header_style="bold")
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("job", overflow="ellipsis", no_wrap=True, max_width=60)
+        table.add_column("state", no_wrap=True)
         for name in ("step", "loss", "time left"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("", overflow="ellipsis", no_wrap=True, style="dim")

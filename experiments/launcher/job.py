@@ -41,7 +41,7 @@ class Job:
     @property
     def words(self) -> list[str]:
         """What was typed for this job, without the options of Hydra and the launcher."""
-        words: Any = OmegaConf.to_container(self.config.hydra.overrides.task)
+        words = self.config.hydra.overrides.task
         return [word for word in words if not word.startswith("launcher=")]
 
     def plain(self, node: Any) -> Any:

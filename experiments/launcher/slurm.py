@@ -10,8 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from experiments import lock
 from experiments.cluster import leave_on_signals
 from experiments.launcher.base import ProcessLauncher
+from experiments.launcher.board import Board
 from experiments.launcher.job import Job, arguments
 
 logger = logging.getLogger(__name__)
@@ -73,13 +75,16 @@ class SlurmLauncher(ProcessLauncher):
         ids = {job: number for job, number in ids.items() if not states.get(number, _GONE).ended}
         for job in ids:
             logger.info("%s: attached", job.name)
-        ids |= self._submit([job for job in jobs if job not in ids])
-        for job in jobs:
-            logger.info("%s: job %s, %s", job.name, ids[job], job.folder)
+        left = [job for job in jobs if job not in ids]
+        held = {job: about for job in left if (about := lock.holder(job.folder)) is not None}
+        failed = {job: f"in use by {lock.describe(about)}" for job, about in held.items()}
+        ids |= self._submit([job for job in left if job not in held])
+        for job, number in ids.items():
+            logger.info("%s: job %s, %s", job.name, number, job.folder)
         if not self.wait:
-            return {}
+            return failed
         try:
-            return self._wait(ids)
+            return failed | self._wait(ids)
         except KeyboardInterrupt:
             logger.warning("the jobs live on (scancel ends them): the same command waits again")
             sys.exit(130)
@@ -130,20 +135,28 @@ class SlurmLauncher(ProcessLauncher):
         failed: dict[Job, str] = {}
         seen: dict[Job, State] = {}
         left = dict(ids)
-        while left:
-            states = self._read_patiently()
-            for job, number in list(left.items()):
-                now, before = states.get(number, _GONE), seen.get(job)
-                if now != before:
-                    seen[job] = now
-                    logger.info("%s: job %s is %s", job.name, number, now)
-                elif now.ended:  # seen twice, for one that is queued again may be away a moment
-                    del left[job]
-                    done = (job.folder / "done.json").is_file()
-                    if now.name not in ("COMPLETED", "gone") or not done:
-                        failed[job] = f"job {number} is {now}, see {self._folder / number}_*"
-            time.sleep(self.poll_s if left else 0)
+        with Board(list(ids)) as board:
+            while left:
+                states = self._read_patiently()
+                for job, number in list(left.items()):
+                    now, before = states.get(number, _GONE), seen.get(job)
+                    if now != before:
+                        seen[job] = now
+                        logger.info("%s: job %s is %s", job.name, number, now)
+                        board.set(job, "running" if now.name == "RUNNING" else str(now).lower())
+                    elif now.ended:  # seen twice: one that is queued again may be away a moment
+                        del left[job]
+                        if why := self._why_failed(job, number, now):
+                            failed[job] = why
+                        board.set(job, "failed" if why else "finished", why or "")
+                board.refresh()
+                time.sleep(self.poll_s if left else 0)
         return failed
+
+    def _why_failed(self, job: Job, number: str, ended: State) -> str | None:
+        if ended.name in ("COMPLETED", "gone") and (job.folder / "done.json").is_file():
+            return None
+        return f"job {number} is {ended}, see {self._folder / number}_*"
 
     def _read_patiently(self) -> dict[str, State]:
         while True:

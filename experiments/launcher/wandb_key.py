@@ -40,8 +40,8 @@ def check_key(jobs: list[Job]) -> None:
     why = next((line[5:] for line in asked.stderr.splitlines() if line.startswith("why: ")), None)
     if asked.returncode == 3 or why:
         raise ValueError(
-            f"W&B has no key ({why or 'neither WANDB_API_KEY nor a login'}), and no job can ask for "
-            "one: set WANDB_API_KEY or call wandb login, or keep the runs here with "
+            f"W&B has no key ({why or 'neither WANDB_API_KEY nor a login'}), and no job can ask "
+            "for one: set WANDB_API_KEY or call wandb login, or keep the runs here with "
             "WANDB_MODE=offline"
         )
 
