@@ -165,8 +165,8 @@ def test_frames_are_those_of_ffmpegs_own_filters():
             expected.append(graph.pull().to_ndarray())
     read = FrameReader(24, UniformSampler(12)).video(data).permute(0, 2, 3, 1).numpy()
     differences = np.abs(read.astype(int) - np.stack(expected))
-    assert differences.mean() < 1.5  # they place the chroma of edges differently
-    assert differences[:, 1:-1:4, 1:-1:4].max() <= 3  # in the middle of a patch
+    assert differences.mean() < 3  # they place the chroma of edges differently
+    assert differences[:, 1::4, 1::3].max() <= 3  # in the middle of a patch
 
 
 def test_images_are_those_of_pillow():
