@@ -70,19 +70,25 @@ def open_video(
 
 
 def _best_stream(container: InputContainer) -> VideoStream:
-    """FFmpeg's choice, which prefers the longer and better of two; a cover picture is no video."""
-    films = [
+    """The film among the video tracks: neither a cover picture nor a thumbnail beside it.
+
+    FFmpeg's choice among those that are as long as the longest: it prefers the default track, then
+    the better one.
+    """
+    tracks = [
         stream
         for stream in container.streams.video
         if not stream.disposition & av.stream.Disposition.attached_pic
     ]
-    if not films:
+    if not tracks:
         raise BadSampleError("not_a_video", "no video in it, or a cover picture only")
-    known = [stream for stream in films if stream.codec_context is not None]
-    if not known:
+    tracks = [stream for stream in tracks if stream.codec_context is not None]
+    if not tracks:
         raise BadSampleError("video_unreadable", "a codec that is not known")
+    seconds = [float((stream.duration or 0) * (stream.time_base or 0)) for stream in tracks]
+    films = [s for s, length in zip(tracks, seconds, strict=True) if length >= 0.5 * max(seconds)]
     best = container.streams.best("video")
-    return best if best in known else known[0]
+    return best if best in films else films[0]
 
 
 def check_memory(codec: VideoCodecContext, width: int, height: int, bits: int) -> None:
@@ -114,7 +120,6 @@ def _as_bad_video(data: bytes) -> Iterator[None]:
         if is_image(data):
             raise BadSampleError("not_a_video", f"it is {kind_of(data)}") from None
         text = getattr(error, "strerror", None) or str(error)
-        kind = kind_of(data)
-        raise BadSampleError(
-            "video_unreadable", f"it is {kind}: {text}" if kind else text
-        ) from None
+        if kind := kind_of(data):
+            text = f"it begins as {kind}: {text}"
+        raise BadSampleError("video_unreadable", text) from None

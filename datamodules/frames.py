@@ -25,7 +25,7 @@ from torch import Tensor
 from datamodules.batch import BadSampleError, Tiles
 from datamodules.images import MAX_PIXELS, open_image
 from datamodules.tiles import check_grids, cut_tiles
-from datamodules.videos import check_work, decode_wanted, scan_packets, turn_of
+from datamodules.videos import AREA, check_work, decode_wanted, scan_packets, turn_of
 
 VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "gif"})
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -160,9 +160,7 @@ class FrameReader:
         shown = (frame.width, frame.height) if turn.exchanged else (frame.height, frame.width)
         size = self._size(*shown)
         height, width = size[::-1] if turn.exchanged else size
-        small = scaler.reformat(
-            frame, width, height, "rgb24", interpolation="AREA", **_one_thread()
-        )
+        small = scaler.reformat(frame, width, height, "rgb24", interpolation=AREA, **_one_thread())
         return np.ascontiguousarray(turn(small.to_ndarray()))
 
 

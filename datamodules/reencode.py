@@ -14,12 +14,13 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from datamodules.batch import BadSampleError
 from datamodules.images import open_image
-from datamodules.videos import every_frame, scan_packets, turn_of
+from datamodules.videos import AREA, every_frame, scan_packets, turn_of
 
 #: Of a video that comes as a folder of frames; LLaVA-Hound's are taken at this rate.
 FOLDER_FPS = 2
 
 _UNIT = Fraction(1, 90_000)  # of times, in seconds
+_PRECISE = AREA | 0x4000 | 0x40000  # SWS_FULL_CHR_H_INP, SWS_ACCURATE_RND
 _MATRIX = 1  # BT.709, in FFmpeg's AVColorSpace
 
 Span = tuple[float, float]  # first and last second
@@ -118,11 +119,11 @@ def _as_bt709(frame: VideoFrame, width: int, height: int) -> VideoFrame:
     turn = turn_of(frame)
     if turn.exchanged:
         width, height = height, width
-    small = frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray()
+    small = frame.reformat(width, height, "rgb24", interpolation=AREA).to_ndarray()
     shown = VideoFrame.from_ndarray(np.ascontiguousarray(turn(small)), format="rgb24")
     return shown.reformat(
         format="yuv420p",
-        interpolation="AREA",
+        interpolation=_PRECISE,
         dst_colorspace=Colorspace.ITU709,
         dst_color_range=ColorRange.MPEG,
     )

@@ -40,6 +40,11 @@ _MARKS_UNREFERENCED = frozenset({"h264", "mpeg1video", "mpeg2video", "mpeg4"})
 
 _NO_TIME = -(1 << 63)
 
+#: How frames are resized and converted, as flags of FFmpeg's swscale: the mean of the pixels that
+#: become one (SWS_AREA), and a colour of its own for every pixel (SWS_FULL_CHR_H_INT). Without the
+#: latter two neighbours share one, and all channels are two levels too dark.
+AREA = 0x20 | 0x2000
+
 
 @dataclass(frozen=True)
 class Packets:
@@ -107,8 +112,10 @@ def scan_packets(data: bytes, max_pixels: int = MAX_PIXELS) -> Packets:
         packets = _in_order(shown, np.array(dts), np.array(keys, dtype=bool), stream)
         last = lasts[int(shown.argmax())] * float(stream.time_base or 1)
         packets = replace(packets, last=last)
-        if cut or missing_bytes(data):
-            _check_whole(container, stream, len(pts) + hidden, packets, cut)
+        if missing_bytes(data):
+            _check_whole(container, stream, len(pts) + hidden, packets)
+        elif cut:  # all that other formats show of an early end
+            raise BadSampleError("video_truncated", f"the last of {len(pts)} frames is cut")
         return packets
 
 
@@ -133,14 +140,14 @@ def _in_order(pts: np.ndarray, dts: np.ndarray, keys: np.ndarray, stream: VideoS
 
 
 def _check_whole(
-    container: InputContainer, stream: VideoStream, frames: int, packets: Packets, cut: bool
+    container: InputContainer, stream: VideoStream, frames: int, packets: Packets
 ) -> None:
     """Refuses a file that ends too early, where a tenth or more of its frames is missing.
 
     A last frame may stay for long, and an edit list may hide frames: they are no loss.
     """
     declared, unit = stream.frames, float(stream.time_base or 1)
-    if cut or frames < 0.9 * declared:
+    if frames < 0.9 * declared:
         raise BadSampleError("video_truncated", f"{frames} of {declared} frames")
     seconds = packets.times[-1] - packets.times[0] + packets.last
     whole = stream.duration * unit if stream.duration else (container.duration or 0) / av.time_base
@@ -233,7 +240,7 @@ def _decoded(
             frames = enumerate(_frames_of(container, stream, needed))
         while jumped or at < stamp:
             number, frame = next(frames, (-1, None))
-            if frame is None and needed is not None:
+            if frame is None and way != _WAYS[-1]:
                 raise _InexactError
             if frame is None:
                 raise BadSampleError("video_truncated", f"it ends before frame {target}")

@@ -1,7 +1,6 @@
 """Frames: which are chosen, that jumps change nothing, and what is refused."""
 
 import io
-import resource
 import struct
 import zlib
 
@@ -199,13 +198,3 @@ def test_metadata_that_cannot_be_read_cost_no_picture():
     assert (old == reader.video(data)).all()
     noisy = jpeg(exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xa5" * 99)
     assert (reader.image(noisy) == reader.image(jpeg())).all()
-
-
-def test_the_memory_limit_ends_with_the_visual():
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    reader = FrameReader(16, UniformSampler(4))
-    reader.video(ramp_video(12))
-    for data in (b"no video", ramp_video(30)[:900]):
-        assert reason_of(reader.video, data) == "video_unreadable"
-    reader.image(jpeg())
-    assert resource.getrlimit(resource.RLIMIT_DATA) == before

@@ -1,0 +1,61 @@
+"""Reading frames of videos as they are published: frames that nobody wants are not decoded.
+
+Clips of x264's defaults, two of three of whose frames no other frame refers to. The baseline
+decodes every frame on the way to the next one that is wanted, and jumps to keyframes in the same
+way.
+"""
+
+import io
+from unittest.mock import patch
+
+import av
+import numpy as np
+import torch
+from harness import Row, compare, table
+
+from datamodules import videos
+from datamodules.frames import FrameReader, UniformSampler
+from datamodules.synthetic import draw_frames
+
+CLIPS, SECONDS, RATE, WIDTH, HEIGHT = 3, 8, 30, 640, 360
+
+
+def run() -> list[Row]:
+    clips = [encode(seed) for seed in range(CLIPS)]
+    return [row(clips, count) for count in (8, 32)]
+
+
+def encode(seed: int) -> bytes:
+    """A moving square over noise that drifts, with x264's own settings."""
+    shift = torch.Generator().manual_seed(seed)
+    ground = torch.randint(0, 60, (HEIGHT, WIDTH, 3), generator=shift, dtype=torch.uint8)
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.options = {"threads": "1"}
+        for n, picture in enumerate(draw_frames(seed, SECONDS * RATE, HEIGHT)[0]):
+            pixels = torch.from_numpy(np.array(picture.resize((WIDTH, HEIGHT))))
+            pixels = pixels // 2 + ground.roll(n, 1)
+            frame = av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return file.getvalue()
+
+
+def row(clips: list[bytes], count: int) -> Row:
+    reader = FrameReader(336, UniformSampler(count))
+
+    def ours() -> list[torch.Tensor]:
+        return [reader.video(clip) for clip in clips]
+
+    def everything() -> list[torch.Tensor]:
+        with patch.object(videos, "_MARKS_UNREFERENCED", frozenset()):
+            return ours()
+
+    name = f"{count} frames of {SECONDS} s, B-frames that nobody wants"
+    return compare(name, ours, everything, at_least=1.1, tolerance=0.0)
+
+
+if __name__ == "__main__":
+    print(table(run()))

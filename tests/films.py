@@ -1,0 +1,154 @@
+"""Small videos of any codec, container, timing, colour and orientation, made with PyAV."""
+
+import io
+import struct
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+
+
+def noise(count: int, width: int = 64, height: int = 48, seed: int = 0) -> list[np.ndarray]:
+    """RGB pictures in which every frame differs from every other, in smooth patches."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (count, height // 16, width // 16, 3), dtype=np.uint8)
+    return list(small.repeat(16, axis=1).repeat(16, axis=2))
+
+
+def film(
+    pictures: Sequence[np.ndarray],
+    container: str = "mp4",
+    codec: str = "libx264",
+    pixels: str = "yuv420p",
+    rate: Fraction | int = 10,
+    seconds: Sequence[float] | None = None,
+    last: float | None = None,
+    muxer: dict[str, str] | None = None,
+    **options: Any,
+) -> bytes:
+    """A video file.
+
+    Args:
+        seconds: when each picture is shown; by `rate` otherwise.
+        last: seconds for which the last one stays.
+        options: of the encoder.
+    """
+    file = io.BytesIO()
+    with av.open(file, "w", format=container, options=muxer or {}) as out:
+        stream = out.add_stream(codec, rate=rate)
+        stream.pix_fmt = pixels
+        stream.options = {"threads": "1", **{key: str(value) for key, value in options.items()}}
+        if seconds is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        stream.height, stream.width = pictures[0].shape[:2]
+        packets = []
+        for number, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)
+            if seconds is not None:
+                frame.pts, frame.time_base = round(1000 * seconds[number]), Fraction(1, 1000)
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        if last is not None:
+            shown_last = max(packets, key=lambda packet: packet.pts)
+            shown_last.duration = round(last / shown_last.time_base)
+        out.mux(packets)
+    return file.getvalue()
+
+
+def copied(
+    data: bytes, container: str = "mp4", shift: float = 0.0, muxer: dict[str, str] | None = None
+) -> bytes:
+    """The same packets in another file, `shift` seconds later, as `ffmpeg -c copy` does it."""
+    file = io.BytesIO()
+    with (
+        av.open(io.BytesIO(data), "r") as source,
+        av.open(file, "w", format=container, options=muxer or {}) as out,
+    ):
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is None:
+                continue
+            ticks = round(shift / packet.time_base)
+            packet.pts, packet.dts = (packet.pts or 0) + ticks, packet.dts + ticks
+            packet.stream = stream
+            out.mux(packet)
+    return file.getvalue()
+
+
+def with_tracks(*pictures: tuple[Sequence[np.ndarray], str], container: str = "mp4") -> bytes:
+    """Several video tracks of one file; (its pictures, its codec) of each."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as out:
+        streams = []
+        for track, codec in pictures:
+            stream = out.add_stream(codec, rate=10)
+            stream.height, stream.width = track[0].shape[:2]
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            streams.append(stream)
+        for stream, (track, _) in zip(streams, pictures, strict=True):
+            for picture in track:
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                out.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
+            out.mux(stream.encode())
+    return file.getvalue()
+
+
+def plain(
+    rgb_to_yuv: tuple[float, float],
+    color: Sequence[int],
+    full: bool,
+    bits: int,
+    tags: dict[str, int],
+    size: tuple[int, int] = (64, 48),
+    frames: int = 12,
+) -> bytes:
+    """A film of one colour, whose Y, Cb and Cr are worked out here.
+
+    Args:
+        rgb_to_yuv: Kr and Kb of the matrix.
+        full: whether Y goes from 0 to the largest number; if not, from 16 / 256 of it to 235 / 256.
+        tags: what the file says about it: colorspace, color_range as FFmpeg numbers them.
+    """
+    kr, kb = rgb_to_yuv
+    red, green, blue = (value / 255 for value in color)
+    y = kr * red + (1 - kr - kb) * green + kb * blue
+    cb, cr = (blue - y) / (2 - 2 * kb), (red - y) / (2 - 2 * kr)
+    scale, most = 1 << bits - 8, (1 << bits) - 1
+    if full:
+        values = [y * most, cb * most + 128 * scale, cr * most + 128 * scale]
+    else:
+        values = [(16 + 219 * y) * scale, (128 + 224 * cb) * scale, (128 + 224 * cr) * scale]
+    width, height = size
+    kind = np.uint8 if bits == 8 else np.dtype("<u2")
+    planes = [np.full((height, width), round(values[0]), kind)]
+    planes += [np.full((height // 2, width // 2), round(value), kind) for value in values[1:]]
+    pixels = "yuv420p" if bits == 8 else f"yuv420p{bits}le"
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        stream.options = {"crf": "1", "threads": "1"}
+        for name, value in tags.items():
+            setattr(stream.codec_context, name, value)
+        for _ in range(frames):
+            frame = av.VideoFrame(width, height, pixels)
+            for plane, content in zip(frame.planes, planes, strict=True):
+                row = content.tobytes()[: content.shape[1] * content.itemsize]
+                plane.update(row.ljust(plane.line_size, b"\0") * plane.height)
+            for name, value in tags.items():
+                setattr(frame, name, value)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return file.getvalue()
+
+
+def turned(data: bytes, a: int, b: int, c: int, d: int) -> bytes:
+    """An MP4 whose track header holds this display matrix: column x and row y of a picture are
+    shown at (a x + c y, b x + d y)."""
+    changed = bytearray(data)
+    at = data.index(b"tkhd") + 4 + 40  # behind version, times, layer and volume
+    one = 1 << 16
+    struct.pack_into(">9i", changed, at, a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+    return bytes(changed)
