@@ -166,7 +166,7 @@ def data_uri(svg: str) -> str:
 
 def table_cell(text: object) -> str:
     """Text that cannot break out of a line or a cell of a Markdown table, nor become a link."""
-    safe = re.sub(r"([|`\[\]\\])", r"\\\1", str(text)).replace("<", "&lt;")
+    safe = re.sub(r"([|`\\])", r"\\\1", str(text)).replace("](", "]\\(").replace("<", "&lt;")
     return " ".join(safe.split())
 
 

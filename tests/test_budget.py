@@ -191,6 +191,17 @@ def test_samples_are_counted_where_batches_differ(source):
         assert fresh.samples_before(epoch, done) == order.samples_before(epoch, done) == expected
 
 
+def test_samples_of_epochs_that_are_cut_short_are_counted(source):
+    """`trainer.limit_train_batches` ends each epoch after its first batches."""
+    _, order = source
+    counts = [len(b) for epoch in range(3) for b in list(batches_of(order, at=(epoch, 0)))[:7]]
+    short = BudgetOrder(order._epochs, order._tokens, BUDGET, MOST, PER_STEP)
+    short.trained = 7
+    for epoch, done in ((2, 5), (0, 3), (1, 0), (2, 7)):
+        expected = sum(counts[: 7 * epoch + done])
+        assert short.samples_before(epoch, done) == expected
+
+
 def test_an_epoch_of_fewer_batches_is_filled_up():
     cuts = np.array([0, 1, 6, 9, 12])
     assert halve(cuts, 4).tolist() == cuts.tolist()
