@@ -43,6 +43,7 @@ def main(config: DictConfig) -> float | None:
     checkpoint = folder.checkpoint
     module.resumed = checkpoint is not None
     module.check()
+    module.check_optimizer()
 
     # 3. The data
     datamodule = build(config.data, "data")

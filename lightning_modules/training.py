@@ -105,13 +105,20 @@ class TrainingModule(LightningModule, Generic[Network]):
         Raises:
             ValueError: names the stage and what to change. A stage with a `source` is left out.
         """
-        try_optimizer(self._make_optimizer, self._make_scheduler, self.tuning.groups)
         if not any(spec.get("source") for spec in self.spec.values()):
             with torch.device("meta"):
                 network = self.build()
                 self.tuning.prepare(network)
             if self.init is not None and not self.resumed:
                 self.init.match(network)
+
+    def check_optimizer(self) -> None:
+        """Finds mistakes in the optimizer, its groups and the schedule before anything is read.
+
+        Raises:
+            ValueError: names the key.
+        """
+        try_optimizer(self._make_optimizer, self._make_scheduler, self.tuning.groups)
 
     def on_fit_start(self) -> None:
         """

@@ -233,6 +233,29 @@ def test_a_place_that_cannot_be_written_is_one_line(run, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_an_evaluation_writes_over_no_training_and_no_other_evaluation(
+    finished, compose, tiny, tmp_path
+):
+    def claim(folder: Path, *words: str) -> None:
+        config = compose([*tiny, f"run={finished}", *words], folder, "evaluate")
+        rundir.RunDirectory(config).claim()
+
+    before = contents(finished)
+    for words in ([], ["resume=false"]):
+        with pytest.raises(ValueError, match="holds a training, which this evaluation must not"):
+            claim(finished, *words)
+    assert contents(finished) == before
+
+    out = tmp_path / "out"
+    claim(out)
+    (out / "needle.json").write_text("{}")
+    claim(out)
+    with pytest.raises(ValueError, match=r"evaluated with data.grid.needles=6, this run has 3"):
+        claim(out, "data.grid.needles=3")
+    with pytest.raises(ValueError, match=r"evaluated with run="):
+        claim(out, "run=other")
+
+
 # Copies
 
 
