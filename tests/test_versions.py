@@ -106,7 +106,8 @@ def installed(tmp_path) -> Path:
     (tmp_path / "bin").mkdir()
     for name in ("python", "uv"):
         (tmp_path / "bin" / name).touch()
-    (tmp_path / ".installed-locked").touch()
+    for name in ("newest.txt", "lowest.txt", ".installed-locked"):
+        (tmp_path / name).touch()
     return tmp_path
 
 
@@ -115,7 +116,8 @@ def test_install_is_done_once(installed):
 
 
 @pytest.mark.parametrize(
-    "changed", [["-W", "constraints.txt"], ["-W", "pyproject.toml"], ["VERSIONS=newest"]]
+    "changed",
+    [["-W", "constraints.txt"], ["-W", "pyproject.toml"], ["VERSIONS=newest"], ["VERSIONS=lowest"]],
 )
 def test_install_again_where_versions_changed(installed, changed):
     assert make("-q", *changed, "install", venv=installed).returncode == 1
