@@ -51,8 +51,9 @@ class Row:
     def look(self) -> None:
         """Reads the job's last sign of life. One of an earlier start counts for nothing."""
         status = _read(self.job.folder / "status.json")
-        numbers = [status.get(name) for name in ("time", "step")]
-        if all(isinstance(number, (int, float)) for number in numbers) and numbers[0] >= self.since:
+        if not all(isinstance(status.get(name), (int, float)) for name in ("time", "step")):
+            return
+        if status["time"] >= self.since:
             self.status = status
             if self.first is None and status.get("state") == "training":
                 self.first = status["time"], status["step"]
@@ -61,7 +62,7 @@ class Row:
     def label(self) -> str:
         if self.state != "running":
             return self.state
-        said = (self.status or {}).get("state", "starting")
+        said = str((self.status or {}).get("state", "starting"))
         return _AFTER_TRAINING.get(said, said)
 
     @property

@@ -111,7 +111,7 @@ def _describe_former(job: Job) -> str:
     from lightning_modules.weights import read_checkpoint
 
     config = OmegaConf.create(job.plain(job.task))
-    assert OmegaConf.is_dict(config)
+    assert isinstance(config, DictConfig)
     try:
         directory = RunDirectory(config, hold=False)
         if directory.finished():
