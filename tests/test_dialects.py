@@ -34,6 +34,13 @@ READ = {
         {"messages": messages("<video>\nWhat is it?", "A card."), "videos": ["a.mp4"]}, ASKED),
     "swift without a slot": (
         {"messages": messages("What is it?", "A card."), "videos": ["a.mp4"]}, ASKED),
+    "a word of a slot in an answer": (
+        {"messages": messages("What is it?", "A <video> tag."), "videos": ["a.mp4"]},
+        turns("<video>\nWhat is it?", "A <video> tag.")),
+    "system before a question without a slot": (
+        {"messages": [{"role": "system", "content": "Be kind."},
+                      *messages("What is it?", "A card.")], "videos": ["a.mp4"]},
+        [{"from": "system", "value": "Be kind."}, *ASKED]),
     "swift, both kinds": (
         {"messages": messages("<image>\n<video>\nSame?", "Yes."), "images": ["b.jpg"],
          "videos": ["a.mp4"]}, BOTH),
@@ -169,6 +176,11 @@ def test_what_is_not_plain_names_its_field(entry, words):
 )
 def test_facts_about_a_visual_are_no_visual(extra):
     entry = {"conversations": ASKED, "video": "a.mp4", **extra}
+    assert to_conversation(entry) == entry
+
+
+def test_the_name_of_an_entry_is_no_visual():
+    entry = {"id": "coco/1.jpg", "sample_id": "2.mp4", "source": "a.mp4", **TALK}
     assert to_conversation(entry) == entry
 
 
