@@ -22,6 +22,8 @@ class MakeFolder(Callback):
         _make(config, "run", "hydra.run.dir=…, or another folder for all runs with paths.runs=…")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.hydra.sweeper._target_.endswith(".ListingSweeper"):
+            return  # a dry run writes nothing
         _make(
             config, "sweep", "hydra.sweep.dir=…, or another folder for all runs with paths.runs=…"
         )

@@ -26,7 +26,9 @@ _STRING = re.compile(r"[A-Za-z][A-Za-z0-9.+-]*")
 _HASHED = re.compile(rf"-[0-9a-f]{{{_HASH_LENGTH}}}$")
 
 
-def name_run(rotary: str, seed: int, settings: Mapping[str, Any], groups: Collection[str]) -> str:
+def name_run(
+    rotary: str | None, seed: int, settings: Mapping[str, Any], groups: Collection[str]
+) -> str:
     """Returns the name of the run directory: `videorope-seed0-pooler_average-optim.lr_0.002`.
 
     It depends on values alone, not on how or in which order they were typed. Two settings never
@@ -36,13 +38,16 @@ def name_run(rotary: str, seed: int, settings: Mapping[str, Any], groups: Collec
     value behind the last.
 
     Args:
+        rotary: its option; a run without a scheme has none, and begins with its seed.
         settings: value by overridden key, or option by group.
         groups: all config groups.
     """
     words = [_word(key, value, groups) for key, value in sorted(settings.items())]
     unique = all(reads_back for _, reads_back in words)
-    unique = unique and _OPTION.fullmatch(rotary) is not None and isinstance(seed, int)
-    name = "-".join([rotary, f"seed{show_value(seed)}", *(word for word, _ in words)])
+    unique = unique and isinstance(seed, int)
+    unique = unique and (rotary is None or _OPTION.fullmatch(rotary) is not None)
+    parts = [*([rotary] if rotary else []), f"seed{show_value(seed)}", *(word for word, _ in words)]
+    name = "-".join(parts)
     name = re.sub(r"[^\w.+-]+", "_", name, flags=re.ASCII).strip("_")
     if unique and len(name) <= _LONGEST_NAME and not _HASHED.search(name):
         return name
@@ -64,7 +69,7 @@ def _word(key: str, value: Any, groups: Collection[str]) -> tuple[str, bool]:
     return word, _KEY.fullmatch(key) is not None and not like_a_group and bool(number or text)
 
 
-def _name_this_run(rotary: str, seed: int, *, _root_: DictConfig) -> str:
+def _name_this_run(rotary: str | None, seed: int, *, _root_: DictConfig) -> str:
     """The name of the run that Hydra composes or runs now."""
     hydra = HydraConfig.get()
     unnamed = hydra.job.config.override_dirname.exclude_keys

@@ -39,7 +39,7 @@ def resolve(path: Any, kind: type = object) -> type:
     return found
 
 
-def build(spec: Mapping[str, Any], kind: type = nn.Module) -> Any:
+def build(spec: Mapping[str, Any], kind: type = object) -> Any:
     """Calls the class under `_target_` with the other keys, nested specs built first.
 
     Args:
@@ -52,7 +52,9 @@ def build(spec: Mapping[str, Any], kind: type = nn.Module) -> Any:
         raise ValueError(f"a stage spec needs a `_target_`, this one has only {sorted(spec)}")
     cls = resolve(spec["_target_"], kind)
     arguments = {
-        key: build(value) if isinstance(value, Mapping) and "_target_" in value else value
+        key: build(value, nn.Module)
+        if isinstance(value, Mapping) and "_target_" in value
+        else value
         for key, value in spec.items()
         if key != "_target_"
     }

@@ -85,8 +85,16 @@ def test_a_row_without_a_visual_is_refused(clip):
 
 
 def test_only_clip_has_a_context_to_train():
+    vision = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"intermediate_size": 48, "image_size": 32, "patch_size": 8}
+    spec = {
+        "_target_": "lightning_modules.encoder.siglip.SiglipEncoder",
+        "config": {"vision": vision},
+    }
+    with pytest.raises(ValueError, match=r"^model\.encoder is Siglip.*encoder=clip_large_336"):
+        ContrastiveClip(spec, 0.01)
     spec = {"_target_": "lightning_modules.rotary.tad.TadRope"}
-    with pytest.raises(ValueError, match=r"^model\.encoder is TadRope, .*encoder=clip_large_336"):
+    with pytest.raises(ValueError, match=r"TadRope' refused: it is no Encoder"):
         ContrastiveClip(spec, 0.01)
 
 

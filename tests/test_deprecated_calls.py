@@ -112,7 +112,9 @@ def test_generation(family, beams, logged):
     llm = make(family)
     embeds, positions = inputs(llm, 5)
     mask = torch.ones(2, 5, dtype=torch.bool)
-    ids = llm.generate(embeds, mask, positions, max_new_tokens=3, num_beams=beams, do_sample=False)
+    behind = positions[1:, :, -1] + 1
+    options = {"max_new_tokens": 3, "num_beams": beams, "do_sample": False}
+    ids = llm.generate(embeds, mask, positions, behind, **options)
     assert ids.shape[0] == 2
     assert not logged.deprecations()
 
@@ -139,5 +141,6 @@ def test_lora(family, logged):
     llm = network["llm"]
     embeds, positions = inputs(llm, 6)
     llm(embeds, None, positions).sum().backward()
-    llm.generate(embeds, torch.ones(2, 6).bool(), positions, max_new_tokens=2)
+    behind = positions[1:, :, -1] + 1
+    llm.generate(embeds, torch.ones(2, 6).bool(), positions, behind, max_new_tokens=2)
     assert not logged.deprecations()

@@ -89,12 +89,16 @@ def test_a_sweep_is_listed_with_what_would_become_of_each_job(
 ):
     runs = tmp_path / "runs" / "vniah_d_tiny"
 
-    words = ("seed=0", *tiny, *HERE)
-    finished = yaml.safe_load(OmegaConf.to_yaml(compose(words, runs / "s0"), resolve=True))
-    leave(runs / "s0", finished, done=True)
-    leave(runs / "s1", finished, step=7)
-    finished["model"]["llm"]["config"]["num_hidden_layers"] = 3
-    leave(runs / "s2", finished, step=7)
+    def made_with(seed: int) -> dict:
+        words = (f"seed={seed}", *tiny, *HERE)
+        config = compose(words, runs / f"s{seed}")
+        return yaml.safe_load(OmegaConf.to_yaml(config, resolve=True))
+
+    leave(runs / "s0", made_with(0), done=True)
+    leave(runs / "s1", made_with(1), step=7)
+    other = made_with(2)
+    other["model"]["llm"]["config"]["num_hidden_layers"] = 3
+    leave(runs / "s2", other, step=7)
     leave(runs / "s3", {})
     hold(runs / "s3")
     before = snapshot(tmp_path)

@@ -240,7 +240,8 @@ def test_and_these_are_not(path):
 
 def test_every_class_of_the_shipped_configs_may_be_replayed():
     launchers = {name for name in _configured() if name.startswith("hydra_plugins.")}
-    others = _configured() - launchers
+    # Hydra's own settings are not replayed, so its callback is not built.
+    others = _configured() - launchers - {"experiments.early.MakeFolder"}
     assert len(others) > 40
     assert {name: why for name in others if (why := refusal(name))} == {}
 
