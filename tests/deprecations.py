@@ -12,6 +12,7 @@ attributed to, but libraries often attribute a warning to the wrong frame:
 run before libraries are imported, because some of them keep a reference to `warnings.warn`.
 """
 
+import importlib
 import inspect
 import sys
 import warnings
@@ -98,7 +99,7 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _is_import_machinery(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith("<frozen importlib")
+    return frame.f_code.co_filename.startswith(("<frozen importlib", importlib.__file__))
 
 
 def _is_part(inner: FrameType, outer: FrameType) -> bool:

@@ -1,8 +1,10 @@
 """Whose fault a deprecation warning is, and that no call of ours makes one."""
 
 import ctypes
+import importlib
 import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -117,6 +119,19 @@ def test_a_library_that_deprecates_what_it_uses_itself(libraries):
     assert [warning.filename for warning in seen] == [old_library.__file__]
 
 
+@pytest.mark.parametrize("stacklevel", [1, 2])
+def test_an_import_is_a_call_of_the_one_who_imports(tmp_path, monkeypatch, stacklevel):
+    text = f"import warnings\nwarnings.warn('old', DeprecationWarning, stacklevel={stacklevel})\n"
+    (tmp_path / "old_module.py").write_text(text)
+    (tmp_path / "importer.py").write_text("import old_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DeprecationWarning, match="old"):
+        importlib.import_module("old_module")
+    with warnings.catch_warnings(record=True) as seen:
+        importlib.import_module("importer")
+    assert [Path(warning.filename).name for warning in seen] == ["importer.py"]
+
+
 def warn_from_c() -> None:
     """A deprecation warning of compiled code goes to the Python function that calls it."""
     warn = ctypes.pythonapi.PyErr_WarnEx
@@ -134,6 +149,12 @@ def test_other_warnings_stay_errors_wherever_they_come_from():
     exec("import warnings\ndef f(): warnings.warn('careful', UserWarning)", module.__dict__)
     with pytest.raises(UserWarning, match="careful"):
         module.f()
+
+
+def test_other_warnings_name_the_place_that_their_author_chose():
+    with pytest.warns(UserWarning, match="here") as seen:
+        warnings.warn("here", UserWarning)  # noqa: B028
+    assert seen[0].filename == __file__
 
 
 def test_one_exception_can_still_be_made():
