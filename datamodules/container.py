@@ -10,8 +10,10 @@ from contextlib import contextmanager, suppress
 from functools import cache
 
 import av
+from av import frame as av_frame
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
@@ -78,7 +80,7 @@ def _best_stream(container: InputContainer) -> VideoStream:
     tracks = [
         stream
         for stream in container.streams.video
-        if not stream.disposition & av.stream.Disposition.attached_pic
+        if not stream.disposition & Disposition.attached_pic
     ]
     if not tracks:
         raise BadSampleError("not_a_video", "no video in it, or a cover picture only")
@@ -88,7 +90,7 @@ def _best_stream(container: InputContainer) -> VideoStream:
     seconds = [float((stream.duration or 0) * (stream.time_base or 0)) for stream in tracks]
     films = [s for s, length in zip(tracks, seconds, strict=True) if length >= 0.5 * max(seconds)]
     best = container.streams.best("video")
-    return best if best in films else films[0]
+    return next((film for film in films if film == best), films[0])
 
 
 def check_memory(codec: VideoCodecContext, width: int, height: int, bits: int) -> None:
@@ -107,7 +109,7 @@ def _limit_blocks() -> None:
     it the claims that `check_claims` knows are still refused.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(av.frame.__file__).av_max_alloc(ctypes.c_size_t(_MAX_BLOCK))
+        ctypes.CDLL(av_frame.__file__).av_max_alloc(ctypes.c_size_t(_MAX_BLOCK))
 
 
 @contextmanager

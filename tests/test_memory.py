@@ -109,13 +109,14 @@ def compressed(data: bytes, claimed: int | None = None) -> bytes:
 
 
 def long_sound() -> bytes:
-    """Compressed sound of which a MOV counts more samples than there are bytes."""
+    """A MOV with compressed sound as QuickTime counts it: 64 samples, of one byte each by its
+    tables, in every 34 bytes. FFmpeg writes it in packets; here the tables are put right."""
     file = io.BytesIO()
     with av.open(file, "w", format="mov") as out:
         picture = out.add_stream("libx264", rate=10)
         picture.width, picture.height, picture.pix_fmt = 64, 48, "yuv420p"
         stream = out.add_stream("adpcm_ima_qt", rate=8000, layout="mono")
-        for content in noise(3):
+        for content in noise(12):
             out.mux(picture.encode(av.VideoFrame.from_ndarray(content, format="rgb24")))
         out.mux(picture.encode())
         for n in range(3000):
@@ -123,7 +124,16 @@ def long_sound() -> bytes:
             frame.sample_rate, frame.pts = 8000, 64 * n
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    return file.getvalue()
+    data = bytearray(file.getvalue())
+    struct.pack_into(">II", data, data.rindex(b"stsz") + 8, 1, 3000 * 64)
+    struct.pack_into(">II", data, data.rindex(b"stts") + 12, 3000 * 64, 1)
+    at = data.rindex(b"stsc") + 8
+    for n in range(int.from_bytes(data[at : at + 4], "big")):
+        place = at + 8 + 12 * n
+        (packets,) = struct.unpack_from(">I", data, place)
+        struct.pack_into(">I", data, place, packets * 64)
+    assert len(data) < 3000 * 64
+    return bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -144,16 +154,13 @@ def test_claims_of_samples_are_refused_before_they_cost_memory(make):
     assert grown < 16 << 20
 
 
-@pytest.mark.parametrize("make", [fragmented, lambda: compressed(film(noise(12))), long_sound])
+@pytest.mark.parametrize(
+    "make",
+    [fragmented, lambda: compressed(film(noise(12))), long_sound],
+    ids=["fragments", "compressed header", "compressed sound"],
+)
 def test_honest_files_of_these_kinds_are_read(make):
     assert READER.video(make()).shape[0] == 4
-
-
-def test_sound_may_have_more_samples_than_bytes():
-    data = long_sound()
-    at = data.rindex(b"stsz") + 12
-    assert max(int.from_bytes(data[at : at + 4], "big"), 3000 * 64) > len(data)
-    check_claims(data)
 
 
 def test_ffmpeg_reserves_no_block_that_is_too_large(monkeypatch):

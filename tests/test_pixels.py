@@ -203,6 +203,8 @@ def test_sixteen_bits_are_scaled():
     expected = np.arange(0, 256, 5)  # 1285 / 257
     grey = np.asarray(open_image(png_of(RAMP, 0)))
     assert (grey == expected[None, :, None]).all()
+    between = np.arange(0, 65535, 257)[None] + 150  # nearer to the next one of 8 bits
+    assert (np.asarray(open_image(png_of(between, 0)))[0, :, 0] == np.arange(1, 256)).all()
     color = np.stack([RAMP, RAMP[:, ::-1], np.full_like(RAMP, 32896)], axis=-1)
     read = np.asarray(open_image(png_of(color, 2))).astype(int)
     wanted = np.stack([expected, expected[::-1], np.full(52, 128)], axis=-1)

@@ -46,10 +46,11 @@ def pictures_of(pictures: Sequence[np.ndarray]) -> np.ndarray:
 # --- the last frame, and frames that are hidden ---------------------------------------------------
 
 
-def test_frames_before_the_cut_of_an_edit_list_are_no_loss():
-    """What `ffmpeg -ss 4 -i in.mp4 -c copy` leaves of six seconds without a keyframe in them."""
+@pytest.mark.parametrize("gop", [100, 15, 20])
+def test_frames_before_the_cut_of_an_edit_list_are_no_loss(gop):
+    """What `ffmpeg -ss 4 -i in.mp4 -c copy` leaves of six seconds, wherever keyframes lie."""
     pictures = noise(60)
-    cut = copied(film(pictures, g=100, sc_threshold=0), shift=-4.0)
+    cut = copied(film(pictures, g=gop, sc_threshold=0), shift=-4.0)
     with av.open(io.BytesIO(cut), "r") as container:
         assert container.streams.video[0].frames == 60  # the hidden ones are in the file
     assert len(frame_times(cut)) == count_frames(cut) == 20
@@ -104,6 +105,12 @@ def test_a_file_that_ends_too_early_is_truncated(container):
     assert len(frame_times(data[: len(data) - 20])) >= 58  # a scratch
 
 
+def test_a_scratch_at_the_end_of_a_still_is_no_loss():
+    """The last frame lasts for four fifths of the film, by the table in front."""
+    data = faststart(STILL["2 s of action, 8 s still"])
+    assert frame_times(data[:-5])[-1] == pytest.approx(1.9)
+
+
 def faststart(data: bytes) -> bytes:
     """The same MP4 with its `moov` in front: offsets of chunks grow by its size."""
     moov, mdat = data.index(b"moov") - 4, data.index(b"mdat") - 4
@@ -129,20 +136,12 @@ def test_a_span_without_a_new_frame_is_the_frame_on_the_screen():
 # --- times that go back ---------------------------------------------------------------------------
 
 
-def joined(container: str = "mpegts", offset: float = 0.0) -> tuple[bytes, list[np.ndarray]]:
-    first, second = noise(20, seed=1), noise(25, seed=2)
-    parts = [film(first, container), film(second, container, muxer=ts_offset(offset))]
-    return b"".join(parts), [*first, *second]
-
-
-def ts_offset(seconds: float) -> dict[str, str]:
-    return {"output_ts_offset": str(seconds)} if seconds else {}
-
-
-@pytest.mark.parametrize("offset", [0.0, 0.03])
-def test_joined_transport_streams_are_counted(offset):
-    """The second part begins at the time of the first again, or between its frames."""
-    data, pictures = joined(offset=offset)
+@pytest.mark.parametrize("rate", [Fraction(10), Fraction(1000, 77)])
+def test_joined_transport_streams_are_counted(rate):
+    """The second part begins again near zero: at the times of the first, or between them."""
+    pictures = noise(20, seed=1), noise(25, seed=2)
+    data = film(pictures[0], "mpegts") + film(pictures[1], "mpegts", rate=rate)
+    pictures = [*pictures[0], *pictures[1]]
     times = frame_times(data)
     assert len(times) == 45
     assert (np.diff(times) > 0).all()
@@ -252,6 +251,15 @@ def test_frames_that_nobody_wants_are_not_decoded(monkeypatch):
     decoded.clear()
     ALL.video(data)
     assert len(decoded) == 60
+
+
+def test_a_frame_of_two_fields_is_never_left_out(monkeypatch):
+    """Its fields may lie in two packets, with a time of their own each."""
+    decoded = []
+    check = videos.check_memory
+    monkeypatch.setattr(videos, "check_memory", lambda *of: (decoded.append(of), check(*of)))
+    FrameReader(16, UniformSampler(2)).video(CODECS["interlaced"])
+    assert len(decoded) >= 40
 
 
 def test_samplers_see_the_seconds_of_the_stream():
