@@ -119,13 +119,12 @@ def _file_in(value: Any, urls: bool, depth: int = 3) -> str | None:
 def _read_turns(entry: dict[str, Any]) -> dict[str, Any]:
     """The entry with its turns under `conversations`, of a pair those before the answers."""
     names = ("messages", "conversation", "conversations")
-    field = next((name for name in names if entry.get(name) is not None), None)
-    if field is None:
-        field, entry = _from_pair(entry)
+    given = [name for name in names if entry.get(name) is not None]
+    if len(given) > 1:
+        raise BadSampleError("bad_field", f"{given[0]} and {given[1]} are two conversations")
+    field, entry = (given[0], entry) if given else _from_pair(entry)
     pair = "chosen" in entry or "rejected" in entry
-    if field == "conversations" and not _is_foreign(entry[field]):
-        return read_preference(entry) if pair else entry
-    if field is None:
+    if field is None or (field == "conversations" and not _is_foreign(entry[field])):
         return read_preference(entry) if pair else entry
     turns, visuals = to_turns(entry[field], field)
     kept = {name: value for name, value in entry.items() if name != field}

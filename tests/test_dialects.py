@@ -150,6 +150,7 @@ TALK = {"conversations": turns("What is it?", "A card.")}
          "video and messages name different"),
         ({"messages": messages("x", None)}, "content of messages 1"),
         ({"messages": messages("x", 7)}, "messages 1 is no text"),
+        ({"messages": messages("x", "y"), **TALK}, "messages and conversations are two"),
         ({"messages": []}, "no turn in messages"),
         ({"messages": ["x"]}, "messages 0 is no object"),
         ({"query": "x", "videos": ["a.mp4"]}, "missing_field: response"),
