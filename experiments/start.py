@@ -20,12 +20,20 @@ def main() -> None:
         sweep()
         return
     leave_on_signals()
-    if sys.stdin is not None and sys.stdin.isatty() and os.tcgetpgrp(0) != os.getpgrp():
-        # In the background of a terminal: whoever asks there is stopped until somebody notices.
-        sys.stdin = open(os.devnull)  # noqa: SIM115 - as long as the process lives
+    leave_terminal_to_the_foreground()
     from experiments.train import main as train
 
     train()
+
+
+def leave_terminal_to_the_foreground() -> None:
+    """Takes the terminal away from a process in the background (`ropelab-train … &`).
+
+    Whoever asks there, as W&B does for a key, would be stopped until somebody notices. So it is
+    told in one line instead that there is no key.
+    """
+    if sys.stdin is not None and sys.stdin.isatty() and os.tcgetpgrp(0) != os.getpgrp():
+        sys.stdin = open(os.devnull)  # noqa: SIM115 - as long as the process lives
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")

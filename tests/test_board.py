@@ -191,6 +191,13 @@ def test_a_table_in_a_terminal_and_jobs_that_have_none(tmp_path):
     assert [json.loads(start)["terminal"] for start in starts] == [False, False]
 
 
+def test_only_in_the_foreground_a_run_can_ask(tmp_path):
+    ask = "from experiments.start import leave_terminal_to_the_foreground as leave; leave(); "
+    python = f"{sys.executable} -c '{ask} import sys; print(f\"asks: {{sys.stdin.isatty()}}\")'"
+    _, shown = in_terminal(["/bin/bash", "-c", f"set -m; {python}; {python} & wait"], tmp_path)
+    assert re.findall("asks: (True|False)", shown) == ["True", "False"]
+
+
 # The key of W&B
 
 KEY = "0" * 40

@@ -17,6 +17,7 @@ from light_runs import (  # noqa: F401 - the fixtures
     ROOT,
     end,
     launched_fixture,
+    read_until,
     run_fixture,
     start_fixture,
     until,
@@ -167,6 +168,17 @@ def test_a_signal_stops_the_jobs_and_the_same_command_goes_on(number, code, star
     for n in range(3):
         assert run(n).steps == list(range(20))
         assert len(run(n).starts) == (2 if n < count else 1)
+
+
+def test_a_job_that_is_interrupted_while_it_starts_has_not_failed(start, run):
+    """Before it listens to signals: Python itself ends it."""
+    sweep = start("seed=0")
+    read_until(sweep, "seed=0: starts in")
+    sweep.send_signal(signal.SIGINT)
+    output = end(sweep, 130)
+    assert "seed=0: stopped" in output
+    assert "failed" not in output
+    assert not run(0).starts
 
 
 def test_a_second_ctrl_c_kills(start, run):

@@ -21,7 +21,7 @@ from experiments.report_data import load_runs
 from experiments.run_states import differing_axes, read_runs
 
 LIGHT = Path(__file__).parent / "cluster" / "configs" / "light.yaml"
-GROUPS = {"pooler", "trainer", "llm", "module/loss", "scores", "tiles"}
+GROUPS = {"pooler", "trainer", "llm", "module/loss", "scores", "tiles", "my", "my_group"}
 
 TYPED = [
     *("2e-3", "0.002", "2.0e-3", "2E-3", "1", "1.0", "+1", "-1", "1_000", "1e5", "1.", ".5", "nan"),
@@ -93,6 +93,7 @@ ALIKE = [
     ({"pooler": "a-b_c"}, {"pooler": "a", "b": "c"}),
     ({"image": "size_3"}, {"image_size": 3}),
     ({"llm": "tiny_llama"}, {"llm_tiny": "llama"}),
+    ({"my_group": "a"}, {"my": "group_a"}),
     ({"module/loss": "ipo"}, {"module.loss": "ipo"}),
     ({"module/loss": "ipo"}, {"module_loss": "ipo"}),
     ({"a": True}, {"a": "true"}),

@@ -172,7 +172,7 @@ class LocalLauncher(ProcessLauncher):
             logger.info("%s: finished", job.name)
             self._board.set(job, "finished")
             return None
-        if code in _STOPPED:
+        if code in _STOPPED or (code == -signal.SIGINT and self._exit_code is not None):
             logger.info("%s: stopped", job.name)
             self._board.set(job, "stopped")
             self._exit_code = self._exit_code or code
