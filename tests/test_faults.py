@@ -74,7 +74,10 @@ VIDEOS = {
     "zero frames": (with_frames(0), "video_empty"),
     "60,000 x 60,000": (with_sps(60_000), "video_unreadable"),  # more than FFmpeg itself takes
     "16,000 x 16,000": (with_sps(16_000), "video_too_large"),
-    "10,000 frames of nothing": (with_frames(10_000), "video_truncated"),
+    "10,000 frames of nothing": (
+        with_frames(10_000),
+        "video_too_large",
+    ),  # by what its bytes can stand for
     "a gif of 65,535 x 65,535": (gif_bomb(), "video_unreadable"),
 }
 JSONS = {
