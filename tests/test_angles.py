@@ -197,7 +197,7 @@ class Doubled(torch.nn.Module):
 
 
 def test_what_shows_only_far_from_the_start_is_found():
-    config = AutoConfig.for_model("llama", **{**SIZES, "max_position_embeddings": 128})
+    config = AutoConfig.for_model("llama", **{**SIZES, "max_position_embeddings": 64})
     with pytest.raises(ValueError, match="Doubled gives other angles on text"):
         Angles(Doubled(config))
     Angles(Doubled(AutoConfig.for_model("llama", **{**SIZES, "max_position_embeddings": 32})))
