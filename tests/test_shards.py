@@ -115,6 +115,7 @@ def test_bad_entries_are_left_out_and_reported(videos, capsys):
     ):  # fmt: skip
         assert reason in shown
     assert "entry 1 (x)" in shown
+    assert "broken.mp4: " in shown
 
 
 def test_reencoding_makes_small_frames_with_keyframes_close_by(videos):
@@ -209,4 +210,4 @@ def test_verify_reports_every_bad_sample(tmp_path, capsys):
     assert 0 < left < 5
     assert report["good"] == 5 + left + 3
     assert main(["verify", str(tmp_path), "--workers", "1"]) == 1
-    assert "video_unreadable" in capsys.readouterr().out
+    assert "video_unreadable: mp4: " in capsys.readouterr().out
