@@ -124,6 +124,8 @@ def test_an_import_is_a_call_of_the_one_who_imports(tmp_path, monkeypatch, stack
     text = f"import warnings\nwarnings.warn('old', DeprecationWarning, stacklevel={stacklevel})\n"
     (tmp_path / "old_module.py").write_text(text)
     (tmp_path / "importer.py").write_text("import old_module\n")
+    for name in ("old_module", "importer"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(DeprecationWarning, match="old"):
         importlib.import_module("old_module")
