@@ -4,7 +4,9 @@ FFmpeg trusts what a file claims. Here stands what a video may claim before it c
 """
 
 import ctypes
+import gc
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -36,6 +38,10 @@ _CONTAINER_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,gif",
     "protocol_whitelist": "",
 }
+
+# A forked process (a DataLoader's worker, a task of `ropelab-shards`) never frees what it inherits:
+# a scaler of FFmpeg would wait for its threads, which a fork does not copy, and hang for ever.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 @contextmanager

@@ -160,7 +160,7 @@ class FrameReader:
         shown = (frame.width, frame.height) if turn.exchanged else (frame.height, frame.width)
         size = self._size(*shown)
         height, width = size[::-1] if turn.exchanged else size
-        small = scaler.reformat(frame, width, height, "rgb24", interpolation=AREA, **_one_thread())
+        small = scaler.reformat(frame, width, height, "rgb24", interpolation=AREA, **one_thread())
         return np.ascontiguousarray(turn(small.to_ndarray()))
 
 
@@ -179,7 +179,7 @@ def naming(name: str) -> Iterator[None]:
 
 
 @cache
-def _one_thread() -> dict[str, Any]:
+def one_thread() -> dict[str, Any]:
     """The argument that keeps a scaler from starting threads, where this PyAV knows it."""
     try:
         VideoReformatter().reformat(VideoFrame(2, 2, "gray"), 4, 4, threads=1)

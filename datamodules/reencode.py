@@ -13,6 +13,7 @@ from av import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from datamodules.batch import BadSampleError
+from datamodules.frames import one_thread
 from datamodules.images import open_image
 from datamodules.videos import AREA, every_frame, scan_packets, turn_of
 
@@ -119,13 +120,14 @@ def _as_bt709(frame: VideoFrame, width: int, height: int) -> VideoFrame:
     turn = turn_of(frame)
     if turn.exchanged:
         width, height = height, width
-    small = frame.reformat(width, height, "rgb24", interpolation=AREA).to_ndarray()
+    small = frame.reformat(width, height, "rgb24", interpolation=AREA, **one_thread()).to_ndarray()
     shown = VideoFrame.from_ndarray(np.ascontiguousarray(turn(small)), format="rgb24")
     return shown.reformat(
         format="yuv420p",
         interpolation=_PRECISE,
         dst_colorspace=Colorspace.ITU709,
         dst_color_range=ColorRange.MPEG,
+        **one_thread(),
     )
 
 

@@ -1,6 +1,5 @@
 """What a process that reads and decodes does with signals that are meant for the training."""
 
-import gc
 import os
 import signal
 from types import FrameType
@@ -13,7 +12,6 @@ def outlive_stop_signals(worker_id: int) -> None:
     training with it, before that has saved. The first SIGTERM is taken for such a one; by a second
     one, or where the training is gone, the worker ends.
     """
-    gc.freeze()  # what a fork inherits is not freed here: FFmpeg's scalers would wait for threads
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()

@@ -7,7 +7,6 @@ ropelab-shards demo data/vniah
 """
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -107,10 +106,6 @@ def in_parallel(
     if workers == 1 or len(tasks) == 1:
         with Progress(*columns, console=_screen) as bar:
             return _sum(job(task) for task in bar.track(tasks))
-    # A forked worker must not free what it inherits: a scaler of FFmpeg waits for its threads,
-    # which a fork does not copy, and the worker would hang for ever.
-    gc.collect()
-    gc.freeze()
     with ProcessPoolExecutor(min(workers, len(tasks))) as pool:
         futures = [pool.submit(job, task) for task in tasks]  # forks before the bar's thread runs
         with Progress(*columns, console=_screen) as bar:
