@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -203,6 +204,7 @@ def _rank(rank: int, world: int, port: int, function: Callable, pipe: Connection
     except BaseException:  # whatever ends a rank is told to the test
         outcome = (True, f"rank {rank}: {traceback.format_exc()}")
     pipe.send_bytes(pickle.dumps(outcome))  # tensors by value: this process ends here
+    time.sleep(HANG)  # rank 0 keeps the store that others may still read; the parent ends all
     os._exit(0)  # what the test runner does at its end is not for this process
 
 
