@@ -140,6 +140,19 @@ def test_a_step_is_the_mean_over_its_captions(trainer, rows, fit_step, run_ranks
         check_step(gradients, loss, network, numbers)
 
 
+@pytest.mark.parametrize(("ranks", "even"), [(1, False), (2, True), (2, False)])
+def test_ranks_with_batches_of_different_sizes_are_refused(ranks, even, compose, tmp_path):
+    config = compose(SMALL, tmp_path)
+    module = ClipContextModule(plain(config.model), partial(torch.optim.SGD, lr=0.0))
+    data = Batches(ROWS)
+    data.even = even
+    if ranks == 1 or even:
+        module.check_sharing(data, ranks, 1)
+        return
+    with pytest.raises(ValueError, match=r"2 ranks are .* set data.stream.max_tokens=null"):
+        module.check_sharing(data, ranks, 1)
+
+
 @pytest.fixture(scope="module")
 def fit_step(compose, tmp_path_factory):
     """`fit_step(numbers, world, *overrides)`: one step over these rows, shared by ranks."""

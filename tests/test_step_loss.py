@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from uneven import (
     EIGHT,
     LABELS,
@@ -54,7 +55,7 @@ def fit(compose, tiny, tmp_path_factory):
             [*tiny, "pooler=prompt_guided_2x2", "trainer.gradient_clip_val=null", *words], folder
         )
 
-    def run(layout, *words, val=8, pairs=None, optimizer=still, **options):
+    def run(layout, *words, val=8, pairs=None, optimizer=still, plugins=None, **options):
         config = configured(*words)
         torch.manual_seed(0)
         stage = VideoLLMModule
@@ -71,6 +72,7 @@ def fit(compose, tiny, tmp_path_factory):
             callbacks=[seen := Gradients()],
             logger=False,
             enable_checkpointing=False,
+            plugins=plugins,
             accumulate_grad_batches=layout.accumulation,
         )
         trainer.fit(module, datamodule=Samples(layout, make_pairs if pairs else make_rows, val))
@@ -235,6 +237,15 @@ def test_the_published_mean_of_means_can_be_asked_for(name, fit, truth):
 def test_another_mean_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"module.loss_mean is 'token'; set it to 'step' or 'mic"):
         StepLoss("token")
+
+
+def test_float16_and_its_scaler_take_the_same_step(fit, truth):
+    """The gradients are unscaled after they became those of the mean, and no step is skipped."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    half = MixedPrecision("16-mixed", "cpu", scaler)
+    seen, _ = fit(LAYOUTS["8x1"], "trainer.precision=null", plugins=half)
+    check(seen, LAYOUTS["8x1"], truth, 0.03)
+    assert scaler.get_scale() == 16.0, "a step was skipped"
 
 
 def test_a_step_without_any_label_has_no_gradient(fit, monkeypatch):
