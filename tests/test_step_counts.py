@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 from test_train import metrics
+from torch.optim import SGD, lr_scheduler
 
 from experiments.run import build, share_steps
+from lightning_modules.optim import follow
 from lightning_modules.video_llm import VideoLLMModule
 
 #: Twelve steps of four micro-batches of one sample.
@@ -129,6 +132,36 @@ def test_a_resumed_run_validates_after_the_same_steps(dies_at, run, tmp_path, mo
     done = run(*words)
     assert validations(tmp_path / "run") == [2, 5, 8, 11]
     assert (done["steps"], done["samples"]) == (12, 48)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer, steps: lr_scheduler.ExponentialLR(optimizer, 0.9),
+        lambda optimizer, steps: lr_scheduler.CosineAnnealingLR(optimizer, steps),
+        lambda optimizer, steps: lr_scheduler.LinearLR(optimizer, 0.1, total_iters=steps),
+    ],
+    ids=["exponential", "cosine", "linear"],
+)
+def test_any_schedule_of_pytorch_is_followed_from_its_start(make):
+    """Those that multiply the rate of the step before must not start from the last one."""
+
+    def train(optimizer, scheduler, steps):
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+        return optimizer.param_groups[0]["lr"]
+
+    def new():
+        return SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+
+    extended = new()
+    train(extended, make(extended, 6), 6)
+    whole = new()
+    expected = [train(whole, scheduler := make(whole, 12), 6), train(whole, scheduler, 1)]
+    scheduler = follow(extended, make, 12, 6)
+    found = [extended.param_groups[0]["lr"], train(extended, scheduler, 1)]
+    assert found == pytest.approx(expected)
 
 
 def test_an_extended_run_follows_the_schedule_of_its_new_length(run, tmp_path):
