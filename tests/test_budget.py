@@ -194,10 +194,10 @@ def test_samples_are_counted_where_batches_differ(source):
 def test_samples_of_epochs_that_are_cut_short_are_counted(source):
     """`trainer.limit_train_batches` ends each epoch after its first batches."""
     _, order = source
-    counts = [len(b) for epoch in range(3) for b in list(batches_of(order, at=(epoch, 0)))[:7]]
+    counts = [len(b) for epoch in range(4) for b in list(batches_of(order, at=(epoch, 0)))[:7]]
     short = BudgetOrder(order._epochs, order._tokens, BUDGET, MOST, PER_STEP)
     short.trained = 7
-    for epoch, done in ((2, 5), (0, 3), (1, 0), (2, 7)):
+    for epoch, done in ((2, 5), (0, 3), (3, 1), (1, 0), (2, 7)):
         expected = sum(counts[: 7 * epoch + done])
         assert short.samples_before(epoch, done) == expected
 
