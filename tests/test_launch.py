@@ -25,7 +25,7 @@ from light_runs import (  # noqa: F401 - the fixtures
 from omegaconf import open_dict
 
 from experiments import CONFIG_DIR
-from experiments.cluster import leave
+from experiments.cluster import leave, requeue
 from experiments.launcher.job import FROZEN, Job, compose
 from experiments.run import plain
 
@@ -192,6 +192,36 @@ def test_a_second_ctrl_c_kills(start, run):
     (only,) = run(0).starts
     until(lambda: not Path(f"/proc/{only['pid']}").exists())
     assert not run(1).starts
+
+
+LIMITS = "RunTime={} TimeLimit={} BatchFlag={}"
+
+
+@pytest.mark.parametrize(
+    ("shown", "said"),
+    [
+        ("JobState=RUNNING " + LIMITS.format("00:10:00", "01:00:00", 1), "is queued again"),
+        ("JobState=SUSPENDED " + LIMITS.format("00:10:00", "01:00:00", 1), "is queued again"),
+        ("JobState=COMPLETING " + LIMITS.format("00:10:00", "01:00:00", 1), "was cancelled"),
+        ("JobState=COMPLETING " + LIMITS.format("01:00:00", "01:00:00", 1), "is queued again"),
+        # a limit of days, as SLURM writes it: 26 hours have not run for 25
+        ("JobState=COMPLETING " + LIMITS.format("1-01:00:00", "1-02:00:00", 1), "was cancelled"),
+        ("JobState=COMPLETING " + LIMITS.format("23:59:59", "1-00:00:00", 1), "was cancelled"),
+        ("JobState=COMPLETING " + LIMITS.format("2-00:00:30", "2-00:00:00", 1), "is queued again"),
+        ("JobState=COMPLETING " + LIMITS.format("00:10:00", "UNLIMITED", 1), "was cancelled"),
+        ("JobState=RUNNING " + LIMITS.format("00:10:00", "01:00:00", 0), "is interactive"),
+    ],
+)
+def test_a_job_is_queued_again_unless_its_user_has_ended_it(shown, said, monkeypatch):
+    asked = []
+
+    def scontrol(*arguments):
+        asked.append(arguments)
+        return subprocess.CompletedProcess(arguments, 0, shown, "")
+
+    monkeypatch.setattr("experiments.cluster._scontrol", scontrol)
+    assert said in requeue("7")
+    assert (("requeue", "7") in asked) == (said == "is queued again")
 
 
 @pytest.mark.parametrize(
