@@ -56,6 +56,10 @@ REFUSED = {
         {"attention": "eager"},
         r"Gemma3RotaryEmbedding has other angles in some layers than in others \(layer_type\)",
     ),
+    "gemma4_text": (
+        {"head_dim": 32, "attention": "eager"},
+        r"Gemma4ForCausalLM takes more of its decoder than hidden states",
+    ),
     "olmo3": ({}, "Olmo3RotaryEmbedding has other angles in some layers"),
     "gptj": ({}, "how GPTJRotaryEmbedding makes its angles is not known"),
     "gpt2": ({}, "GPT2Model has no `rotary_emb`"),

@@ -214,7 +214,8 @@ def find_logit_scale(lm: PreTrainedModel) -> float:
     this needs no weights, and knows the names of no model's fields.
 
     Raises:
-        ValueError: `lm` does something else with its logits, such as Gemma2's soft cap.
+        ValueError: `lm` does something else with its logits, such as Gemma2's soft cap, or its
+            decoder gives more than hidden states, such as Gemma4's.
     """
     decoder: Any = lm.get_decoder()
     head: Any = lm.get_output_embeddings()
@@ -224,6 +225,11 @@ def find_logit_scale(lm: PreTrainedModel) -> float:
         head.forward = lambda hidden: hidden
         try:
             seen = lm(inputs_embeds=logits).logits
+        except Exception as error:
+            raise ValueError(
+                f"model.llm: {type(lm).__name__} takes more of its decoder than hidden states "
+                f"({error}); take a decoder of the Llama or Qwen family"
+            ) from None
         finally:
             del decoder.forward, head.forward  # the classes' own are there again
     scale = float(seen[0, 0, -1]) / 60
