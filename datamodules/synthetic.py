@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from datamodules.index import index_path
 from datamodules.pack import write_shard
 
+_MADE = "made.json"  # beside the shards of prepare_shards
 _COLORS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -153,16 +154,41 @@ def write_shards(
 
 @rank_zero_only
 def prepare_shards(folder: str | Path, counts: Mapping[str, Sequence[int]], **options: Any) -> None:
-    """A folder of shards for each split, all of them or none; those that are there stay.
+    """Makes a folder of shards for each split, all of them or none; those that are there stay.
 
-    `options` are those of `write_shards`.
+    `options` are those of `write_shards`. They are kept beside the shards, in `made.json`.
+
+    Raises:
+        ValueError: the shards that are there were made with other options.
     """
     folder = Path(folder)
+    asked = _plain({"counts": {name: list(each) for name, each in counts.items()}, **options})
     if folder.is_dir():
+        _compare(folder, asked)
         return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
     for number, (split, of_shards) in enumerate(counts.items()):
         seed = 1_000_000 * number  # no sample is in two splits
         write_shards(partial / split, of_shards, seed=seed, **options)
+    (partial / _MADE).write_text(json.dumps(asked, indent=1))
     partial.rename(folder)
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns options as JSON keeps them; a function by its name."""
+    return json.loads(
+        json.dumps(options, default=lambda each: getattr(each, "__name__", str(each)))
+    )
+
+
+def _compare(folder: Path, asked: dict[str, Any]) -> None:
+    path = folder / _MADE
+    made = json.loads(path.read_text()) if path.is_file() else asked
+    for key in [*asked, *made]:
+        if made.get(key) != asked.get(key):
+            raise ValueError(
+                f"{folder} was made with {key}={json.dumps(made.get(key))}, this run has "
+                f"{json.dumps(asked.get(key))}: remove that folder, or choose another directory "
+                "with hydra.run.dir=…"
+            )

@@ -1,9 +1,10 @@
-"""What is checked of a command before its run directory is written to."""
+"""What is checked of a command before its run directory is written to, and when it is its own."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.module import StepsDataModule
@@ -42,3 +43,19 @@ def _check_end(checkpoint: Path, facts: dict[str, Any], trainer: Trainer) -> Non
                 f"{checkpoint} was trained up to {unit} {reached}, and {key}={end} ends before: "
                 "choose another directory with hydra.run.dir=…, or start anew with resume=false"
             )
+
+
+class AfterFirstStep(Callback):
+    """Calls `act` once, after the first optimizer step of this process."""
+
+    def __init__(self, act: Callable[[], None]):
+        self._act, self._start = act, 0
+        self._waits = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._waits and trainer.global_step > self._start:
+            self._waits = False
+            self._act()

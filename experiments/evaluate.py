@@ -68,16 +68,16 @@ def main() -> None:
         loggers = build_all(config.logger, "logger")
         trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
         cluster.refuse_lone_ranks(trainer.world_size)
-        folder.claim()
-        for made in trainer.loggers:
-            made.log_hyperparams(plain(config))
+        with folder.claim():
+            for made in trainer.loggers:
+                made.log_hyperparams(plain(config))
 
-        # 3. The test: needles where the data hides some, scores where it has questions; or recall
-        if model is None:
-            score = measure_recall(config, trainer, stage, datamodule)
-        else:
-            score = test_needles(config, trainer, model, datamodule, step)
-            score_answers(config, trainer, model, datamodule, step)
+            # 3. The test: needles where the data hides some, scores where it has questions; recall
+            if model is None:
+                score = measure_recall(config, trainer, stage, datamodule)
+            else:
+                score = test_needles(config, trainer, model, datamodule, step)
+                score_answers(config, trainer, model, datamodule, step)
         folder.finish(step, score)
         return score
 

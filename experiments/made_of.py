@@ -26,12 +26,30 @@ _SECTIONS = (
     "trainer",
     "prepare",
     "data",
-    "callbacks.randomness",
+    "callbacks",
     "module",
+)
+
+#: Callbacks that watch a training and change no weights. Others are compared.
+_WATCH = (
+    "lightning_modules.callbacks.*",
+    "lightning_modules.checkpoint.*",
+    "lightning_modules.heartbeat.*",
+    "lightning_modules.memory.*",
+    "lightning_modules.scores.*",
+    "lightning_modules.throughput.*",
+    "lightning.pytorch.callbacks.*ProgressBar",
+    "lightning.pytorch.callbacks.*Summary",
+    "lightning.pytorch.callbacks.DeviceStatsMonitor",
+    "lightning.pytorch.callbacks.EarlyStopping",
+    "lightning.pytorch.callbacks.LearningRateMonitor",
+    "lightning.pytorch.callbacks.ModelCheckpoint",
+    "lightning.pytorch.callbacks.Timer",
 )
 
 #: Keys that decide how a run is computed or watched, with all that is below them.
 _HOW = (
+    "callbacks.finite.max_skipped",
     "data.audit",
     "data.stream.index_cache",
     "data.stream.max_bad_rate",
@@ -133,8 +151,15 @@ def _leaves_of(config: dict[str, Any], sections: tuple[str, ...]) -> dict[str, A
         node: Any = config
         for part in section.split("."):
             node = node.get(part) if isinstance(node, dict) else None
+        if section == "callbacks" and isinstance(node, dict):
+            node = {name: child for name, child in node.items() if not _watches(child)}
         found |= dict(_leaves(_movable(node, config), section))
     return found | {key: _real(found[key]) for key in ("init", "module.init") if key in found}
+
+
+def _watches(callback: Any) -> bool:
+    target = callback.get("_target_") if isinstance(callback, dict) else None
+    return any(fnmatchcase(str(target), pattern) for pattern in _WATCH)
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:

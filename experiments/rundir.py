@@ -14,23 +14,24 @@ import logging
 import os
 import secrets
 import shlex
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
 from typing import Any
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import lock
+from experiments import before, lock
+from experiments.former import check_former, has_results, read_former
 from experiments.launcher.job import FROZEN
-from experiments.made_of import Differences, compare, compare_all
+from experiments.made_of import Differences
 from experiments.report_data import read_curves
 from experiments.run import plain
 from lightning_modules.checkpoint import newest_whole
@@ -39,20 +40,6 @@ from lightning_modules.heartbeat import read_status
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("ropelab", "torch", "lightning", "transformers", "webdataset", "wandb")
-_LEFTOVERS = (
-    "done.json",  # first: a kill on the way leaves no finished run
-    "checkpoints",
-    "generations.jsonl",
-    "metrics.csv",
-    "needle.json",
-    "needle.png",
-    "run_id",
-    "samples.jsonl",
-    "scores.json",
-    "status.json",
-    "tables.jsonl",
-    "wandb",
-)
 
 
 class RunDirectory:
@@ -77,11 +64,11 @@ class RunDirectory:
         self._config: dict[str, Any] = plain(config)
         if hold and not rank_zero_only.rank:
             open_locked(self.path)
+            before.give_back(self.path)  # what a command that was killed had set aside
         self._former = read_former(self.path, strict=config.resume)
         self._to_do: Differences = {}
-        self._refuse_other_kind()
-        if self._former and config.resume:
-            self._to_do = self._compare(self._former)
+        if self._former is not None:
+            self._to_do = check_former(self.path, self._former, self._config)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -94,16 +81,34 @@ class RunDirectory:
             return None
         return read_done(self.path)
 
-    def claim(self) -> None:
-        """Makes the directory this run's: all checks are over.
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Makes the directory this run's: what can be checked without a step is checked.
 
-        With `config.resume` false it starts anew: what an earlier run left is removed.
+        With `config.resume` false it starts anew. What an earlier run left is set aside. It comes
+        back where the body fails before `keep` is called.
         """
+        self._write()
+        try:
+            yield
+        except BaseException:
+            if not rank_zero_only.rank:
+                before.give_back(self.path)
+            raise
+        self.keep()
+
+    def keep(self) -> None:
+        """Removes what an earlier run left: this one has taken its first step."""
+        if not rank_zero_only.rank:
+            before.forget(self.path)
+
+    def _write(self) -> None:
         if rank_zero_only.rank:
             return
-        if not self._config["resume"]:
-            self._clear()
-        elif self._to_do:
+        anew = not self._config["resume"]
+        if self._former is not None and (anew or has_results(self.path)):
+            before.set_aside(self.path, anew)
+        if self._to_do:
             # It is of what was asked for before; a kill from here on must not leave it to this.
             (self.path / "done.json").unlink(missing_ok=True)
         if self._former and (original := find_original(self.path, self._former["paths"]["run"])):
@@ -141,60 +146,6 @@ class RunDirectory:
         }
         write_whole(self.path / "done.json", json.dumps(done, indent=1))
 
-    def _clear(self) -> None:
-        for name in _LEFTOVERS:
-            path = self.path / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-    def _refuse_other_kind(self) -> None:
-        """A trial, a training and an evaluation each keep to a directory of their own kind.
-
-        Raises:
-            ValueError: the directory is of another kind. `resume=false` does not help.
-        """
-        if self._former is None:
-            return
-        then, now = kind_of(self._former), kind_of(self._config)
-        if then == "trial" and now == "training":
-            if self._config["resume"]:
-                raise ValueError(
-                    f"{self.path} holds a trial (debug=): choose another directory with "
-                    "hydra.run.dir=…, or start anew here with resume=false"
-                )
-        elif then != now:
-            asked = "debug=" if now == "trial" else f"this {now}"
-            raise ValueError(
-                f"{self.path} holds a {then}, which {asked} must not write over: leave "
-                "hydra.run.dir out, or choose another directory with it"
-            )
-
-    def _compare(self, former: dict[str, Any]) -> Differences:
-        """What a finished run has to go on for.
-
-        Raises:
-            ValueError: the weights, or the results of an evaluation, were made with other settings.
-        """
-        if kind_of(self._config) == "evaluation":
-            weights, further = compare_all(former, self._config), {}
-            was = "evaluated"
-        else:
-            weights, further = compare(former, self._config)
-            was = "trained"
-        if weights and has_results(self.path):
-            key, (then, now) = next(iter(weights.items()))
-            raise ValueError(
-                f"{self.path} was {was} with {key}={then}, this run has {now}: choose another "
-                "directory with hydra.run.dir=…, or start anew here with resume=false"
-            )
-        return further | weights
-
-
-def kind_of(config: dict[str, Any]) -> str:
-    """`training`, `trial` (`debug=`) or `evaluation`."""
-    if "run" in config:
-        return "evaluation"
-    return "trial" if config.get("trial") else "training"
-
 
 def open_locked(folder: Path) -> None:
     """Makes a run directory where there is none, and locks it.
@@ -210,39 +161,6 @@ def open_locked(folder: Path) -> None:
             f"{folder} cannot be written ({error.strerror}): choose another directory with "
             "hydra.run.dir=…, or another folder for all runs with paths.runs=…"
         ) from None
-
-
-def has_results(folder: Path) -> bool:
-    """Whether anything was trained, or measured, in a run directory."""
-    files = ("done.json", "metrics.csv", "needle.json", "scores.json")
-    return any((folder / "checkpoints").glob("*.ckpt")) or any((folder / f).exists() for f in files)
-
-
-def read_former(folder: Path, strict: bool = True) -> dict[str, Any] | None:
-    """The config of the run that was here before; None where there was none.
-
-    Args:
-        strict: whether a damaged one is refused; else it is empty.
-
-    Raises:
-        ValueError: there are checkpoints, and nothing that says what made them.
-    """
-    path = folder / "config.yaml"
-    try:
-        former = yaml.safe_load(path.read_text()) if path.is_file() else None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        former = "damaged"
-    if isinstance(former, dict):
-        return former
-    if former is not None and not strict:
-        return {}
-    if former is not None or has_results(folder):
-        what = "missing" if former is None else "damaged"
-        raise ValueError(
-            f"{path}, which says what the run there was made with, is {what}: put it back, or "
-            "choose another directory with hydra.run.dir=…"
-        )
-    return None
 
 
 def _leave_wandb_run_to(original: Path, copy: Path) -> None:

@@ -9,7 +9,7 @@ import lightning
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import CONFIG_DIR, cluster
-from experiments.checks import check_place
+from experiments.checks import AfterFirstStep, check_place
 from experiments.needles import test_needles
 from experiments.run import (
     axes,
@@ -50,7 +50,7 @@ def main(config: DictConfig) -> float | None:
 
     # 4. The trainer with its callbacks and loggers; the global batch decides the accumulation
     loggers = build_all(config.logger, "logger")
-    callbacks = build_all(config.callbacks, "callbacks")
+    callbacks = [AfterFirstStep(folder.keep), *build_all(config.callbacks, "callbacks")]
     trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
     cluster.refuse_lone_ranks(trainer.world_size)
     share_steps(trainer, datamodule)
@@ -60,12 +60,12 @@ def main(config: DictConfig) -> float | None:
     # nothing is left that could refuse this run
     build(config.prepare, "prepare")
     check_place(checkpoint, trainer, datamodule)
-    folder.claim()
-    for logger in trainer.loggers:
-        logger.log_hyperparams(plain(config) | {"choice": axes(config)})
+    with folder.claim():
+        for logger in trainer.loggers:
+            logger.log_hyperparams(plain(config) | {"choice": axes(config)})
 
-    # 6. Training, from where the run directory says it stands
-    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        # 6. Training, from where the run directory says it stands
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
 
     # 7. The test, and the number that a sweep compares
     steps = trainer.global_step

@@ -126,3 +126,31 @@ def test_a_single_run_is_listed_too(program, tmp_path):
     )  # fmt: skip
     assert program("seed=0,1", "dry_run=true") == (1, ["error: seed=0,1 asks for 2 runs: add -m"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_would_be_refused_is_not_called_new(program, tmp_path):
+    code, (bad, good, last) = program("-m", "--dry-run", "seed=-1,1")
+    assert code == 1
+    assert "refused: seed=-1 must be from 0" in bad
+    assert "  new  " in good
+    assert last.startswith("1 of 2 would run")
+    (tmp_path / "file").write_text("")
+    code, (line, _) = program("--dry-run", "hydra.run.dir=file/run")
+    assert (code, "file/run cannot be written" in line) == (1, True)
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    code, (line, _) = program("--dry-run", "hydra.run.dir=mine", "resume=false")
+    assert (code, "has checkpoints, and config.yaml" in line) == (1, True)
+
+
+def test_a_refused_job_of_a_multirun_leaves_its_directory_as_it_was(
+    program, compose, tiny, tmp_path
+):
+    """Its frozen config too: that of a run which is queued there must not change."""
+    run = tmp_path / "runs" / "vniah_d_tiny" / "s3"
+    config = compose(("seed=3", *tiny, *HERE, "optim.optimizer.lr=0.5"), run)
+    leave(run, yaml.safe_load(OmegaConf.to_yaml(config, resolve=True)), step=7)
+    before = snapshot(run)
+    code, lines = program("-m", "seed=3")
+    assert code == 1
+    assert any("optim.optimizer.lr=0.5, this run has" in line for line in lines)
+    assert snapshot(run) == before

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from datamodules.synthetic import make_pair, prepare_shards
 from experiments import rundir
+from experiments.before import give_back, set_aside
 from experiments.made_of import compare
 from experiments.rundir import find_original
 
@@ -63,26 +65,26 @@ REFUSED = [
     ("optim.optimizer.lr=5e-2", "optim.optimizer.lr=0.001, this run has 0.05"),
     ("optim.scheduler.warmup=0.5", "optim.scheduler.warmup=0.1, this run has 0.5"),
     ("seed=1", "seed=0, this run has 1"),
-    ("tuning.freeze=[encoder]", r"tuning.freeze=None, this run has \['encoder'\]"),
-    ("tuning.decay_norms_and_biases=false", "tuning.decay_norms_and_biases=True, .* False"),
+    ("tuning.freeze=[encoder]", r"tuning.freeze=null, this run has \['encoder'\]"),
+    ("tuning.decay_norms_and_biases=false", "tuning.decay_norms_and_biases=true, .* false"),
     ("data.batch_size=2", "data.batch_size=4, this run has 2"),
     ("data.training.needles=2", "data.training.needles=5, this run has 2"),
     ("data.training.samples=16", "data.training.samples=8, this run has 16"),
     ("data.conversation.max_length=99", "data.conversation.max_length=2048, this run has 99"),
     ("trainer.precision=64-true", "trainer.precision=32-true, this run has 64-true"),
     ("trainer.gradient_clip_val=2.0", "trainer.gradient_clip_val=1.0, this run has 2.0"),
-    ("+trainer.limit_train_batches=1", "trainer.limit_train_batches=None, this run has 1"),
-    ("module.packing=512", "module.packing=None, this run has 512"),
+    ("+trainer.limit_train_batches=1", "trainer.limit_train_batches=null, this run has 1"),
+    ("module.packing=512", "module.packing=null, this run has 512"),
     ("rotary=mrope", "model.rotary._target_=.*VideoRope, this run has .*MRope"),
-    ("init=runs/other", r"init=None, this run has runs/other"),
-    ("data.gird=1", "data.gird=None, this run has 1"),
+    ("init=runs/other", r"init=null, this run has runs/other"),
+    ("data.gird=1", "data.gird=null, this run has 1"),
     ("optim.optimizer.lr=abc", "optim.optimizer.lr=abc must be a number"),
     ("trainer.max_steps=1", "trained up to step 2, and trainer.max_steps=1 ends before"),
 ]
 
 #: What does not make the weights, and is refused by a later check. A finished run needs none.
 REFUSED_LATER = [
-    ("callbacks.x._target_=lightning.no.Such", "callbacks.x: "),
+    ("callbacks.x._target_=lightning.no.Such", "callbacks.x._target_=null"),
     ("callbacks.checkpoint.every_n_steps=0", "callbacks.checkpoint: every_n_steps=0 must be 1"),
     ("trainer.enable_foo=1", "trainer: .*enable_foo"),
     ("trainer.accumulate_grad_batches=3", "trainer.accumulate_grad_batches is 3"),
@@ -212,7 +214,7 @@ def test_a_folder_that_is_no_run_is_not_cleared(run, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "mine.ckpt").write_bytes(b"precious")
     for words in (["debug=fast"], ["resume=false"], []):
-        with pytest.raises(SystemExit, match=r"config\.yaml, which says what"):
+        with pytest.raises(SystemExit, match=r"has checkpoints, and config\.yaml"):
             run(tmp_path, *words)
     assert contents(tmp_path) == {"checkpoints/mine.ckpt": b"precious"}
 
@@ -220,10 +222,131 @@ def test_a_folder_that_is_no_run_is_not_cleared(run, tmp_path):
 def test_a_damaged_config_is_one_line(finished, run):
     (finished / "config.yaml").write_text("a: [")
     before = contents(finished)
-    with pytest.raises(SystemExit, match=r"config\.yaml, .* is damaged: put it back") as caught:
+    with pytest.raises(
+        SystemExit, match=r"config\.yaml, .* is damaged or not of ropelab: put it back"
+    ) as caught:
         run(finished)
     assert "\n" not in str(caught.value)
     assert contents(finished) == before
+
+
+@pytest.mark.parametrize("words", [["debug=fast"], ["resume=false"], []])
+def test_files_that_no_run_has_left_are_not_touched(run, tmp_path, words):
+    for name in ("checkpoints/model.safetensors", "wandb/run-1/file"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("precious")
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit, match=r"has checkpoints, and config\.yaml, .* is missing"):
+        run(tmp_path, *words)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["{}", "", "a: 1", "paths: 3", "paths: {run: null}"])
+@pytest.mark.parametrize("words", [[], ["resume=false"]])
+def test_a_config_of_something_else_is_refused(run, tmp_path, text, words):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(SystemExit, match=r"config\.yaml, .* is damaged or not of ropelab"):
+        run(tmp_path, *words)
+    assert contents(tmp_path) == {"config.yaml": text.encode()}
+
+
+def test_an_empty_config_does_not_hide_what_made_the_weights(run, finished):
+    (finished / "config.yaml").write_text("{}")
+    before = contents(finished)
+    with pytest.raises(SystemExit, match="damaged"):
+        run(finished, "optim.optimizer.lr=9.0")
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, RuntimeError, SystemExit])
+@pytest.mark.parametrize("words", [["resume=false"], ["trainer.max_epochs=2"]])
+def test_what_fails_before_the_first_step_gives_back_what_was_there(
+    how, words, run, finished, monkeypatch
+):
+    def fail(*_):
+        assert not (finished / "done.json").exists()
+        raise how("too late")
+
+    before = contents(finished)
+    monkeypatch.setattr("lightning_modules.training.TrainingModule.on_fit_start", fail)
+    with pytest.raises((RuntimeError, SystemExit), match=r"too late|130"):
+        run(finished, *words)
+    after = contents(finished)
+    after.pop("train.log", None)
+    assert after == before
+
+
+def test_the_next_command_brings_back_what_a_killed_one_had_set_aside(run, finished, capsys):
+    before = contents(finished)
+    set_aside(finished, anew=True)
+    run(finished)
+    assert "finished before" in capsys.readouterr().out
+    assert contents(finished) == before
+
+
+def test_resume_false_removes_what_was_left_before_anything_was_trained(run, killed):
+    shutil.rmtree(killed / "checkpoints")
+    (killed / "metrics.csv").unlink()
+    (killed / "samples.jsonl").write_text("of another run\n")
+    run(killed, "resume=false", "seed=7")
+    assert not (killed / "samples.jsonl").exists()
+
+
+def test_after_the_first_step_nothing_comes_back(run, finished):
+    weights = done(finished)["weights_sha256"]
+    run(finished, "resume=false", "seed=7")
+    assert done(finished)["weights_sha256"] != weights
+    assert not (finished / ".before").exists()
+
+
+@pytest.mark.parametrize("anew", [True, False])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_kill_before_the_first_step_loses_nothing(anew, again, finished, monkeypatch):
+    """The command that comes next brings it back, also where it is killed while it does."""
+    before = contents(finished)
+    set_aside(finished, anew)
+    (finished / "config.yaml").write_text("of another command")
+    if anew:
+        (finished / "checkpoints").mkdir()
+        (finished / "checkpoints" / "last.ckpt").write_text("of another command")
+    if again:
+        renamed = []
+
+        def rename(path, target, rename=Path.rename):
+            renamed.append(path)
+            if len(renamed) == 3:
+                raise KeyboardInterrupt
+            return rename(path, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "rename", rename)
+            with pytest.raises(KeyboardInterrupt):
+                give_back(finished)
+    give_back(finished)
+    assert contents(finished) == before
+    give_back(finished)
+    assert contents(finished) == before
+
+
+def test_a_kill_while_it_is_set_aside_loses_nothing(finished, monkeypatch):
+    before = contents(finished)
+    for after in range(1, 8):
+        renamed = []
+
+        def rename(path, target, rename=Path.rename, after=after, renamed=renamed):
+            if len(renamed) == after:
+                raise KeyboardInterrupt
+            renamed.append(path)
+            return rename(path, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "rename", rename)
+            try:
+                set_aside(finished, anew=True)
+            except KeyboardInterrupt:
+                assert len(renamed) == after
+        give_back(finished)
+        assert contents(finished) == before
 
 
 def test_a_place_that_cannot_be_written_is_one_line(run, tmp_path):
@@ -238,7 +361,8 @@ def test_an_evaluation_writes_over_no_training_and_no_other_evaluation(
 ):
     def claim(folder: Path, *words: str) -> None:
         config = compose([*tiny, f"run={finished}", *words], folder, "evaluate")
-        rundir.RunDirectory(config).claim()
+        with rundir.RunDirectory(config).claim():
+            pass
 
     before = contents(finished)
     for words in ([], ["resume=false"]):
@@ -374,3 +498,41 @@ def test_one_folder_of_initial_weights_however_it_is_written(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert compare(config(init="w"), config(init=str(tmp_path / "w"))) == ({}, {})
     assert "init" in compare(config(init="w"), config(init="v"))[0]
+
+
+def test_callbacks_that_may_change_weights_are_compared():
+    def config(**callbacks: Any) -> dict[str, Any]:
+        return {"seed": 0, "callbacks": callbacks}
+
+    watching = {
+        "progress": {"_target_": "lightning.pytorch.callbacks.RichProgressBar", "leave": True},
+        "heartbeat": {"_target_": "lightning_modules.heartbeat.Heartbeat", "every_s": 10.0},
+    }
+    averaging = {"_target_": "lightning.pytorch.callbacks.StochasticWeightAveraging"}
+    other = {"x": {"_target_": "my_package.Callback"}}
+    plain, guard = config(), {"_target_": "lightning_modules.guard.NonFiniteGuard"}
+    assert compare(plain, config(**watching)) == ({}, {})
+    assert compare(config(**watching), plain) == ({}, {})
+    assert compare(plain, config(swa=averaging))[0].keys() == {"callbacks.swa._target_"}
+    # under the name of one that only watches
+    assert compare(config(**watching), config(progress=averaging))[0]
+    assert compare(plain, config(**other))[0].keys() == {"callbacks.x._target_"}
+    assert compare(config(finite=guard), plain)[0].keys() == {"callbacks.finite._target_"}
+    more = config(finite=guard | {"max_skipped": 99})
+    assert compare(config(finite=guard | {"max_skipped": 10}), more) == ({}, {})
+
+
+def test_shards_of_other_options_are_not_trained_on(tmp_path):
+    folder = tmp_path / "shards"
+    prepare_shards(folder, {"train": [2]}, num_frames=4, size=32)
+    before = contents(folder)
+    prepare_shards(folder, {"train": (2,)}, num_frames=4, size=32)
+    for counts, frames, line in (
+        ([3], 4, r'counts=\{"train": \[2\]\}, this run has \{"train": \[3\]\}: remove that folder'),
+        ([2], 5, "num_frames=4, this run has 5"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            prepare_shards(folder, {"train": counts}, num_frames=frames, size=32)
+    with pytest.raises(ValueError, match='make=null, this run has "make_pair"'):
+        prepare_shards(folder, {"train": [2]}, num_frames=4, size=32, make=make_pair)
+    assert contents(folder) == before

@@ -1,6 +1,7 @@
 """What launchers share: which jobs there are, which are left to do, and what became of them."""
 
 import logging
+import os
 import sys
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -12,10 +13,39 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from experiments.former import check_former, read_former
 from experiments.launcher.job import Job, compose
 from experiments.launcher.wandb_key import check_key
 
 logger = logging.getLogger(__name__)
+
+
+def unwritable(folder: Path) -> str | None:
+    """Returns why a run directory could not be made or written; None where it could."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if nearest.is_dir() and os.access(nearest, os.W_OK):
+        return None
+    return (
+        f"{folder} cannot be written: choose another directory with hydra.run.dir=… "
+        "(hydra.sweep.dir=… of a multirun), or another folder for all runs with paths.runs=…"
+    )
+
+
+def refusal(job: Job) -> str | None:
+    """Returns why a job must not run in its directory; None where it may.
+
+    It is asked before the job's frozen config is written there. Imports no torch.
+    """
+    if why := unwritable(job.folder):
+        return why
+    try:
+        config = job.plain(job.task)
+        former = read_former(job.folder, strict=config.get("resume", True))
+        if former is not None:
+            check_former(job.folder, former, config)
+    except ValueError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 class ProcessLauncher(Launcher):
@@ -87,9 +117,13 @@ class ProcessLauncher(Launcher):
                 left.append(job)
             else:
                 logger.info("%s: finished before", job.name)
+        refused = {job: why for job in left if (why := refusal(job))}
+        for job, why in refused.items():
+            logger.error("%s: refused, %s", job.name, why)
+        left = [job for job in left if job not in refused]
         try:
             check_key(left)
-            failed = self.run(left) if left else {}
+            failed = refused | (self.run(left) if left else {})
         except ValueError as error:
             raise CompactHydraException(f"error: {error}") from None
         lines = [f"{len(failed)} of {len(jobs)} jobs failed:"]

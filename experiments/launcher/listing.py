@@ -13,7 +13,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import lock
-from experiments.launcher.base import ProcessLauncher
+from experiments.launcher.base import ProcessLauncher, refusal, unwritable
 from experiments.launcher.job import Job
 from experiments.launcher.wandb_key import check_key
 
@@ -90,14 +90,18 @@ def describe(job: Job, launcher: ProcessLauncher) -> str:
     """Says what would become of a job.
 
     `finished`, `running …`, `queued …`, `new`, `starts anew …`, `goes on from step N`, or
-    `refused: …`. Reads files alone; imports PyTorch only where checkpoints have to be looked at.
+    `refused: …`. Reads files alone.
     """
     if job.done() is not None:
         return "finished"
+    if why := unwritable(job.folder):
+        return f"refused: {why}"
     if (about := lock.holder(job.folder)) is not None:
         return f"running, {lock.describe(about)}"
     if queued := launcher.queued(job):
         return f"queued, {queued}"
+    if why := refusal(job) or _wrong_value(job):
+        return f"refused: {why}"
     if not (job.folder / "config.yaml").is_file():
         return "new"
     if not job.config.get("resume", True):
@@ -105,15 +109,30 @@ def describe(job: Job, launcher: ProcessLauncher) -> str:
     return _describe_former(job)
 
 
+def _wrong_value(job: Job) -> str | None:
+    """Returns what the program would say of a value that nothing can be built with."""
+    from experiments.values import check_values
+
+    try:
+        check_values(_config_of(job))
+    except ValueError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _config_of(job: Job) -> DictConfig:
+    config = OmegaConf.create(job.plain(job.task))
+    assert isinstance(config, DictConfig)
+    return config
+
+
 def _describe_former(job: Job) -> str:
     """Of a job in whose directory something has run; asks the program's own checks."""
     from experiments.rundir import RunDirectory
     from lightning_modules.weights import read_checkpoint
 
-    config = OmegaConf.create(job.plain(job.task))
-    assert isinstance(config, DictConfig)
     try:
-        directory = RunDirectory(config, hold=False)
+        directory = RunDirectory(_config_of(job), hold=False)
         if directory.finished():
             return "finished"
         checkpoint = directory.checkpoint
