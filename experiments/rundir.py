@@ -23,14 +23,15 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import lock
+from experiments.files import read_yaml
 from experiments.launcher.job import FROZEN
 from experiments.made_of import Differences, compare, compare_all
+from experiments.overrides import show_value
 from experiments.report_data import read_curves
 from experiments.run import plain
 from lightning_modules.checkpoint import newest_whole
@@ -181,7 +182,8 @@ class RunDirectory:
             weights, further = compare(former, self._config)
             was = "trained"
         if weights and has_results(self.path):
-            key, (then, now) = next(iter(weights.items()))
+            key, values = next(iter(weights.items()))
+            then, now = map(show_value, values)
             raise ValueError(
                 f"{self.path} was {was} with {key}={then}, this run has {now}: choose another "
                 "directory with hydra.run.dir=…, or start anew here with resume=false"
@@ -229,8 +231,8 @@ def read_former(folder: Path, strict: bool = True) -> dict[str, Any] | None:
     """
     path = folder / "config.yaml"
     try:
-        former = yaml.safe_load(path.read_text()) if path.is_file() else None
-    except (yaml.YAMLError, UnicodeDecodeError):
+        former = read_yaml(path)
+    except ValueError:
         former = "damaged"
     if isinstance(former, dict):
         return former
