@@ -1,6 +1,5 @@
 """What Hydra is told to do before it makes a directory."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.cluster import process_rank
+from experiments.cluster import fail, process_rank
 from experiments.files import check_files, printable
 
 
@@ -48,4 +47,4 @@ def _make(config: DictConfig, kind: str, ways_out: str) -> None:
         line = f"error: {printable(str(error))}"
     except OSError as error:
         line = f"error: {folder} cannot be made ({error.strerror}): choose another with {ways_out}"
-    sys.exit(line if process_rank() == 0 else 1)
+    fail(line, process_rank())
