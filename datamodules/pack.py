@@ -4,6 +4,7 @@ One shard is one task of one process. Its samples and bytes depend on the annota
 on the number of processes; it appears whole, with its index, or not at all.
 """
 
+import errno
 import json
 import math
 import os
@@ -30,6 +31,9 @@ from datamodules.tar import untar_sample
 from datamodules.task import read_task
 from datamodules.videos import count_frames
 
+#: Errors of writing, which name no file.
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
 
 class BadItem(NamedTuple):
     shard: str
@@ -51,7 +55,11 @@ class Outcome:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
-    """(key, members by suffix) -> tar and index, whole or not at all. Empty: nothing is written."""
+    """(key, members by suffix) -> tar and index, whole or not at all. Empty: nothing is written.
+
+    Raises:
+        OSError: it cannot be written; a full disk, too, is an error that names the shard.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -70,6 +78,10 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
                 older.unlink(missing_ok=True)  # of another shard in this place
             os.replace(temporary, path)
             write_index(offsets, [index_path(path)])
+    except OSError as error:
+        if error.filename is None and error.errno in _OF_DISKS:
+            error.filename = str(path)  # a write is not told what it writes to
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """Small real shards: H.264 clips, JPEGs and conversations about them, the same for each seed."""
 
+import errno
 import io
 import json
 import shutil
@@ -147,7 +148,8 @@ def write_shards(
         first = seed + sum(counts[:number])
         samples = [(f"{n:09d}", make(n, num_frames, size)) for n in range(first, first + count)]
         write_shard(path, samples)
-        assert index_path(path).is_file()
+        if count and not index_path(path).is_file():
+            raise OSError(errno.EIO, "cannot be written", str(index_path(path)))
         paths.append(path)
     return paths
 

@@ -7,10 +7,15 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from types import FrameType
+from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
+#: Seconds that other ranks give rank 0 to say why all of them end.
+_PATIENCE_S = 5.0
+_PARENT = os.getppid()
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -38,6 +43,20 @@ def exit_code(code: int, rank: int) -> int:
     started it or by srun --kill-on-bad-exit; torchrun goes by the codes of all.
     """
     return 0 if rank and "TORCHELASTIC_RUN_ID" not in os.environ else code
+
+
+def fail(line: str, rank: int) -> NoReturn:
+    """Ends a process of a program that is refused; all of its ranks together say one line.
+
+    Rank 0 says it. The others wait, for rank 0 is killed as soon as one of them ends: see
+    `exit_code`. Whoever started them ends them meanwhile. Where nobody did, rank 1 says it too.
+    """
+    deadline = time.monotonic() + (_PATIENCE_S if rank else 0)
+    while time.monotonic() < deadline:
+        if os.getppid() != _PARENT:  # rank 0 of Lightning's, which has ended
+            sys.exit(1)
+        time.sleep(0.1)
+    sys.exit(line if rank < 2 else 1)
 
 
 def leave_on_signals() -> None:
@@ -121,7 +140,7 @@ def run_alone(program: str) -> None:
     """Ends a program that is one process if torchrun or srun started several; else does nothing."""
     if (tasks := launched_tasks()) > 1:
         line = f"error: {program} is one process, {tasks} were started: leave torchrun or srun out"
-        sys.exit(line if process_rank() == 0 else 1)
+        fail(line, process_rank())
 
 
 def _slurm_job() -> str | None:

@@ -1,6 +1,5 @@
 """What Hydra is told to do before it makes a directory."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.cluster import process_rank
+from experiments.cluster import fail, process_rank
+from experiments.files import check_files, printable
 
 
 class MakeFolder(Callback):
@@ -40,6 +40,11 @@ def _make(config: DictConfig, kind: str, ways_out: str) -> None:
         HydraConfig.instance().cfg = before
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if kind == "run":
+            check_files(folder)  # before Hydra opens its log there
+        return
+    except ValueError as error:
+        line = f"error: {printable(str(error))}"
     except OSError as error:
         line = f"error: {folder} cannot be made ({error.strerror}): choose another with {ways_out}"
-        sys.exit(line if process_rank() == 0 else 1)
+    fail(line, process_rank())

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from experiments import CONFIG_DIR, cluster
+from experiments.hydra_errors import hydra_errors_in_one_line
 from experiments.needles import test_needles
 from experiments.replay import read_replay
 from experiments.run import build, build_all, plain, print_config, user_errors_in_one_line
@@ -46,6 +47,7 @@ def main() -> None:
     named = any(word.lstrip("+").startswith(("rotary=", "model.rotary.")) for word in replay.typed)
     sys.argv[1:] = [*replay.words, *replay.typed]
 
+    @hydra_errors_in_one_line
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="evaluate")
     @user_errors_in_one_line
     def evaluate(config: DictConfig) -> float | None:

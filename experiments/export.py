@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import GenerationConfig
 
@@ -19,7 +18,7 @@ from datamodules.batch import BadSampleError
 from datamodules.processor import Processor
 from experiments.cluster import run_alone
 from experiments.evaluate import load
-from experiments.files import inside
+from experiments.files import inside, read_yaml
 from experiments.rundir import read_done, read_versions, write_whole
 from lightning_modules.lora import merge_lora, save_adapter
 from lightning_modules.model import VideoLanguageModel
@@ -68,7 +67,7 @@ def export(
     config_file = inside(run, "config.yaml")
     if not config_file.is_file():
         raise ValueError(f"{run} is no run directory: it has no config.yaml")
-    config = yaml.safe_load(config_file.read_text())
+    config = read_yaml(config_file)
     processor = Processor(config["data"]["frames"], config["data"]["conversation"])
     model, steps = load(run, None, checkpoint)
     if dtype:

@@ -3,14 +3,13 @@
 Reads config.yaml and looks at names of files. Imports no torch, so that launchers can ask too.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from experiments.files import read_yaml
 from experiments.made_of import Differences, compare, compare_all
+from experiments.overrides import show_value
 
 #: What a run leaves in its directory, beside its config. `resume=false` removes it.
 LEFTOVERS = (
@@ -60,8 +59,8 @@ def read_former(folder: Path, strict: bool = True) -> dict[str, Any] | None:
             )
         return None
     try:
-        former = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+        former = read_yaml(path)
+    except ValueError:
         former = None
     paths = former.get("paths") if isinstance(former, dict) else None
     if isinstance(paths, dict) and paths.get("run"):
@@ -98,7 +97,7 @@ def check_former(folder: Path, former: dict[str, Any], config: dict[str, Any]) -
         # Shards that a recipe has made stay where they are, also with resume=false.
         anew = "" if key.startswith("prepare.") else ", or start anew here with resume=false"
         raise ValueError(
-            f"{folder} was {was} with {key}={_typed(then)}, this run has {_typed(now)}: choose "
+            f"{folder} was {was} with {key}={show_value(then)}, this run has {show_value(now)}: choose "
             f"another directory with hydra.run.dir=…{anew}"
         )
     return further | weights
@@ -123,10 +122,3 @@ def _refuse_other_kind(folder: Path, former: dict[str, Any], config: dict[str, A
             f"{folder} holds a {then}, which {asked} must not write over: leave "
             "hydra.run.dir out, or choose another directory with it"
         )
-
-
-def _typed(value: Any) -> str:
-    """Returns a value as it is typed on the command line."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return str(value)

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.files import check_files, open_file
+
 _NAME = "run.lock"
 _PATIENCE_S = 2.0  # whoever looks for a holder holds the lock for a moment too
 
@@ -28,9 +30,10 @@ def take(folder: Path) -> None:
     Where the file system has no locks, no lock is taken and the file is removed.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or the directory has what a run must not open.
     """
-    file = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT, 0o644)  # closed with the process
+    check_files(folder)
+    file = open_file(folder / _NAME, os.O_RDWR | os.O_CREAT)  # closed with the process
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
@@ -60,9 +63,12 @@ def holder(folder: Path) -> dict[str, Any] | None:
     """Returns what `take` wrote of the process that has the lock now, None where nobody has it.
 
     The process may run on another machine. It is not this one: see the head of the module.
+
+    Raises:
+        ValueError: the lock is a link or no file.
     """
     try:
-        with open(folder / _NAME) as file:
+        with os.fdopen(open_file(folder / _NAME, os.O_RDONLY)) as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError as error:

@@ -51,11 +51,15 @@ def name_run(
     name = re.sub(r"[^\w.+-]+", "_", name, flags=re.ASCII).strip("_")
     if unique and len(name) <= _LONGEST_NAME and not _HASHED.search(name):
         return name
-    exact = show_value(
-        [rotary, seed, *([k, type(v).__name__, v] for k, v in sorted(settings.items()))]
-    )
+    exact = show_value([rotary, seed, *([k, _kind(v), v] for k, v in sorted(settings.items()))])
     digest = hashlib.sha256(exact.encode()).hexdigest()[:_HASH_LENGTH]
     return f"{name[: _LONGEST_NAME - _HASH_LENGTH - 1]}-{digest}"
+
+
+def _kind(value: Any) -> str:
+    """The type's name; numbers that are equal have one."""
+    whole = isinstance(value, float) and value.is_integer()
+    return "int" if whole else type(value).__name__
 
 
 def _word(key: str, value: Any, groups: Collection[str]) -> tuple[str, bool]:

@@ -14,6 +14,7 @@ from typing import Any
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
 _FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
 _WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
+_FIRST_WITH_EXPONENT = 1e16  # from here on Python writes floats as 1e16
 _NAMED = {"null": None, "true": True, "false": False}
 _NAMED |= {
     f"{sign}{name}": float(f"{sign}{name}") for sign in ("", "+", "-") for name in ("nan", "inf")
@@ -73,8 +74,8 @@ def show_value(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float):
-        return re.sub(r"e([+-])0*", r"e\1", repr(value)).replace("e+", "e")
+    if isinstance(value, (int, float)):
+        return _number(value)
     if isinstance(value, str):
         ambiguous = value[:1] in ("", "[", "{", '"', "'") or not isinstance(_bare(value), str)
         return json.dumps(value, ensure_ascii=False) if ambiguous else value
@@ -91,6 +92,19 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
     last = {key: key.rpartition(".")[2] for key in keys}
     counts = Counter(last.values())
     return {key: short if counts[short] == 1 else key for key, short in last.items()}
+
+
+def _number(value: int | float) -> str:
+    """Returns one text for 1 and 1.0, and one for 10000000000000000 and 1e16, which are equal."""
+    if value == value // 1 and abs(value) < _FIRST_WITH_EXPONENT:
+        return str(int(value))
+    try:
+        exact = float(value)
+    except OverflowError:
+        return str(value)
+    if exact != value and value == value:  # a long integer, which no float equals
+        return str(value)
+    return re.sub(r"e([+-])0*", r"e\1", repr(exact)).replace("e+", "e")
 
 
 def _inner(value: Any) -> str:

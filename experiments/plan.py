@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import CONFIG_DIR, cluster
 from experiments.forecast import GIB, Forecast, forecast, is_sharded
+from experiments.hydra_errors import hydra_errors_in_one_line
 from experiments.run import plain, user_errors_in_one_line
 from experiments.values import check_values
 from lightning_modules.reference import FrozenReference
@@ -25,6 +26,7 @@ from lightning_modules.reference import FrozenReference
 _KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "temporary")
 
 
+@hydra_errors_in_one_line
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="plan")
 @user_errors_in_one_line
 def plan(config: DictConfig) -> None:

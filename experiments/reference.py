@@ -23,6 +23,7 @@ from datamodules.pack import write_shard
 from datamodules.preference import RawPairs, with_reference
 from experiments import CONFIG_DIR, cluster
 from experiments.evaluate import load
+from experiments.hydra_errors import hydra_errors_in_one_line
 from experiments.run import build, plain, print_config, user_errors_in_one_line
 from experiments.rundir import write_whole
 from experiments.values import check_values
@@ -30,6 +31,7 @@ from lightning_modules.preference import model_settings
 from lightning_modules.weights import sha256
 
 
+@hydra_errors_in_one_line
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="reference")
 @user_errors_in_one_line
 def main(config: DictConfig) -> None:

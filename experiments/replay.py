@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -25,9 +24,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.source import REPLAYED
-from experiments.files import printable
+from experiments.files import inside, printable, read_yaml
 from experiments.run import plain
-from experiments.trust import flat, refusal, targets
+from experiments.trust import flat, refusal, targets, writes_files
 
 #: Keys that belong to the training alone, or to whoever evaluates; all below them as well.
 _NOT_REPLAYED = ("hydra", "launcher", "debug", "resume", "test", "init", "init_allow")
@@ -37,7 +36,16 @@ _NOT_THEIRS = ("run", "trust", "paths.run", "paths.runs")
 _RESOLVERS = ("hydra", "now", "oc.select", "run_name")
 
 #: Keys of folders that are written to.
-_WRITTEN = ("default_root_dir", "dirpath", "folder", "log_dir", "root_dir", "save_dir")
+_WRITTEN = (
+    "default_root_dir",
+    "dir",
+    "dirpath",
+    "folder",
+    "index_cache",
+    "log_dir",
+    "root_dir",
+    "save_dir",
+)
 
 
 @dataclass(frozen=True)
@@ -67,16 +75,20 @@ class Replay:
             return
         nodes = {key: node for key, node in plain(config).items() if key != "prepare"}
         leaves = flat(nodes)
+        writers: list[str] = []
         for key, target in targets(nodes):
             reason = refusal(target, self.trust)
             if reason and _below(leaves, key) != _below(self._typed_alone, key):
                 package = str(target).partition(".")[0]
                 self._refuse(f"{key}._target_={target}", f"which {reason}", package)
+            if not reason and writes_files(target):
+                writers.append(key)
         for key, value in leaves.items():
             if not isinstance(value, str):
                 continue
             command = value.lstrip().startswith("pipe:") and "pipe:" not in self.trust
-            outside = key.rpartition(".")[2] in _WRITTEN and not _inside(value, config.paths.run)
+            joined = any(key.startswith(f"{writer}.") for writer in writers)
+            outside = _leads_out(key, value, joined, config.paths.run)
             if not (command or outside) or self._typed_alone.get(key) == value:
                 continue
             if command:
@@ -108,14 +120,16 @@ class Replay:
         """Leaves of the config that the typed words give without those of the training."""
         words = [word for word in self.typed if not word.startswith("-")]
         leaves: dict[str, Any] = {}
+        composed: Sequence[str] = ()
         # Words such as data.grid.frames=[9] mean nothing without the options of the training.
         for chosen in (words, [word for word in words if "." not in word.partition("=")[0]]):
             try:
                 leaves = flat(plain(hydra.compose("evaluate", chosen)))
+                composed = chosen  # these have their interpolations resolved
                 break
             except (HydraException, OmegaConfBaseException):
                 continue
-        for word in words:
+        for word in (word for word in words if word not in composed):
             leaves |= flat(_value(word), _parse(word).key_or_group)
         return leaves
 
@@ -138,6 +152,8 @@ def read_replay(typed: Sequence[str]) -> Replay:
         raise ValueError("one run at a time; call ropelab-evaluate once for each run=")
     folders = [word.partition("=")[2].strip("'\"") for word in typed if word.startswith("run=")]
     run = Path(folders[-1]) if folders else None
+    if run is not None and not any(word.startswith("hydra.run.dir=") for word in typed):
+        inside(run, "evaluate")  # where results go
     if run is None or not (run / ".hydra" / "overrides.yaml").is_file():
         return Replay(run, typed)
     words, cwd, data = _read(run)
@@ -160,16 +176,17 @@ def read_replay(typed: Sequence[str]) -> Replay:
 
 def _read(run: Path) -> tuple[list[str], str, str]:
     """(overrides, the directory where they were typed, paths.data)"""
+    damaged = f"the files that say what {run} is are damaged"
     try:
-        words = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())
-        hydra_node = yaml.safe_load((run / ".hydra" / "hydra.yaml").read_text())["hydra"]
-        cwd = hydra_node["runtime"]["cwd"]
-        data = yaml.safe_load((run / "config.yaml").read_text())["paths"]["data"]
+        words = read_yaml(inside(run, ".hydra/overrides.yaml"))
+        cwd = read_yaml(inside(run, ".hydra/hydra.yaml"))["hydra"]["runtime"]["cwd"]
+        data = read_yaml(inside(run, "config.yaml"))["paths"]["data"]
         if not isinstance(words, list) or not all(isinstance(t, str) for t in (*words, cwd, data)):
             raise TypeError
-    except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError) as error:
-        kind = type(error).__name__
-        raise ValueError(f"the files that say what {run} is are damaged ({kind})") from None
+    except (OSError, TypeError, KeyError) as error:
+        raise ValueError(f"{damaged} ({type(error).__name__})") from None
+    except ValueError as error:
+        raise ValueError(f"{damaged}: {printable(str(error))}") from None
     return words, cwd, data
 
 
@@ -255,5 +272,14 @@ def _below(leaves: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in leaves.items() if name.startswith(f"{key}.")}
 
 
-def _inside(path: str, folder: str) -> bool:
-    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+def _leads_out(key: str, value: str, joined: bool, folder: str) -> bool:
+    """Whether an option of a config has something written outside of `folder`.
+
+    Args:
+        joined: of a class that writes files. It may join any of its options to a path, as loggers
+            do with `name` and `version`; and join its positions to nothing.
+    """
+    inside_it = Path(value).resolve().is_relative_to(Path(folder).resolve())
+    if key.rpartition(".")[2] in _WRITTEN or (joined and "_args_" in key.split(".")):
+        return not inside_it
+    return joined and (".." in Path(value).parts or (Path(value).is_absolute() and not inside_it))

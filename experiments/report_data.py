@@ -8,9 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from experiments.files import inside
+from experiments.files import inside, read_yaml
 from experiments.overrides import DELETED, read_overrides, show_value
 from lightning_modules.metrics.bootstrap import MeanInterval
 
@@ -100,10 +98,10 @@ def load_runs(roots: list[Path]) -> list[Run]:
 
 def load_run(folder: Path) -> Run:
     file = partial(inside, folder)
-    config = _yaml(file("config.yaml")) or _yaml(file(".hydra/config.yaml")) or {}
-    hydra = _yaml(file(".hydra/hydra.yaml")) or {}
+    config = read_yaml(file("config.yaml")) or read_yaml(file(".hydra/config.yaml")) or {}
+    hydra = read_yaml(file(".hydra/hydra.yaml")) or {}
     choices = hydra.get("hydra", {}).get("runtime", {}).get("choices", {})
-    lines = _yaml(file(".hydra/overrides.yaml")) or []
+    lines = read_yaml(file(".hydra/overrides.yaml")) or []
     overrides = read_overrides(lines)
     command = file("command.txt")
     needle = read_needle(file("needle.json"))
@@ -148,18 +146,9 @@ def _leaf_values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, node
 
 
-def _yaml(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
-
-
 def _versions(path: Path) -> dict[str, str]:
     """Of packages, and the commit that ran where it was a checkout."""
-    known = _yaml(path) or {}  # JSON is YAML
+    known = read_yaml(path) or {}  # JSON is YAML
     commit = {"commit": known["git_commit"]} if known.get("git_commit") else {}
     return {**known.get("versions", {}), **commit}
 

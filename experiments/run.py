@@ -151,7 +151,7 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 logger.error(line)
                 raise CompactHydraException(line) from None
-            sys.exit(line if not rank_zero_only.rank else 1)
+            cluster.fail(line, rank_zero_only.rank)
         finally:
             if wandb.run is not None:
                 _finish_wandb(failed)

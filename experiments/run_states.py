@@ -10,10 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from experiments import lock
-from experiments.files import inside
+from experiments.files import inside, read_yaml
 from experiments.overrides import DELETED, read_overrides, show_value
 
 #: What a launcher leaves for a job, and what a job leaves once it has started.
@@ -27,8 +25,6 @@ _NOT_AXES = ("hydra", "paths", "logger", "callbacks", "launcher", "print_config"
 
 #: Of a run without a lock, where file systems have none: seconds that it may be silent.
 _SILENCE_S = 60
-
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,7 @@ def _read(folder: Path, jobs: set[str] | None, stale_after_s: float) -> RunState
             step, last_sign = status.get("step"), status.get("time")
             metrics = status.get("metrics", {})
             state = _unfinished(folder, status, jobs, stale_after_s)
-    except (ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, KeyError, AttributeError) as error:
         return RunState(folder, "damaged", reason=str(error).splitlines()[0])
     return RunState(
         folder,
@@ -166,9 +162,9 @@ def _mark(folder: Path) -> str:
 
 
 def _overrides(folder: Path) -> dict[str, Any]:
-    lines = _yaml(inside(folder, ".hydra/overrides.yaml"))
+    lines = read_yaml(inside(folder, ".hydra/overrides.yaml"))
     if lines is None:
-        frozen = _yaml(inside(folder, _MARKS[0])) or {}
+        frozen = read_yaml(inside(folder, _MARKS[0])) or {}
         lines = frozen.get("hydra", {}).get("overrides", {}).get("task", [])
     return read_overrides(lines)
 
@@ -197,16 +193,14 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name} is not valid JSON, line {error.lineno}") from error
-
-
-def _yaml(path: Path) -> Any:
-    return yaml.load(path.read_text(), _Loader) if path.is_file() else None
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
 
 
 def _mapping(folder: Path, name: str) -> dict[str, Any]:
     """What a file of a run holds; nothing where it cannot be read, so that others are listed."""
     try:
-        found = _yaml(inside(folder, name))
-    except (OSError, ValueError, yaml.YAMLError):
+        found = read_yaml(inside(folder, name))
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

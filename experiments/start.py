@@ -12,18 +12,19 @@ import hydra
 
 from experiments import CONFIG_DIR, launcher, names  # noqa: F401 - Hydra knows them by now
 from experiments.cluster import leave_on_signals, run_alone
+from experiments.hydra_errors import hydra_errors_in_one_line
 
 
 def main() -> None:
     if launcher.take_dry_run(sys.argv) or {"-m", "--multirun"} & set(sys.argv[1:]):
         run_alone("ropelab-train -m")
-        sweep()
+        hydra_errors_in_one_line(sweep)()
         return
     leave_on_signals()
     leave_terminal_to_the_foreground()
     from experiments.train import main as train
 
-    train()
+    hydra_errors_in_one_line(train)()
 
 
 def leave_terminal_to_the_foreground() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from hydra.utils import get_object
 from lightning import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
@@ -37,6 +37,9 @@ _OTHERS: Mapping[str, tuple[type, ...]] = {
     "lightning.pytorch.profilers": (Profiler,),
     "lightning.pytorch.strategies": (Strategy,),
 }
+
+#: Kinds of classes that write files, and join what they are told to the paths of these.
+_WRITERS = (Callback, Logger, Precision, Profiler, Strategy, Trainer)
 
 _TARGET = re.compile(r"\b_target_: *([\w.]+)")
 
@@ -99,6 +102,12 @@ def _configured() -> frozenset[str]:
     """Every `_target_` that the option files of this package name."""
     texts = (path.read_text() for path in CONFIG_DIR.rglob("*.yaml"))
     return frozenset(name for text in texts for name in _TARGET.findall(text))
+
+
+def writes_files(path: str) -> bool:
+    """Whether the class at the dotted `path`, which may be built, writes files where it is told."""
+    found = get_object(path)
+    return isinstance(found, type) and issubclass(found, _WRITERS)
 
 
 def targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,7 @@
 """Names of run directories and factors of ablations come from values, not from typed words."""
 
 import itertools
+import math
 import random
 import re
 import shutil
@@ -46,13 +47,21 @@ def test_equal_values_have_one_text_and_others_have_others():
         ["{b:2,a:1}", "{a: 1, b: 2}"],
         ["1_000", "1000"],
         ["1e-5", "0.00001"],
+        ["1", "1.0", "1.", "1e0", "+1"],
+        ["-3", "-3.0"],
+        ["0", "-0.0"],
+        ["1e15", "1_000_000_000_000_000"],
+        ["1e16", "1.0e16", "10000000000000000"],
+        ["[1,{a:2}]", "[1.0,{a:2.0}]"],
     ]
     texts = [{show_value(read_value(typed)) for typed in alike} for alike in same]
     assert texts == [
-        {"0.002"}, {"false"}, {"null"}, {"a"}, {"[1,2]"}, {"{a:1,b:2}"}, {"1000"}, {"1e-5"}
+        {"0.002"}, {"false"}, {"null"}, {"a"}, {"[1,2]"}, {"{a:1,b:2}"}, {"1000"}, {"1e-5"},
+        {"1"}, {"-3"}, {"0"}, {"1000000000000000"}, {"1e16"}, {"[1,{a:2}]"}
     ]  # fmt: skip
-    others = [1, 1.0, "1", "1.0", True, "true", None, "null", "", [], {}, "[]", "{}", [1], ["1"]]
+    others = [1, 1.5, "1", "1.0", True, "true", None, "null", "", [], {}, "[]", "{}", [1], ["1"]]
     others += [[1, 2], "[1,2]", ["1,2"], [[1], 2], {"a": 1}, "{a:1}", {"a": "1"}, "-inf", -1e999]
+    others += [10**16 + 1, 10**400, 1e16, 1e22, 2**53, 2**53 + 1, float("nan"), math.inf, "1e16"]
     assert len({show_value(value) for value in others}) == len(others)
 
 
@@ -124,6 +133,22 @@ def test_a_name_that_looks_hashed_is_hashed():
     assert name_run("tad", 0, twin, GROUPS) != f"{cut}-{digest}"
 
 
+@pytest.mark.parametrize("more", [{}, {"b": "c d"}], ids=["read back", "with a hash"])
+def test_a_whole_number_has_one_name(more):
+    names = {name_run("tad", 0, {"a": value, **more}, GROUPS) for value in (1, 1.0)}
+    assert len(names) == 1
+    assert name_run("tad", 0, {"a": "1.0", **more}, GROUPS) not in names
+
+
+def exact(settings: dict[str, Any]) -> str:
+    """Tells all settings apart that are not equal, and their types; 1 and 1.0 are equal."""
+    numbers = {
+        key: int(value) if isinstance(value, float) and value.is_integer() else value
+        for key, value in settings.items()
+    }
+    return repr(sorted((key, repr(value)) for key, value in numbers.items()))
+
+
 def read_back(name: str) -> dict[str, Any]:
     """The settings that a name without a hash tells, by the rules in words."""
     rotary, seed, *pieces = name.split("-")
@@ -156,11 +181,10 @@ def test_any_name_can_be_read_back_or_has_a_hash():
         chosen = draw.sample(keys, draw.randint(0, 3))
         settings = {key: draw.choice(values) for key in chosen}
         name = name_run("tad", 0, settings, GROUPS)
-        exact = repr(sorted((key, repr(value)) for key, value in settings.items()))
-        assert seen.setdefault(name, exact) == exact, name
+        assert seen.setdefault(name, exact(settings)) == exact(settings), name
         if not HASHED.search(name):
             plain += 1
-            assert repr(sorted(read_back(name).items())) == repr(sorted(settings.items())), name
+            assert exact(read_back(name)) == exact(settings), name
     assert plain > 400
 
 

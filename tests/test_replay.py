@@ -127,6 +127,44 @@ CONFIGS = {
 }
 
 
+CSV = "+logger.y={_target_: lightning.pytorch.loggers.CSVLogger, save_dir: '${paths.run}'"
+BOARD = "+logger.y={_target_: lightning.pytorch.loggers.TensorBoardLogger"
+OUT = {
+    "a name": f"{CSV}, name: /elsewhere, version: ''}}",
+    "a name that climbs": f"{CSV}, name: ../../out}}",
+    "a version": f"{CSV}, version: /elsewhere}}",
+    "a name that is put together": f"{CSV}, name: '${{name}}/../out'}}",
+    "a folder below": f"{BOARD}, save_dir: '${{paths.run}}', sub_dir: a/../../b}}",
+    "a position": f"{BOARD}, _args_: [elsewhere]}}",
+    "a file of a checkpoint": "+callbacks.c={_target_: lightning.pytorch.callbacks.ModelCheckpoint,"
+    " filename: ../x}",
+    "a file of a profile": "+more.trainer={_target_: lightning.Trainer, profiler: {_target_: "
+    "lightning.pytorch.profilers.SimpleProfiler, filename: /elsewhere}}",
+    "among the data": "+data.x={_target_: lightning.pytorch.loggers.CSVLogger, "
+    "save_dir: '${paths.run}', name: /elsewhere}",
+    "a partial": f"{CSV}, version: /elsewhere, _partial_: true}}",
+    "an own callback": "+callbacks.h={_target_: lightning_modules.heartbeat.Heartbeat, "
+    "_args_: [elsewhere]}",
+    "its options": "+logger.w={_target_: lightning_modules.loggers.ResumableWandbLogger, "
+    "save_dir: '${paths.run}', settings: {root_dir: /elsewhere}}",
+    "W&B's folder": "+logger.w={_target_: lightning.pytorch.loggers.WandbLogger, dir: elsewhere}",
+    "indexes of shards": "+data.stream={index_cache: /elsewhere}",
+}
+
+
+@pytest.mark.parametrize("word", OUT.values(), ids=OUT.keys())
+def test_what_it_builds_writes_nothing_outside_of_the_results(word, check):
+    with pytest.raises(ValueError, match=r"a folder to write to outside of .*: set .* yourself"):
+        check(word)
+    check(typed=(word,))
+
+
+def test_loggers_are_replayed_with_names_of_folders_in_the_results(check, tmp_path):
+    check(f"{CSV}, name: a/b, version: '${{paths.run}}/c'}}")
+    check(f"{BOARD}, save_dir: {tmp_path}/out/x, name: a..b, prefix: ''}}")
+    check("data.val=/somewhere/data.tar", "+data.media_root=../videos")
+
+
 @pytest.mark.parametrize("words", CONFIGS.values(), ids=CONFIGS.keys())
 def test_a_run_says_nothing_about_the_program_or_the_machine(words, check, hostile):
     with pytest.raises(ValueError, match=re.escape(str(hostile))) as caught:
@@ -278,3 +316,23 @@ def test_damaged_words_are_one_line(hostile):
         path.write_text(text)
         with pytest.raises(ValueError, match="are damaged"):
             read_replay([f"run={hostile}"])
+
+
+@pytest.mark.parametrize("name", [".hydra/overrides.yaml", ".hydra/hydra.yaml", "config.yaml"])
+def test_its_words_are_no_link_out_and_no_bomb(name, hostile, tmp_path):
+    path = hostile / name
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="is a link to"):
+        read_replay([f"run={hostile}"])
+    path.unlink()
+    path.write_text("[&a [], *a]")
+    with pytest.raises(ValueError, match="has aliases"):
+        read_replay([f"run={hostile}"])
+
+
+def test_results_do_not_go_where_a_link_of_its_leads(hostile, tmp_path):
+    (hostile / "evaluate").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="evaluate is a link to"):
+        read_replay([f"run={hostile}"])
+    assert read_replay([f"run={hostile}", "hydra.run.dir=out"]).words

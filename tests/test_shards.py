@@ -1,5 +1,6 @@
 """`ropelab-shards`: packing, what it refuses, and verifying."""
 
+import errno
 import io
 import json
 
@@ -8,7 +9,13 @@ import pytest
 
 from datamodules.index import index_path, read_manifest
 from datamodules.stream import ShardReader
-from datamodules.synthetic import draw_frames, encode_image, encode_video, write_shards
+from datamodules.synthetic import (
+    draw_frames,
+    encode_image,
+    encode_video,
+    prepare_shards,
+    write_shards,
+)
 from datamodules.tar import untar_sample
 from experiments.shards import main
 
@@ -180,6 +187,21 @@ def test_a_write_that_fails_leaves_nothing(videos, monkeypatch):
     code, files = pack(videos, GOOD, "--workers", "1")
     assert code == 2
     assert files == []
+
+
+def test_a_full_disk_is_named_by_the_shard(tmp_path, monkeypatch):
+    """A write is told no name, so its error has none."""
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*/a/shard-000000.tar'"):
+            prepare_shards(tmp_path / "shards", {"a": [2]})
+    monkeypatch.setattr("datamodules.index.write_whole", lambda *_: False)
+    with pytest.raises(OSError, match=r"cannot be written: '.*/shard-000000.tar.idx'"):
+        prepare_shards(tmp_path / "shards", {"a": [2]})
 
 
 def test_verify_reports_every_bad_sample(tmp_path, capsys):

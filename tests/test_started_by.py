@@ -1,7 +1,9 @@
 """Who started a program, and as how many processes: torchrun, srun, mpirun, or a person."""
 
 import os
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -79,10 +81,44 @@ def test_training_is_refused_before_it_writes(run_train, tmp_path, monkeypatch):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_other_programs_are_one_process(program, rank, monkeypatch):
     pretend(monkeypatch, TORCHRUN | {"RANK": str(rank)})
-    with pytest.raises(SystemExit) as caught:
+    monkeypatch.setattr(cluster, "_PATIENCE_S", 0.0)
+    with pytest.raises(SystemExit, match="is one process, 2 were started: leave torchrun"):
         program.main([])
-    said = str(caught.value)
-    assert said == "1" if rank else "is one process, 2 were started: leave torchrun" in said
+
+
+def test_a_rank_lets_rank_0_speak_first_and_speaks_where_it_did_not(monkeypatch):
+    """torchrun kills rank 0 as soon as rank 1 ends, which may be before rank 0 has begun."""
+    monkeypatch.setattr(cluster, "_PATIENCE_S", 0.5)
+    for rank, said, waits in ((0, "error: x", False), (1, "error: x", True), (2, 1, True)):
+        began = time.monotonic()
+        with pytest.raises(SystemExit) as caught:
+            cluster.fail("error: x", rank)
+        assert caught.value.code == said
+        assert (time.monotonic() - began >= 0.5) == waits
+
+
+def test_a_rank_of_a_rank_0_that_has_ended_says_nothing(monkeypatch):
+    """Lightning's rank 0 has started the others, and has said the line."""
+    monkeypatch.setattr(cluster, "_PARENT", -1)
+    with pytest.raises(SystemExit) as caught:
+        cluster.fail("error: x", 1)
+    assert caught.value.code == 1
+
+
+def test_torchrun_shows_why_a_training_is_refused(tmp_path):
+    """Rank 0 comes late, as on a machine that is busy; rank 1 is refused long before."""
+    late = tmp_path / "late.py"
+    late.write_text(
+        "import os, sys, time\n"
+        "from experiments import cluster\n"
+        "if os.environ['RANK'] == '0': time.sleep(2)\n"
+        "cluster.run_alone('this')\n"
+    )
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(late)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.count("error: this is one process, 2 were started") == 1
 
 
 def test_programs_of_hydra_are_one_process(compose, tmp_path, monkeypatch):

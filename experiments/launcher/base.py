@@ -13,6 +13,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from experiments.files import check_files
 from experiments.former import check_former, read_former
 from experiments.launcher.job import Job, compose
 from experiments.launcher.wandb_key import check_key
@@ -134,6 +135,10 @@ class ProcessLauncher(Launcher):
     def _check_folders(self, jobs: list[Job]) -> None:
         taken: dict[Path, Job] = {}
         for job in jobs:
+            try:
+                check_files(job.folder)  # before anything there is read or frozen
+            except ValueError as error:
+                raise CompactHydraException(f"error: {error}") from None
             other = taken.setdefault(job.folder, job)
             if other is not job and other.plain(other.task) == job.plain(job.task):
                 raise CompactHydraException(

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from experiments.files import read_yaml
 
 FROZEN = "frozen"  # the name of the config, in .hydra/ of the run directory
 
@@ -83,8 +84,11 @@ class Job:
         done, former = self.folder / "done.json", self.folder / "config.yaml"
         if not (done.is_file() and former.is_file() and self.config.get("resume", True)):
             return None
-        if yaml.safe_load(former.read_text()) != self.plain(self.task):
-            return None
+        try:
+            if read_yaml(former) != self.plain(self.task):
+                return None
+        except ValueError:
+            return None  # the program refuses it
         return json.loads(done.read_text())
 
     def outcome(self, failure: BaseException | None) -> JobReturn:

@@ -48,8 +48,8 @@ def what_is_wrong(checkpoint: Path) -> str | None:
     """Reads all of it; None where it is whole, else words that go on after its name."""
     if checkpoint.is_dir():
         return _wrong_folder(checkpoint)
-    if not checkpoint.exists():
-        return "is missing"
+    if not checkpoint.is_file():  # of a pipe, reading would not end
+        return "is no file" if checkpoint.exists() else "is missing"
     if not zipfile.is_zipfile(checkpoint):
         return f"is cut or no checkpoint ({checkpoint.stat().st_size} bytes)"
     try:
@@ -67,10 +67,10 @@ def what_is_wrong(checkpoint: Path) -> str | None:
 
 def _wrong_folder(folder: Path) -> str | None:
     marker = folder / MARKER
+    if not marker.is_file():
+        return f"is not complete (no {MARKER})"
     try:
         sizes = json.loads(marker.read_text())
-    except FileNotFoundError:
-        return f"is not complete (no {MARKER})"
     except (OSError, ValueError) as error:
         return f"is damaged ({MARKER}: {error})"
     for name, size in sizes.items():
