@@ -57,6 +57,8 @@ def give_back(run: Path) -> None:
     """Brings back what was set aside, where anything was. A kill on the way loses nothing."""
     _remove(run / f"{_FOLDER}.partial")
     kept = run / _FOLDER
+    if kept.is_symlink():  # no command has made it: what it leads to is not the run's
+        kept.unlink()
     if not kept.is_dir():
         return
     if not (kept / _RETURNING).exists():

@@ -93,12 +93,13 @@ def check_former(folder: Path, former: dict[str, Any], config: dict[str, Any]) -
         weights, further = compare(former, config)
         was = "trained"
     if weights and has_results(folder):
-        key, (then, now) = next(iter(weights.items()))
+        key, values = next(iter(weights.items()))
+        then, now = map(show_value, values)
         # Shards that a recipe has made stay where they are, also with resume=false.
         anew = "" if key.startswith("prepare.") else ", or start anew here with resume=false"
         raise ValueError(
-            f"{folder} was {was} with {key}={show_value(then)}, this run has {show_value(now)}: choose "
-            f"another directory with hydra.run.dir=…{anew}"
+            f"{folder} was {was} with {key}={then}, this run has {now}: choose another "
+            f"directory with hydra.run.dir=…{anew}"
         )
     return further | weights
 

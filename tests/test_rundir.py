@@ -328,6 +328,17 @@ def test_a_kill_before_the_first_step_loses_nothing(anew, again, finished, monke
     assert contents(finished) == before
 
 
+def test_a_link_to_another_folder_gives_nothing_back(finished, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    before = contents(other)
+    (finished / ".before").symlink_to(other)
+    (finished / ".before.partial").symlink_to(other)
+    give_back(finished)
+    assert contents(other) == before
+    assert not list(finished.glob(".before*"))
+
+
 def test_a_kill_while_it_is_set_aside_loses_nothing(finished, monkeypatch):
     before = contents(finished)
     for after in range(1, 8):
