@@ -15,8 +15,9 @@ from films import copied, film, noise, with_tracks
 from datamodules import videos
 from datamodules.batch import BadSampleError
 from datamodules.frames import FpsSampler, FrameReader, UniformSampler
+from datamodules.packets import frame_times
 from datamodules.reencode import reencode
-from datamodules.videos import AREA, count_frames, frame_times
+from datamodules.videos import AREA, count_frames
 
 ALL = FrameReader(16, lambda times: list(range(len(times))))
 
