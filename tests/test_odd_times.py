@@ -19,7 +19,7 @@ from datamodules.batch import BadSampleError
 from datamodules.frames import FpsSampler, FrameReader, UniformSampler
 from datamodules.media import Media
 from datamodules.pack import pack_shard, plan_shards, verify_shard
-from datamodules.packets import frame_times
+from datamodules.packets import frame_times, scan_packets
 from datamodules.reencode import reencode
 from datamodules.videos import count_frames
 
@@ -129,7 +129,9 @@ def with_gaps(listed: Listed) -> Listed:
 def test_b_frames_of_mpeg4_in_avi_are_counted(change):
     pictures = noise(50)
     data = film(pictures, "avi", "mpeg4", bf=1, g=10, qscale=2, b="4M")
-    agrees(rewritten(data, "avi", change), pictures)
+    data = rewritten(data, "avi", change)
+    assert scan_packets(data).stamps is None  # AVI keeps no times of showing
+    agrees(data, pictures)
 
 
 def test_frames_whose_times_go_back_are_counted():
@@ -185,6 +187,7 @@ def test_slides_that_stay_for_long_are_no_join():
     data = film(noise(6), "mpegts", rate=Fraction(1, 20), bf=0)
     times = np.array(frame_times(data))
     assert times - times[0] == pytest.approx(np.arange(6) * 20.0)
+    assert scan_packets(data).stamps is not None  # the times are those of the file
 
 
 def test_a_gap_beyond_what_mp4_can_hold_is_refused():
