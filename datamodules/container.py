@@ -7,6 +7,7 @@ import ctypes
 import gc
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -81,7 +82,7 @@ def _best_stream(container: InputContainer) -> VideoStream:
     """The film among the video tracks: neither a cover picture nor a thumbnail beside it.
 
     FFmpeg's choice among those that are as long as the longest: it prefers the default track, then
-    the better one.
+    the better one. A track of which no duration is known may be as long.
     """
     tracks = [
         stream
@@ -93,10 +94,27 @@ def _best_stream(container: InputContainer) -> VideoStream:
     tracks = [stream for stream in tracks if stream.codec_context is not None]
     if not tracks:
         raise BadSampleError("video_unreadable", "a codec that is not known")
-    seconds = [float((stream.duration or 0) * (stream.time_base or 0)) for stream in tracks]
-    films = [s for s, length in zip(tracks, seconds, strict=True) if length >= 0.5 * max(seconds)]
+    seconds = [_seconds_of(stream) for stream in tracks]
+    longest = max((length for length in seconds if length is not None), default=0.0)
+    films = [
+        stream
+        for stream, length in zip(tracks, seconds, strict=True)
+        if length is None or length >= 0.5 * longest
+    ]
     best = container.streams.best("video")
     return next((film for film in films if film == best), films[0])
+
+
+def _seconds_of(stream: VideoStream) -> float | None:
+    """Duration of a track; None where the file does not tell it.
+
+    Matroska has none in the head of a track: libavformat estimates one, for some tracks. The tag
+    that writers leave at the end, "00:00:04.000000000", goes before it.
+    """
+    tag = next((v for k, v in stream.metadata.items() if k.upper().startswith("DURATION")), "")
+    if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d*)?)", tag.strip()):
+        return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
+    return float(stream.duration * (stream.time_base or 0)) if stream.duration else None
 
 
 def check_memory(codec: VideoCodecContext, width: int, height: int, bits: int) -> None:

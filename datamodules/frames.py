@@ -24,8 +24,9 @@ from torch import Tensor
 
 from datamodules.batch import BadSampleError, Tiles
 from datamodules.images import MAX_PIXELS, open_image
+from datamodules.packets import check_work, scan_packets
 from datamodules.tiles import check_grids, cut_tiles
-from datamodules.videos import AREA, check_work, decode_wanted, scan_packets, turn_of
+from datamodules.videos import AREA, decode_wanted, turn_of
 
 VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "gif"})
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})

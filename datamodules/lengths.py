@@ -38,9 +38,9 @@ from datamodules.index import (
 )
 from datamodules.order import StreamOptions
 from datamodules.pack import BadItem, Outcome
+from datamodules.packets import frame_times
 from datamodules.source import open_source
 from datamodules.tar import untar_sample
-from datamodules.videos import frame_times
 
 _ANY_LENGTH = 2**31  # tokens: nothing is cut here
 

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from datamodules.batch import BadSampleError
 from datamodules.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from datamodules.names import is_sidecar, natural_key
+from datamodules.names import in_order, is_sidecar
 
 VISUALS = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 
@@ -50,7 +50,7 @@ class Media:
             raise BadSampleError("file_unreadable", f"{name}: {error.strerror}") from None
 
     def frames(self, name: str) -> list[str] | None:
-        """Names of the pictures in a folder, in natural order; None where there is no such folder.
+        """Names of the pictures in a folder, as people count; None where there is no such folder.
 
         Raises:
             BadSampleError: unsafe_path, video_empty (no picture in it).
@@ -61,9 +61,9 @@ class Media:
         files = [file for file in os.listdir(folder) if not is_sidecar(file)]
         frames = [file for file in files if suffix_of(file) in IMAGE_SUFFIXES]
         if not frames:
-            shown = ", ".join(sorted(files, key=natural_key)[:3]) or "nothing"
+            shown = ", ".join(in_order(files)[:3]) or "nothing"
             raise BadSampleError("video_empty", f"no picture in the folder {name}: {shown}")
-        return [f"{name}/{file}" for file in sorted(frames, key=natural_key)]
+        return [f"{name}/{file}" for file in in_order(frames)]
 
     def find(self, name: str) -> Path | None:
         """Where a name leads. Accented letters may be written either way: macOS takes them apart.

@@ -202,7 +202,7 @@ def _read_visual(
         elif short_side is not None:
             return reencode(data, short_side, span), "mp4"
         else:
-            FrameReader(1, UniformSampler(1)).video(data)  # as verify would refuse it
+            FrameReader(1, UniformSampler(2)).video(data)  # the first frame and the last
         return data, suffix_of(name)
     except BadSampleError as error:
         detail = error.detail if reading[0] in error.detail else f"{reading[0]}: {error.detail}"

@@ -15,7 +15,8 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from datamodules.batch import BadSampleError
 from datamodules.frames import one_thread
 from datamodules.images import open_image
-from datamodules.videos import AREA, every_frame, scan_packets, turn_of
+from datamodules.packets import scan_packets
+from datamodules.videos import AREA, turn_of, with_every_frame
 
 #: Of a video that comes as a folder of frames; LLaVA-Hound's are taken at this rate.
 FOLDER_FPS = 2
@@ -24,7 +25,10 @@ _UNIT = Fraction(1, 90_000)  # of times, in seconds
 _PRECISE = AREA | 0x4000 | 0x40000  # SWS_FULL_CHR_H_INP, SWS_ACCURATE_RND
 _MATRIX = 1  # BT.709, in FFmpeg's AVColorSpace
 
-Span = tuple[float, float]  # first and last second
+# The most ticks between two frames that the MP4 writer of FFmpeg takes; it shortens larger steps.
+_MOST_TICKS = (1 << 31) - 1
+
+Span = tuple[float, float]  # seconds: the first that belongs to it, and the first that does not
 Frames = Iterable[tuple[float, VideoFrame]]  # with the seconds at which they are shown
 
 
@@ -32,11 +36,15 @@ def reencode(data: bytes, short_side: int, span: Span | None = None, gop: int = 
     """A video, or the seconds of it that `span` names, made cheap to read at random.
 
     Raises:
-        BadSampleError: as `every_frame`; video_empty where nothing is shown in the span.
+        BadSampleError: as `with_every_frame`; video_empty where nothing is shown in the span.
     """
     packets = scan_packets(data)
-    frames = _part(every_frame(data, packets), span, packets.last)
-    return _encode(frames, short_side, gop, packets.rate)
+
+    def encode(frames: Frames) -> bytes:
+        part = _part(frames, span, packets.last, packets.origin)
+        return _encode(part, short_side, gop, packets.rate)
+
+    return with_every_frame(data, packets, encode)
 
 
 def encode_frames(
@@ -57,27 +65,29 @@ def encode_frames(
                 raise BadSampleError(error.reason, detail) from None
             yield number / FOLDER_FPS, VideoFrame.from_image(picture)
 
-    part = _part(frames(), span, 1 / FOLDER_FPS)
+    part = _part(frames(), span, 1 / FOLDER_FPS, origin=0.0)
     return _encode(part, short_side, gop, Fraction(FOLDER_FPS))
 
 
-def _part(frames: Frames, span: Span | None, last: float) -> Iterator[tuple[float, VideoFrame]]:
-    """The frames of the span, counted from the first frame; they come out from time 0 on.
+def _part(
+    frames: Frames, span: Span | None, last: float, origin: float
+) -> Iterator[tuple[float, VideoFrame]]:
+    """The frames that begin within the span; they come out from time 0 on.
 
     Where no frame begins in the span, it is the one that is on the screen then.
 
     Args:
         last: seconds for which the last frame is shown.
+        origin: the time from which the span counts.
     """
-    start, end = span or (0.0, math.inf)
-    origin = first = before = None
+    start, end = span or (-math.inf, math.inf)
+    first = before = None
     at = 0.0
     for seconds, frame in frames:
-        origin = seconds if origin is None else origin
-        at = seconds - origin
-        if start <= at <= end:
-            first = at if first is None else first
-            yield at - first, frame
+        at = round(seconds - origin, 6)  # microseconds, so that 3.2 - 0.2 is 3
+        if start <= at < end:
+            first = seconds if first is None else first
+            yield seconds - first, frame
         elif at < start:
             before = frame
     if first is None and before is not None and start < at + last:
@@ -102,9 +112,14 @@ def _encode(frames: Frames, short_side: int | None, gop: int, rate: Fraction) ->
         codec.time_base = _UNIT
         codec.colorspace, codec.color_range = _MATRIX, ColorRange.MPEG
         codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        ticks = 0
         for seconds, frame in chain([first], frames):
+            before, ticks = ticks, round(seconds / _UNIT)
+            if ticks - before > _MOST_TICKS:
+                gap = f"{float((ticks - before) * _UNIT):.0f} s without a frame"
+                raise BadSampleError("video_unreadable", gap)
             small = _as_bt709(frame, *size)
-            small.pts, small.time_base = round(seconds / _UNIT), _UNIT
+            small.pts, small.time_base = ticks, _UNIT
             target.mux(stream.encode(small))
         target.mux(stream.encode())
         target.close()

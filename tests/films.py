@@ -77,8 +77,16 @@ def copied(
     return file.getvalue()
 
 
-def with_tracks(*pictures: tuple[Sequence[np.ndarray], str], container: str = "mp4") -> bytes:
-    """Several video tracks of one file; (its pictures, its codec) of each."""
+def with_tracks(
+    *pictures: tuple[Sequence[np.ndarray], str],
+    container: str = "mp4",
+    dispositions: Sequence[int | None] | None = None,
+) -> bytes:
+    """Several video tracks of one file; (its pictures, its codec) of each.
+
+    Args:
+        dispositions: flags of each as FFmpeg numbers them; None leaves them to the writer.
+    """
     file = io.BytesIO()
     with av.open(file, "w", format=container) as out:
         streams = []
@@ -87,6 +95,9 @@ def with_tracks(*pictures: tuple[Sequence[np.ndarray], str], container: str = "m
             stream.height, stream.width = track[0].shape[:2]
             stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
             streams.append(stream)
+        for stream, flags in zip(streams, dispositions or (), strict=False):
+            if flags is not None:
+                stream.disposition = flags
         for stream, (track, _) in zip(streams, pictures, strict=True):
             for picture in track:
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")

@@ -230,9 +230,9 @@ def test_a_field_that_is_ignored_on_the_command_line(media, tmp_path, capsys):
     [
         ({"start": 0.5}, 4, 12),  # 16 frames at 8 a second
         ({"start": 0.5, "end": None}, 4, 12),
-        ({"end": 0.5}, 0, 5),
-        ({"start": None, "end": "0.5"}, 0, 5),
-        ({"start": 0.5, "end": 1.0}, 4, 5),
+        ({"end": 0.5}, 0, 4),
+        ({"start": None, "end": "0.5"}, 0, 4),
+        ({"start": 0.5, "end": 1.0}, 4, 4),
         ({"start": 0}, 0, 16),
         ({"start": None, "end": None}, 0, 16),
     ],

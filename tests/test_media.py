@@ -60,6 +60,23 @@ def test_frames_of_a_folder_in_the_order_of_their_numbers(tmp_path, form):
         assert [round(float(mean) / 20) for mean in means] == list(range(1, 13))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["0.25", "0.5", "0.75", "1", "1.125", "1.5", "10.0"],  # seconds
+        ["1.1", "1.2", "1.9", "1.10", "1.11", "2.1"],  # chapter and page
+        ["v1.5", "v1.25", "v2"],  # versions
+        ["0.5", "0.25s", "1"],  # not all are numbers
+    ],
+)
+def test_names_that_are_numbers_stand_by_their_values(tmp_path, names):
+    folder = tmp_path / "v"
+    folder.mkdir()
+    for name in names:
+        (folder / f"{name}.jpg").write_bytes(b"")
+    assert Media(tmp_path).frames("v") == [f"v/{name}.jpg" for name in names]
+
+
 def test_a_folder_without_pictures_says_what_is_there(tmp_path, capsys):
     (tmp_path / "media" / "v").mkdir(parents=True)
     for name in ("1.bmp", "._1.jpg"):

@@ -15,8 +15,9 @@ from films import copied, film, noise, with_tracks
 from datamodules import videos
 from datamodules.batch import BadSampleError
 from datamodules.frames import FpsSampler, FrameReader, UniformSampler
+from datamodules.packets import frame_times
 from datamodules.reencode import reencode
-from datamodules.videos import AREA, count_frames, frame_times
+from datamodules.videos import AREA, count_frames
 
 ALL = FrameReader(16, lambda times: list(range(len(times))))
 
@@ -172,6 +173,24 @@ def test_a_small_track_before_the_film_is_passed_over(container):
     assert numbers(ALL.video(data).numpy(), pictures_of(pictures)) == list(range(30))
     assert count_frames(data) == len(frame_times(data)) == 30
     assert count_frames(reencode(data, 48)) == 30
+
+
+@pytest.mark.parametrize("first_is", ["default", "first", "neither"])
+@pytest.mark.parametrize("codecs", [("mjpeg", "libx264"), ("libx264", "libx264")])
+def test_a_thumbnail_of_matroska_is_passed_over(codecs, first_is):
+    """libavformat gives the film no duration, and the thumbnail none or that of the whole file.
+    The tags of the tracks have both."""
+    thumbnail, pictures = noise(1, 32, 32, seed=7), noise(30)
+    flags = {"default": (1, 0), "first": (None, None), "neither": (0, 0)}[first_is]
+    tracks = zip((thumbnail, pictures), codecs, strict=True)
+    data = with_tracks(*tracks, container="matroska", dispositions=flags)
+    assert numbers(ALL.video(data).numpy(), pictures_of(pictures)) == list(range(30))
+    without_tags = data.replace(b"DURATION", b"DURATHON")
+    with av.open(io.BytesIO(without_tags), "r") as container:
+        assert all(not stream.metadata.get("DURATION") for stream in container.streams)
+        best = container.streams.best("video")
+        expected = 30 if best is container.streams.video[1] else 1
+    assert count_frames(without_tags) == expected  # as FFmpeg, where nothing tells them apart
 
 
 def test_a_cover_picture_is_no_video():
