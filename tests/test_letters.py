@@ -206,6 +206,7 @@ def test_capitals(form):
         "I see B",
         "I see B in the video",
         "I see a",
+        "I'd say it's 'red'",
         "I say a lot",
         "I'd pick a",  # cut before its noun
         "I would choose a red car",
@@ -276,6 +277,12 @@ def test_prose_is_no_letter(text):
         ("A. red\nB. blue\nThe answer is B", "B"),  # the options again, then one of them
         ("A. red\nB. blue\n\nAnswer: A\n", "A"),
         ("A\nB", None),
+        ("A (red)\nB (blue)", None),
+        ('A "red"\nB "blue"', None),
+        ("A\tred\nB\tblue", None),
+        ("A (red). B (blue).", None),
+        ("A (red), B (blue)", None),
+        ("A (red)\nB (blue)\nAnswer: B", "B"),
         ("A - red\nB - blue", None),
         ("<answer>A</answer><answer>B</answer>", None),
     ],

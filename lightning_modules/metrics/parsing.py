@@ -48,11 +48,13 @@ _AFTER_A = (
 _AFTER_I = rf"(?:{_AFTER_BOTH})\b"
 # What stands in brackets or quotes behind a letter names its option, unless a noun follows: an
 # "A (red) car". Behind a small "a" quotes are those of a noun: it is a "selfie".
-_END_OF_OPTION = rf"""[ \t]* (?: [.;:!?\n] | [-–—]\s | \Z
+_END_OF_OPTION = rf"""[ \t]* (?: [.;:!?\n](?!\s*[A-Z][ ]*[("'\t]) | [-–—]\s | \Z
     | ,? [ \t]* (?:because|since|as|which|the|it|so|{_ANOTHER}
                  |is\s+(?:the\s+)?(?:right|correct|best|answer))\b )"""  # noqa: RUF001
-_IN_BRACKETS = rf"\([^()\n]*\) {_END_OF_OPTION}"
-_IN_QUOTES = rf"""(?: "[^"\n]*" | '(?:[^'\n]|'\w)*' ) {_END_OF_OPTION}"""
+_BRACKETS = r"\([^()\n]*\)"
+_QUOTES = r"""(?: "[^"\n]*" | '(?:[^'\n]|'\w)*' )"""
+_IN_BRACKETS = rf"{_BRACKETS} {_END_OF_OPTION}"
+_IN_QUOTES = rf"{_QUOTES} {_END_OF_OPTION}"
 _ALONE = r"(?!\w|'\w|-\w|\.\w+\.)"
 _BARE = rf"""(
       [AI] (?= [ ]*\t | [ ]+ (?:{_IN_BRACKETS}|{_IN_QUOTES}) )
@@ -84,9 +86,10 @@ _RULES = [
     ),
     # "B", "(b).", and so in a line of a longer text
     _rule(r"^[^\w\n]*([A-Za-z])[^\w\n]*$", re.MULTILINE),
-    # "B. red", "(b) red", "B - red", a line each
+    # "B. red", "(b) red", "B - red", "B (red)", a line each
     _rule(
-        rf"^[^\w\n]*(?:{_SURE}|([A-Za-z])(?:[.):\]}}](?=\s|$)|\s+(?:[-–—:=]|[-=]?>|→)\s))",  # noqa: RUF001
+        rf"^[^\w\n]*(?: {_SURE} | ([A-Z])(?:[ ]*\t|[ ]+(?:{_BRACKETS}|{_QUOTES})\W*$)"
+        rf"| ([A-Za-z])(?:[.):\]}}](?=\s|$)|\s+(?:[-–—:=]|[-=]?>|→)\s))",  # noqa: RUF001
         re.MULTILINE,
     ),
     # "B red", "B, because", "b is right"
