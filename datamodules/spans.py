@@ -15,8 +15,8 @@ from datamodules.fields import words_of
 
 # Words of the names of fields, as `words_of` has them. Of a start, an end, and of both in a list.
 _STARTS, _ENDS = {"start", "begin"}, {"end", "stop"}
-_BOTH = {"span", "segment", "timestamp"}
-_IF_RANGES = {"clip", "interval", "range"}  # `clip: "x"` and `frame_interval: 4` are no parts
+_BOTH = {"span", "timestamp"}
+_IF_RANGES = {"clip", "segment", "interval", "range"}  # not so `clip: "x"`, `frame_interval: 4`
 _RANGE = re.compile(r"\s*[\d.:]+\s*s?\s*(?:[-–,~]|to)\s*[\d.:]+\s*s?\s*$")  # noqa: RUF001
 _PARTS = _STARTS | _ENDS | _BOTH | _IF_RANGES
 # Beside these a field's number is one of seconds; beside the others it may be anything.

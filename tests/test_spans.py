@@ -93,6 +93,7 @@ def test_parts_that_are_none(fields, words):
     "fields",
     [
         {"duration": 2.0, "fps": 5, "video_id": "v_1", "clip_id": 3, "segment_id": "s"},
+        {"segment": 3, "segment_idx": 2, "clip_index": 1, "video_segment": "intro"},
         {"clip": "v_a", "frame_interval": 4, "interval": 2, "video_clip": 3},
         {"frame_idx": [0, 4], "start_token": "<s>", "time": 3, "seconds": 2, "timing": [0, 1]},
         {"start": 0, "end": None, "span": [], "segment": ""},
