@@ -258,6 +258,7 @@ def test_prose_is_no_letter(text):
         ("A, not option B", "A"),
         ("B is wrong", None),
         ("B looks wrong", None),
+        ("B does not fit", None),
         ("A seems incorrect. It's C.", "C"),
         ("B should not be chosen", None),
         ("A does not fit, I'd say D.", "D"),

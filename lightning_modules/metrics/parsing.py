@@ -86,9 +86,9 @@ _RULES = [
     ),
     # "B", "(b).", and so in a line of a longer text
     _rule(r"^[^\w\n]*([A-Za-z])[^\w\n]*$", re.MULTILINE),
-    # "B. red", "(b) red", "B - red", "B (red)", a line each
+    # "B. red", "(b) red", "B - red", a line each
     _rule(
-        rf"^[^\w\n]*(?: {_SURE} | ([A-Z])(?:[ ]*\t|[ ]+(?:{_BRACKETS}|{_QUOTES})\W*$)"
+        rf"^[^\w\n]*(?: {_SURE} | ([A-Z])[ ]*\t"
         rf"| ([A-Za-z])(?:[.):\]}}](?=\s|$)|\s+(?:[-–—:=]|[-=]?>|→)\s))",  # noqa: RUF001
         re.MULTILINE,
     ),
