@@ -174,11 +174,11 @@ def test_a_link_alone_is_counted(tmp_path, capsys):
 
 def test_a_link_before_the_file_of_its_sample(tmp_path, capsys):
     """As tar sorts them: it is the sample's fault, and not that of the one before."""
-    names = ["k1.jpg", "k1.json", "k2.0.jpg", "k2.1.jpg", "k2.json", "k3.json", "k3.mp4"]
-    links = {name: tarfile.SYMTYPE for name in names[2:4]}
+    names = ["k1.jpg", "k1.json", "k2.0.jpg", "k2.1.jpg", "k2.json", "k25.jpg", "k3.json", "k3.mp4"]
+    links = {name: tarfile.SYMTYPE for name in (*names[2:4], "k25.jpg")}
     path = write(tmp_path / "a.tar", names, links)
     samples, faults = read(path)
-    assert "2 links or devices, the first is k2.0.jpg" in faults[0]
+    assert "3 links or devices, the first is k2.0.jpg" in faults[0]
     assert "link_member: k2.0.jpg" in samples[1]
     assert samples[2] == ("k3", ["json", "mp4"])
     assert len(samples) == 3
