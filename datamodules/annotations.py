@@ -12,7 +12,8 @@ A format is known by its fields, never by the name of its file; fields that mean
 kept. LLaVA's own form (LLaVA-1.5, LLaVA-Video-178K, M4-Instruct, LLaVA-Hound's instructions) is
 that of shards already. Those of ms-swift, LLaMA-Factory, OpenAI and TRL are read where they mean
 the same: `messages`, `query` and `response`, `instruction` and `output`, `images`, `video_path`, …
-A field that seems to name a visual and is none of these is refused, not dropped.
+A field that seems to name a visual and is none of these is refused, not dropped; so is a mark
+that an answer is not to be learnt.
 """
 
 import re
@@ -20,8 +21,8 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from datamodules.batch import BadSampleError
-from datamodules.media import suffix_of
-from datamodules.turns import file_names, to_turns, with_slots
+from datamodules.fields import refuse_unlearnt, refuse_visuals
+from datamodules.turns import file_names, take_tags, to_turns, with_slots
 
 _SLOT = re.compile(r"\s*<(?:image|video)>\s*")
 #: Other names of the fields `image` and `video`.
@@ -39,11 +40,11 @@ _VISUALS = {
 }
 # (question, more of it, answer) of ms-swift and LLaMA-Factory
 _PAIRS = (("query", None, "response"), ("instruction", "input", "output"))
-_LOOKS_VISUAL = re.compile(
-    r"(?:^|_)(?:image|img|video|visual|frame|picture|pic|photo|clip|media)s?\d*(?:_|\d|$)",
-    re.IGNORECASE,
-)
-_IDS = re.compile(r"(?:^|_)(?:id|source|url)$", re.IGNORECASE)
+# Fields that are read. One without a value is as one that is not there: so pandas writes a table
+# in which only some rows have it.
+_READ = {"conversations", "conversation", "messages", "prompt", "completion", "chosen", "rejected"}
+_READ |= {"rejected_response", "rejected_messages", "QA", "query", "response", "history", "system"}
+_READ |= {"instruction", "input", "output", "question"}
 
 
 def to_conversation(entry: Any, ignored: Collection[str] = ()) -> dict[str, Any]:
@@ -51,18 +52,33 @@ def to_conversation(entry: Any, ignored: Collection[str] = ()) -> dict[str, Any]
 
     Args:
         entry: as its authors have it.
-        ignored: fields that may name visuals which are not wanted.
+        ignored: fields that name visuals which are not wanted, or that mark answers not to be
+            learnt and are to be passed over.
 
     Raises:
         BadSampleError: missing_field, bad_field, empty_conversation.
     """
     if not isinstance(entry, dict):
         raise BadSampleError("missing_field", "conversations: the entry is no object")
+    entry = {n: value for n, value in entry.items() if value is not None or n not in _READ}
     entry = _with_own_visuals(entry, ignored)
-    _refuse_unread(entry, ignored)
-    if "QA" in entry:
-        return read_videochat2(entry)
-    return _with_system(_read_turns(entry))
+    refuse_unlearnt(entry, ignored)
+    own = read_videochat2(entry) if "QA" in entry else _with_system(_read_turns(entry))
+    own = _with_tagged(own)
+    seen = any(own.get(kind) for kind in _VISUALS)
+    refuse_visuals(entry, seen, tuple(_VISUALS), ignored)
+    return own
+
+
+def _with_tagged(entry: dict[str, Any]) -> dict[str, Any]:
+    """Files that stand in the questions, as in `<img>a.jpg</img>`, under `image` and `video`."""
+    turns = entry.get("conversations")
+    if not isinstance(turns, list):
+        return entry
+    turns, visuals = take_tags(turns, "conversations")
+    for kind, files in visuals.items():
+        entry = _with_files(entry, kind, files, "conversations")
+    return {**entry, "conversations": turns}
 
 
 def _with_own_visuals(entry: dict[str, Any], ignored: Collection[str]) -> dict[str, Any]:
@@ -85,35 +101,6 @@ def _with_files(entry: dict[str, Any], kind: str, names: list[str], where: str) 
     if former and (former if isinstance(former, list) else [former]) != names:
         raise BadSampleError("bad_field", f"{kind} and {where} name different files: keep one")
     return {**entry, kind: names[0] if len(names) == 1 else names}
-
-
-def _refuse_unread(entry: dict[str, Any], ignored: Collection[str]) -> None:
-    """Refuses a field that seems to name a visual, as the sample would be learnt without it.
-
-    Of an entry with visuals only fields are suspected whose name speaks of one.
-    """
-    seen = bool(entry.get("image") or entry.get("video"))
-    for name, value in entry.items():
-        looks = _LOOKS_VISUAL.search(name) is not None
-        if name in (*_VISUALS, *ignored) or (not looks and (seen or _IDS.search(name))):
-            continue
-        if found := _file_in(value, urls=looks and not seen):
-            raise BadSampleError(
-                "bad_field",
-                f"{name!r} names {found}, and is not read: rename it to image or video, or "
-                f"--ignore-field {name}",
-            )
-
-
-def _file_in(value: Any, urls: bool, depth: int = 3) -> str | None:
-    """The first text that is a visual's file name, or also a url."""
-    if isinstance(value, str):
-        named = bool(suffix_of(value)) and "\n" not in value and "://" not in value
-        return value if named or (urls and value.startswith(("http", "data:", "s3:"))) else None
-    inside = value.values() if isinstance(value, dict) else value
-    if not isinstance(value, list | dict) or not depth:
-        return None
-    return next((found for one in inside if (found := _file_in(one, urls, depth - 1))), None)
 
 
 def _read_turns(entry: dict[str, Any]) -> dict[str, Any]:
@@ -150,13 +137,15 @@ def _is_foreign(turns: Any) -> bool:
 def _from_pair(entry: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
     """`query` and `response`, or `instruction`, `input` and `output`, as messages; with those of
     `history` before them."""
-    if isinstance(entry.get("prompt"), list):  # TRL: the question as messages
-        kept = {name: value for name, value in entry.items() if name != "prompt"}
-        return "messages", {**kept, "messages": entry["prompt"]}
+    if isinstance(entry.get("prompt"), list) or "completion" in entry:  # TRL
+        asked = _messages(entry, "prompt", "user")
+        answers = _messages(entry, "completion", "assistant") if "completion" in entry else []
+        kept = {n: value for n, value in entry.items() if n not in ("prompt", "completion")}
+        return "messages", {**kept, "messages": [*asked, *answers]}
     for question, more, answer in _PAIRS:
         if question not in entry:
             continue
-        asked = [_text(entry, name, "") for name in (question, more) if name]
+        asked = [_text(entry, question), _text(entry, more, "") if more else ""]
         history = entry.get("history") or []
         if not isinstance(history, list) or not all(
             isinstance(turn, list) and len(turn) == 2 for turn in history
@@ -174,6 +163,13 @@ def _from_pair(entry: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
         kept = {name: value for name, value in entry.items() if name not in dropped}
         return "messages", {**kept, "messages": messages}
     return None, entry
+
+
+def _messages(entry: dict[str, Any], name: str, role: str) -> list[Any]:
+    """A field that holds messages, or the text of one."""
+    if isinstance(entry.get(name), list):
+        return entry[name]
+    return [{"role": role, "content": _text(entry, name)}]
 
 
 def _with_system(entry: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,12 @@ _BEGINNINGS = (
     (b"#EXTM3U", "a playlist"),
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself"),
 )
+# Of files that begin as MP4 does; `mif1` and `msf1` stand for either.
+_BRANDS = {
+    **dict.fromkeys([b"avif", b"avis"], "an AVIF image"),
+    **dict.fromkeys([b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"], "a HEIC image"),
+    **dict.fromkeys([b"mif1", b"msf1"], "an AVIF or HEIC image"),
+}
 _TEXTS = (
     (b"<!doctype html", "an HTML page"),
     (b"<html", "an HTML page"),
@@ -86,8 +92,7 @@ def kind_of(data: bytes) -> str | None:
     if not data:
         return None
     if data[4:8] == b"ftyp":
-        brand = data[8:12]
-        return "an AVIF or HEIC image" if brand in (b"avif", b"heic", b"mif1") else "an MP4 video"
+        return _BRANDS.get(data[8:12], "an MP4 video")
     if data[:4] == b"RIFF":
         names = {b"WEBP": "a WebP image", b"AVI ": "an AVI video", b"WAVE": "a WAV sound"}
         return names.get(data[8:12])

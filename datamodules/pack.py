@@ -6,7 +6,6 @@ on the number of processes; it appears whole, with its index, or not at all.
 
 import errno
 import json
-import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from datamodules.index import Shard, index_path, index_shard, lengths_path, writ
 from datamodules.media import Media, suffix_of
 from datamodules.reencode import encode_frames, reencode
 from datamodules.source import open_source
+from datamodules.spans import Span, take_span
 from datamodules.tar import untar_sample
 from datamodules.task import read_task
 from datamodules.videos import count_frames
@@ -134,11 +134,12 @@ def _members(
         turns = read_turns(answered)
         match_slots(turns, names)
         read_task(answered, turns)
-    span = _span(entry)
-    if span:
-        if short_side is None:
-            raise BadSampleError("part_of_video", "it has `start` or `end`: cut by --reencode")
-        entry = {name: value for name, value in entry.items() if name not in ("start", "end")}
+    entry, span, fields = take_span(entry, ignored)
+    if span and short_side is None:
+        what = f"{' and '.join(fields)}: only a part of {', '.join(names)} is meant"
+        raise BadSampleError(
+            "part_of_video", f"{what}: cut it by --reencode, or --ignore-field of each"
+        )
     members = {}
     for number, name in enumerate(names):
         data, suffix = _read_visual(media, name, short_side, span)
@@ -168,26 +169,8 @@ def _names(entry: dict, field_name: str, media: Media) -> list[str]:
     return whole
 
 
-def _span(entry: dict) -> tuple[float, float] | None:
-    """Seconds of the part of the video that is meant; None for all of it.
-
-    Without `end` the part ends with the video, without `start` it begins with it.
-    """
-    given = [entry.get(name) for name in ("start", "end")]
-    if not entry.get("video") or given == [None, None]:
-        return None
-    try:
-        start = 0.0 if given[0] is None else float(given[0])
-        end = math.inf if given[1] is None else float(given[1])
-    except (TypeError, ValueError):
-        raise BadSampleError("bad_field", "start and end: seconds") from None
-    if not 0 <= start < end or (end == math.inf and given[1] is not None):
-        raise BadSampleError("bad_field", f"start {start} and end {end}: 0 <= start < end")
-    return None if (start, end) == (0, math.inf) else (start, end)
-
-
 def _read_visual(
-    media: Media, name: str, short_side: int | None, span: tuple[float, float] | None
+    media: Media, name: str, short_side: int | None, span: Span | None
 ) -> tuple[bytes, str]:
     """What goes into the shard, and its ending. What is wrong names the file."""
     reading = [name]  # of a folder, the frame that is read

@@ -127,10 +127,11 @@ class _Walk:
         self._run: set[str] = set()  # suffixes of the key that is being read
         self._scattered: list[str] = []  # where members of one key stand apart: what was found
         self._links: list[str] = []
+        self._led: tuple[str, int] | None = None  # key and offset of links since the last file
 
     def fault(self) -> BadSampleError | None:
         """What is wrong with a shard that could be read to its end."""
-        if not self.offsets:
+        if not self.offsets and not self._links:
             return BadSampleError("tar_empty", "no sample in it")
         self._leave()
         if self._scattered:
@@ -139,6 +140,7 @@ class _Walk:
             return BadSampleError("tar_unsorted", f"{what}: pack it anew with tar --sort=name")
         if self._links:
             what = f"{len(self._links)} links or devices, the first is {self._links[0]}"
+            what += "" if self.offsets else "; no file in it"
             return BadSampleError("link_member", f"{what}; {_DEREFERENCE}")
         return None
 
@@ -165,11 +167,16 @@ class _Walk:
             return
         if not member.isreg():
             self._links.append(_described(member))
+            if self._led is None or self._led[0] != key:
+                self._led = key, member.offset
             return
         if key != self._key:
             self._leave()
-            self.offsets.append(member.offset)
+            # with the links before it, so that reading the sample tells what it lacks
+            led = self._led if self._led and self._led[0] == key else None
+            self.offsets.append(led[1] if led else member.offset)
             self._key = key
+        self._led = None
         self._run.add(suffix.lower())
 
     def _leave(self) -> None:
@@ -189,6 +196,7 @@ class _Walk:
             self.offsets.append(self.end)
         self._leave()
         self.end, self.payload, self._key, self._damaged = found, found + 1, None, True
+        self._led = None
 
 
 def _counts(name: str) -> bool:
@@ -258,10 +266,13 @@ def untar_sample(data: bytes, url: str) -> dict[str, Any]:
             may claim any size), duplicate_member, link_member, index_stale (it counts sidecars).
     """
     links: dict[str, str] = {}
+    files = list(_files(data, url, links))
     try:
-        samples = list(group_by_keys(_files(data, url, links)))
-    except ValueError as error:
-        raise BadSampleError("duplicate_member", str(error.args[0])) from None
+        samples = list(group_by_keys(files))
+    except ValueError:
+        # capitals of suffixes are the same, so that two names may differ
+        shown = ", ".join(file["fname"] for file in files)
+        raise BadSampleError("duplicate_member", f"a name stands twice in {shown}") from None
     if not samples and data:
         raise BadSampleError("index_stale", "it counts files that are no member: delete it")
     if len(samples) != 1:

@@ -4,17 +4,24 @@
 {"role": "user", "content": [{"type": "image", "image": "a.jpg"},  Qwen, OpenAI
                              {"type": "text", "text": "What is it?"}]}
 {"human": "What is it?", "assistant": "A bike."}                   ms-swift
+{"from": "human", "value": "<img>a.jpg</img> What is it?"}         Qwen-VL
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from datamodules.batch import BadSampleError
+from datamodules.fields import is_file
+from datamodules.frames import is_video
+from datamodules.media import suffix_of
 
 _KINDS = ("image", "video")
 # How Qwen's processor is to sample and resize: here `data.frames` says so for all samples.
 _READING = {"detail", "fps", "nframes", "min_frames", "max_frames", "total_pixels"}
 _READING |= {"min_pixels", "max_pixels", "resized_height", "resized_width"}
+# A file between tags. `<video>` alone is a slot; behind it a text may quote HTML.
+_TAGGED = re.compile(r"<(img|image|video)>[ \t]*([^<>\n]*?)[ \t]*</\1>")
 
 
 def to_turns(messages: Any, where: str) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
@@ -41,9 +48,11 @@ def to_turns(messages: Any, where: str) -> tuple[list[dict[str, Any]], dict[str,
         text = message.get("value", message.get("content"))
         if text is None:
             raise BadSampleError("missing_field", f"value or content of {here}")
-        if isinstance(text, list):
-            text = "\n".join(_read_part(part, visuals, here) for part in text)
         role = {"user": "human", "assistant": "gpt"}.get(str(role), role)
+        if isinstance(text, list):
+            if role == "gpt":
+                _refuse_shown(text, here)
+            text = "\n".join(_read_part(part, visuals, here) for part in text)
         turns.append({"from": role, "value": _text(text, here)})
     return turns, visuals
 
@@ -54,13 +63,62 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
+def _refuse_shown(parts: Sequence[Any], where: str) -> None:
+    """Refuses a visual in an answer, whose slot would be learnt as a word."""
+    for part in parts:
+        if isinstance(part, dict) and _kind_of(part) != "text":
+            raise BadSampleError(
+                "bad_field", f"a part of {where} has type {_kind_of(part)!r}: an answer is text"
+            )
+
+
+def _kind_of(part: dict[str, Any]) -> str:
+    return str(part.get("type") or next(iter(part), None))
+
+
+def take_tags(turns: Sequence[Any], where: str) -> tuple[list[Any], dict[str, list[str]]]:
+    """Turns with a slot for each file that stands between tags; and these files by kind.
+
+    Raises:
+        BadSampleError: bad_field (a file in an answer, a url).
+    """
+    visuals: dict[str, list[str]] = {kind: [] for kind in _KINDS}
+
+    def slot(match: re.Match[str]) -> str:
+        tag, name = match.groups()
+        if not _names_file(name):
+            return match.group()
+        (name,) = file_names(name, f"<{tag}> of {where}")
+        suffix = suffix_of(name)
+        kind = "video" if (is_video(suffix) if suffix else tag == "video") else "image"
+        visuals[kind].append(name)
+        return f"<{kind}>"
+
+    taken = []
+    for number, turn in enumerate(turns):
+        text = turn.get("value") if isinstance(turn, dict) else None
+        if isinstance(text, str) and turn.get("from") in ("gpt", "assistant"):
+            for match in _TAGGED.finditer(text):
+                if is_file(match[2]):
+                    what = f"{match.group()} in the answer {where} {number}"
+                    raise BadSampleError("bad_field", f"{what} is a visual: an answer is text")
+        elif isinstance(text, str):
+            turn = {**turn, "value": _TAGGED.sub(slot, text)}
+        taken.append(turn)
+    return taken, visuals
+
+
+def _names_file(text: str) -> bool:
+    return is_file(text) or len(text.split()) == 1
+
+
 def _read_part(part: Any, visuals: dict[str, list[str]], where: str) -> str:
     """The text of one part of a content; a visual is a slot, and its file goes into `visuals`."""
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
         raise BadSampleError("bad_field", f"a part of {where} is no object")
-    kind = str(part.get("type") or next(iter(part), None))
+    kind = _kind_of(part)
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
     plain = kind.removesuffix("_url")
@@ -106,7 +164,9 @@ def file_names(value: Any, where: str) -> list[str]:
 def with_slots(turns: Sequence[dict[str, Any]], slots: Sequence[str]) -> list[dict[str, Any]]:
     """The turns with slots before the first question, where no text has any, as ms-swift does."""
     asked = [turn["value"] for turn in turns if turn["from"] != "gpt"]
-    if any(f"<{kind}>" in text for text in asked for kind in _KINDS):
+    if any(f"<{kind}>" in text for text in asked for kind in _KINDS) or any(
+        _names_file(match[2]) for text in asked for match in _TAGGED.finditer(text)
+    ):
         return list(turns)
     first = next((n for n, turn in enumerate(turns) if turn.get("from") == "human"), None)
     return [

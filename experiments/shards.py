@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         "--follow-links", action="store_true", help="read links that lead out of --videos"
     )
     writer.add_argument(
-        "--ignore-field", action="append", default=[], metavar="FIELD", help="names no visual"
+        "--ignore-field", action="append", default=[], metavar="FIELD", help="pass it over"
     )
     writer.add_argument("--overwrite", action="store_true", help="replace shards that are there")
     writer.set_defaults(run=pack)

@@ -14,7 +14,7 @@ from datamodules.index import index_path, read_manifest, write_index
 from datamodules.names import is_sidecar, natural_key
 from datamodules.stream import ShardReader
 from datamodules.synthetic import draw_frames, encode_image, encode_video
-from datamodules.tar import untar_sample
+from datamodules.tar import sample_offsets, untar_sample
 from experiments.shards import main
 
 VIDEO = encode_video(draw_frames(0, 4)[0])
@@ -167,9 +167,41 @@ def test_a_link_alone_is_counted(tmp_path, capsys):
     path = write(tmp_path / "a.tar", ["a.0.mp4", "a.json", "b.json", "b.mp4", "c.mp4"], links)
     samples, faults = read(path)
     assert "2 links or devices, the first is a.0.mp4" in faults[0]
-    assert "slot_mismatch" in samples[0]
+    assert "link_member: a.0.mp4, a symbolic link" in samples[0]
     assert samples[1] == ("b", ["json", "mp4"])
-    assert verify(path, capsys)["bad"] == {"link_member": 1, "slot_mismatch": 1}
+    assert verify(path, capsys)["bad"] == {"link_member": 2}  # the sample, and the shard's count
+
+
+def test_a_link_before_the_file_of_its_sample(tmp_path, capsys):
+    """As tar sorts them: it is the sample's fault, and not that of the one before."""
+    names = ["k1.jpg", "k1.json", "k2.0.jpg", "k2.1.jpg", "k2.json", "k25.jpg", "k3.json", "k3.mp4"]
+    links = {name: tarfile.SYMTYPE for name in (*names[2:4], "k25.jpg")}
+    path = write(tmp_path / "a.tar", names, links)
+    samples, faults = read(path)
+    assert "3 links or devices, the first is k2.0.jpg" in faults[0]
+    assert "link_member: k2.0.jpg" in samples[1]
+    assert samples[2] == ("k3", ["json", "mp4"])
+    assert len(samples) == 3
+    assert "link" not in str(samples[0])
+    with tarfile.open(path) as tar:
+        starts = {member.name: member.offset for member in tar}
+    report = verify(path, capsys)
+    assert report["bad"]["link_member"] == 2
+    assert [item["key"] for item in report["items"] if "k2.0.jpg," in item["detail"]] == ["", "#1"]
+    walked = [starts[name] for name in ("k1.jpg", "k2.0.jpg", "k3.json")]
+    with open(path, "rb") as file:
+        assert sample_offsets(file)[0][:3] == walked
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_tar_of_links_alone_says_so(tmp_path, capsys, kind):
+    path = write(tmp_path / "a.tar", ["a.jpg", "a.json"], {"a.jpg": kind, "a.json": kind})
+    samples, (fault,) = read(path)
+    assert not samples
+    for words in ("link_member", "2 links", "a.jpg", "no file in it", "--dereference"):
+        assert words in fault
+    assert verify(path, capsys)["bad"] == {"link_member": 1}
+    assert "tar_empty" in read(write(tmp_path / "b.tar", ["._a.json"]))[1][0]
 
 
 def test_the_advice_for_links_helps(tmp_path):

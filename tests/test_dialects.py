@@ -66,6 +66,18 @@ READ = {
     "from and value": (
         {"messages": messages("What is it?", "A card.", names=("from", "value")),
          "videos": ["a.mp4"]}, ASKED),
+    "alpaca as pandas writes it": (
+        {"instruction": "What is it?", "input": None, "output": "A card.", "history": None,
+         "videos": ["a.mp4"]}, ASKED),
+    "columns of other rows": (
+        {"messages": messages("What is it?", "A card."), "videos": ["a.mp4"], "chosen": None,
+         "rejected": None, "query": None, "prompt": None, "completion": None, "QA": None}, ASKED),
+    # TRL
+    "prompt and completion": (
+        {"prompt": messages("What is it?"), "videos": ["a.mp4"],
+         "completion": messages("A card.", roles=("assistant",))}, ASKED),
+    "prompt and completion as texts": (
+        {"prompt": "<video>\nWhat is it?", "completion": "A card.", "videos": ["a.mp4"]}, ASKED),
     # OpenAI and Qwen
     "parts": (
         {"messages": messages([part("video", "a.mp4"), part("text", "What is it?")], "A card.")},
@@ -154,6 +166,10 @@ TALK = {"conversations": turns("What is it?", "A card.")}
         ({"messages": []}, "no turn in messages"),
         ({"messages": ["x"]}, "messages 0 is no object"),
         ({"query": "x", "videos": ["a.mp4"]}, "missing_field: response"),
+        ({"query": "x", "response": None}, "missing_field: response"),
+        ({"completion": "x"}, "missing_field: prompt"),
+        ({"prompt": "x", "completion": 7}, "completion is no text"),
+        ({"prompt": "x", "chosen": None, "rejected": "y"}, "missing_field: chosen"),
         ({"query": "x", "response": "y", "history": ["z"]}, "history"),
         ({"messages": messages("x", "y"), "rejected_messages": []}, "rejected_messages"),
         ({"system": "a", "messages": messages("b", "x", "y", roles=("system", "user"))},

@@ -271,6 +271,9 @@ OTHERS = {
     "it is an HTML page": b"\xef\xbb\xbf\n<!DOCTYPE html><html><body>404</body></html>",
     "it is an MP4 video": film(noise(2)),
     "it is a BMP image": saved(Image.new("RGB", (8, 8)), "BMP"),
+    "it is a HEIC image": b"\0\0\0\x18ftypheix\0\0\0\0mif1heix",  # of 10 bits, as cameras write
+    "it is an AVIF image": b"\0\0\0\x18ftypavif\0\0\0\0mif1avif",
+    "it is an AVIF or HEIC image": b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic",
     "it is a JSON file": b'{"error": "not found"}',
     "it is a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
     "0 bytes": b"",

@@ -31,13 +31,35 @@ _MARKUP = [
 # --- a letter by itself ---------------------------------------------------------------------------
 # In brackets or quotes it is sure. A bare one is no part of a word ("B-roll", "d'accord") or of an
 # abbreviation ("a.m."). Bare "A" and "I" are also words: behind these no more words may follow in
-# the line, but for some with which no sentence goes on.
+# the line, but for some with which no sentence goes on after an article ("A best matches", but
+# not "A best friend") or a pronoun ("I fits").
 _SURE = r"[(\"]([A-Za-z])[)\"]"
-_AFTER_A = r"(?:because|since|as|is|was|would|seems|matches|describes|shows)\b"
-_AFTER_I = r"(?:because|since|is)\b"
+_ANOTHER = "anotherletter"  # takes the place of a letter that is denied
+_AFTER_BOTH = (
+    r"because|since|is|fits|looks|appears|seems|matches|describes|shows|which|it\s+is|has\s+to"
+    r"|best\s+(?:answers|captures|describes|explains|fits|matches|reflects|represents|shows|suits)"
+    r"|(?:due|according)\s+to|rather\s+than|instead\s+of|for\s+(?:the|this)\s+reason"
+    rf"|and\s+not|(?:and\s+)?{_ANOTHER}"
+)
+_AFTER_A = (
+    rf"(?:{_AFTER_BOTH}|as|was|would|(?:should|must)\s+be|based\s+on"
+    r"|and\s+(?:the|this|it))\b"
+)
+_AFTER_I = rf"(?:{_AFTER_BOTH})\b"
+# What stands in brackets or quotes behind a letter names its option, unless a noun follows: an
+# "A (red) car". Behind a small "a" quotes are those of a noun: it is a "selfie".
+_END_OF_OPTION = rf"""[ \t]* (?: [.;:!?\n](?!\s*[A-Z][ ]*[("'\t]) | [-–—]\s | \Z
+    | ,? [ \t]* (?:because|since|as|which|the|it|so|{_ANOTHER}
+                 |is\s+(?:the\s+)?(?:right|correct|best|answer))\b )"""  # noqa: RUF001
+_BRACKETS = r"\([^()\n]*\)"
+_QUOTES = r"""(?: "[^"\n]*" | '(?:[^'\n]|'\w)*' )"""
+_IN_BRACKETS = rf"{_BRACKETS} {_END_OF_OPTION}"
+_IN_QUOTES = rf"{_QUOTES} {_END_OF_OPTION}"
 _ALONE = r"(?!\w|'\w|-\w|\.\w+\.)"
 _BARE = rf"""(
-      [Aa] (?! [ \t]+ (?!{_AFTER_A}) [("']?\w )
+      [AI] (?= [ ]*\t | [ ]+ (?:{_IN_BRACKETS}|{_IN_QUOTES}) )
+    | [ai] (?= [ ]+ {_IN_BRACKETS} )
+    | [Aa] (?! [ \t]+ (?!{_AFTER_A}) [("']?\w )
     | [Ii] (?! ,?[ \t]+ (?!{_AFTER_I}) [("']?\w )
     | [B-HJ-Zb-hj-z]
     ){_ALONE}"""
@@ -49,28 +71,40 @@ def _rule(pattern: str, flags: int = 0) -> re.Pattern[str]:
 
 
 _NAMED = r"(?i:option|choice|letter)"
-_IS = r"(?i:\s+(?:is|was|(?:would|should|must)\s+be))"
+_IS = r"(?i:\s+(?:is|was|(?:would|should|must)\s+be|(?:seems|appears)\s+to\s+be))"
+_SURELY = r"(?i:\s+(?:most\s+)?(?:likely|probably|clearly|certainly|definitely|therefore|thus))"
+_CHOOSE = r"(?i:choose|pick|select|say|go\s+with)"
+_SO = r"(?i:\b(?:therefore|thus|hence)|(?:^|[.,;]\s+)so)"
+_NOT_CUT = r"(?![aIi]\s*$)"  # "what he holds is a" ends before its noun
 
 #: From the surest to the least sure; the first that finds anything decides.
 _RULES = [
     # "The answer is (B) red", "Answer: B", "The correct option is B"
     _rule(
-        rf"\b(?:(?i:answer)(?:\s+{_NAMED})?{_IS}?|{_NAMED}{_IS})\W+"
+        rf"\b(?:(?i:answer)(?:\s+{_NAMED})?(?:{_IS}{_SURELY}?)?|{_NAMED}{_IS}{_SURELY}?)\W+"
         rf"(?:(?i:the\s+)?{_NAMED}\W+)?{_LETTER}"
     ),
     # "B", "(b).", and so in a line of a longer text
     _rule(r"^[^\w\n]*([A-Za-z])[^\w\n]*$", re.MULTILINE),
     # "B. red", "(b) red", "B - red", a line each
     _rule(
-        rf"^[^\w\n]*(?:{_SURE}|([A-Za-z])(?:[.):\]}}](?=\s|$)|\s+(?:[-–—:=]|[-=]?>|→)\s))",  # noqa: RUF001
+        rf"^[^\w\n]*(?: {_SURE} | ([A-Z])[ ]*\t"
+        rf"| ([A-Za-z])(?:[.):\]}}](?=\s|$)|\s+(?:[-–—:=]|[-=]?>|→)\s))",  # noqa: RUF001
         re.MULTILINE,
     ),
     # "B red", "B, because", "b is right"
     _rule(rf"^\W*{_LETTER}"),
-    # "I choose option B", "Option A shows it"
-    _rule(rf"\b{_NAMED}\W+(?:([A-HJ-Z]){_ALONE}|{_LETTER})"),
-    # "It is B"; "The man holds what is a" was cut before its noun
-    _rule(rf"\b(?i:is)\W+(?![ai]$){_LETTER}"),
+    # "答案: B", "answer" in Chinese
+    _rule(rf"(?:答案|选)\W*[是为选]?\W*{_LETTER}"),
+    # "I choose option B", "Option A shows it", "option a red"; not "an option a man would take"
+    _rule(
+        rf"\b{_NAMED}\W+"
+        rf"(?:([A-HJ-Z]){_ALONE} | (a)(?= [ \t]+\w+\W*$) | ([ai])(?= [ ]+{_IN_QUOTES}) | {_LETTER})"
+    ),
+    # "I choose B", "I'd say B", "Therefore, B"
+    _rule(rf"(?:\bI(?:'d|'ll|\s+would|\s+will)?\s+{_CHOOSE}|{_SO},?)\s+{_NOT_CUT}{_LETTER}"),
+    # "It is B", "It's probably B"
+    _rule(rf"(?:\b(?i:is)|\b(?i:it|that)'s){_SURELY}?\W+{_NOT_CUT}{_LETTER}"),
     # "So B is right"
     _rule(rf"(?:{_SURE}|\b([A-Z]){_ALONE})\s+is\s+(?:the\s+)?(?:right|correct|best|answer)\b"),
     # "the red one (B)"
@@ -81,8 +115,8 @@ _RULES = [
 _DENIED = _rule(
     rf"""\b(?i:not|neither|nor)\s+(?:{_NAMED}\s+)?{_LETTER}
     | (?:{_SURE}|\b([A-Za-z]){_ALONE})
-      \s+(?:(?:is|was|are|can|could|would)(?:\s+not|n't)|cannot|can't
-      |(?:is|was|are)\s+(?:wrong|incorrect|false))\b"""
+      \s+(?:(?:is|was|are|can|could|would|should|must|does)(?:\s+not|n't)|cannot|can't
+      |(?:is|was|are|looks|appears|seems)\s+(?:wrong|incorrect|false|unlikely))\b"""
 )
 
 # "(A) or (B)", "A, b", "A/B": no answer, whatever rule would find one in it.
@@ -100,7 +134,7 @@ def parse_letter(text: str, options: int) -> str | None:
     None where no rule finds a letter, or the first rule that does finds several.
     """
     letters = set(ascii_uppercase[:options])
-    text = _DENIED.sub("another", _without_markup(text))
+    text = _DENIED.sub(_ANOTHER, _without_markup(text))
     if any(set(_found(match)) <= letters for match in _SEVERAL.finditer(text)):
         return None
     for rule in _RULES:
