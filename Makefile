@@ -89,18 +89,18 @@ test: install  ## every test but the slow ones (ARGS="-k rotary" passes options 
 recipes: export WANDB_MODE := offline
 recipes: export HF_HUB_OFFLINE := 1
 recipes: install  ## train the small twin of every recipe
-	$(BIN)/python -m pytest tests/test_recipes.py -m slow -n 2 $(ARGS)
+	$(BIN)/python -m pytest tests/experiments/whole_runs/test_recipes.py -m slow -n 2 $(ARGS)
 
 slow: export WANDB_MODE := offline
 slow: export HF_HUB_OFFLINE := 1
 slow: install  ## the tests that take minutes each, half an hour in all
-	$(BIN)/python -m pytest -m slow --ignore=tests/test_recipes.py -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m slow --ignore=tests/experiments/whole_runs/test_recipes.py -n 2 --dist worksteal $(ARGS)
 
 fuzz: export FUZZ_CASES ?= 2400
 fuzz: export FUZZ_SEED ?= $(shell date +%Y%m%d)
 fuzz: export HF_HUB_OFFLINE := 1
 fuzz: install  ## damaged shards by the thousand, other ones every day (FUZZ_CASES, FUZZ_SEED)
-	$(BIN)/python -m pytest tests/test_fuzz.py -q -s
+	$(BIN)/python -m pytest tests/datamodules/damage/test_fuzz.py -q -s
 
 check: install  ## lint, format, types and import layers: what CI checks
 	$(BIN)/ruff check

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from harness import Row, compare, table
 
-from datamodules import videos
-from datamodules.frames import FrameReader, UniformSampler
-from datamodules.synthetic import draw_frames
+from datamodules.shards.synthetic import draw_frames
+from datamodules.visuals import videos
+from datamodules.visuals.frames import FrameReader, UniformSampler
 
 CLIPS, SECONDS, RATE, WIDTH, HEIGHT = 3, 8, 30, 640, 360
 

@@ -16,14 +16,14 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from datamodules.batch import IGNORE_INDEX, VideoBatch
-from datamodules.conversation import ConversationEncoder, Turn
-from datamodules.grid import GridPlan, NeedleGrid, NeedleRow
+from datamodules.haystack.cells import GridPlan, NeedleGrid, NeedleRow
+from datamodules.haystack.needle import Needle
 from datamodules.instruct import Sample, collate
-from datamodules.needle import Needle
+from datamodules.sample.conversation import ConversationEncoder, Turn
 from experiments import CONFIG_DIR
-from experiments.run import plain
+from experiments.run.compose import plain
+from lightning_modules.metrics.needle.prefix import PrefixCache
 from lightning_modules.model import LanguageInputs, VideoLanguageModel, VideoLanguageModelConfig
-from lightning_modules.prefix import PrefixCache
 
 PLAN = GridPlan(frames=[192], depths=[0.0, 0.2, 0.4, 0.6, 0.8, 1.0], needles=12)
 COLOURS, SIDE = ("red", "green", "blue", "grey"), 64

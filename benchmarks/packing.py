@@ -14,10 +14,10 @@ from torch import Tensor
 from datamodules.batch import Grid
 from experiments import CONFIG_DIR
 from lightning_modules.llm.base import LanguageModel
-from lightning_modules.packing import Placement, one_a_row, pack
 from lightning_modules.rotary.base import Layout, RotaryEmbedding
 from lightning_modules.rotary.videorope import VideoRope
-from lightning_modules.stage import build
+from lightning_modules.spec import build
+from lightning_modules.splice.packing import Placement, one_a_row, pack
 
 VIDEO, IMAGE, PACKING = Grid(16, 8, 8), Grid(1, 8, 8), 2048
 TEXTS = [180, 90, 420, 60, 250, 130, 310, 75]

@@ -17,7 +17,7 @@ from datamodules.batch import IGNORE_INDEX, Grid, VideoBatch
 from lightning_modules.encoder.clip import normalise
 from lightning_modules.model import Output, VideoLanguageModel
 from lightning_modules.pooler.prompt_guided import PromptGuidedPooler
-from lightning_modules.tiles import Piece
+from lightning_modules.splice.tiles import Piece
 
 
 class PublishedModel(VideoLanguageModel):

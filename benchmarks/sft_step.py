@@ -34,11 +34,11 @@ from torch import Tensor, nn
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, VideoBatch
 from experiments import CONFIG_DIR
-from experiments.names import device_flops
-from experiments.rehearsal import Rehearsal, rehearse
+from experiments.command.names import device_flops
+from experiments.planning.rehearsal import Rehearsal, rehearse
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
-from lightning_modules.tuning import Tuning
-from lightning_modules.video_llm import VideoLLMModule
+from lightning_modules.training.instruct import VideoLLMModule
+from lightning_modules.training.tuning import Tuning
 
 GIB = 2**30
 #: transformers' configs of the published models, as ropelab-plan has them.

@@ -25,14 +25,14 @@ from harness import Row, at_most, table
 from torch.utils.data import DataLoader
 
 from datamodules.batch import VideoBatch
-from datamodules.conversation import ConversationEncoder
-from datamodules.frames import FrameReader, UniformSampler
-from datamodules.index import index_path, index_shard, read_manifest
 from datamodules.instruct import collate, decode_sample
-from datamodules.order import ShuffledOrder, StreamOptions
-from datamodules.pack import write_shard
-from datamodules.stream import EpochStream, Faults, StreamLoader
-from datamodules.synthetic import draw_frames, encode_video, make_sample
+from datamodules.sample.conversation import ConversationEncoder
+from datamodules.shards.pack import write_shard
+from datamodules.shards.synthetic import draw_frames, encode_video, make_sample
+from datamodules.stream.index import index_path, index_shard, read_manifest
+from datamodules.stream.loader import EpochStream, Faults, StreamLoader
+from datamodules.stream.order import ShuffledOrder, StreamOptions
+from datamodules.visuals.frames import FrameReader, UniformSampler
 
 BATCH, FRAMES, SIDE, IMAGE = 4, 48, 320, 112
 OPTIONS = StreamOptions(virtual_streams=1)

@@ -28,23 +28,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from datamodules.base import StepsDataModule
 from datamodules.batch import IGNORE_INDEX, Task, Tiles, VideoBatch, data_rank, pad_rows
-from datamodules.budget import BudgetOrder
-from datamodules.conversation import (
+from datamodules.sample.conversation import (
     ConversationEncoder,
     EncodedConversation,
     parse_entry,
     read_entry,
 )
-from datamodules.frames import FrameReader
-from datamodules.index import Manifest, join, read_manifest
-from datamodules.lengths import read_tokens
-from datamodules.mixture import MixtureOrder, mix, read_parts
-from datamodules.module import StepsDataModule
-from datamodules.order import FileOrder, ShuffledOrder, StreamOptions
-from datamodules.outline import Outline
-from datamodules.stream import EpochStream, Faults, StreamLoader
-from datamodules.task import encode_task, read_task
+from datamodules.sample.outline import Outline
+from datamodules.sample.question import encode_task, read_task
+from datamodules.stream.budget import BudgetOrder
+from datamodules.stream.index import Manifest, join, read_manifest
+from datamodules.stream.lengths import read_tokens
+from datamodules.stream.loader import EpochStream, Faults, StreamLoader
+from datamodules.stream.mixture import MixtureOrder, mix, read_parts
+from datamodules.stream.order import FileOrder, ShuffledOrder, StreamOptions
+from datamodules.visuals.frames import FrameReader
 
 logger = logging.getLogger(__name__)
 

@@ -27,19 +27,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batch import IGNORE_INDEX, BadSampleError, PreferenceBatch, Tiles, VideoBatch
-from datamodules.conversation import (
+from datamodules.instruct import InstructDataModule, Sample, described
+from datamodules.sample.conversation import (
     ConversationEncoder,
     EncodedConversation,
     match_visuals,
     read_entry,
     read_turns,
 )
-from datamodules.frames import FrameReader
-from datamodules.index import Manifest, Shard, join
-from datamodules.instruct import InstructDataModule, Sample, described
-from datamodules.outline import Outline
-from datamodules.stream import ShardReader
-from datamodules.tar import untar_sample
+from datamodules.sample.outline import Outline
+from datamodules.stream.index import Manifest, Shard, join
+from datamodules.stream.loader import ShardReader
+from datamodules.stream.tar import untar_sample
+from datamodules.visuals.frames import FrameReader
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from datamodules.batch import VideoBatch
-from datamodules.conversation import ConversationEncoder, Turn
-from datamodules.frames import FrameReader
 from datamodules.instruct import Sample, collate
+from datamodules.sample.conversation import ConversationEncoder, Turn
+from datamodules.visuals.frames import FrameReader
 
 _FILE = "processor.json"
 _PROMPT_TOKENIZER = "prompt_tokenizer"

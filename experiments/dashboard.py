@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.cluster import run_alone
-from experiments.files import inside, printable
-from experiments.run_states import RunState, differing_axes, read_runs
+from experiments.run.files import inside, printable
+from experiments.run.process import run_alone
+from experiments.run.read import RunState, differing_axes, read_runs
 
 try:
     import wandb_workspaces.reports.v2 as panels

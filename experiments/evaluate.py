@@ -18,18 +18,19 @@ from lightning import LightningDataModule, Trainer
 from omegaconf import DictConfig
 from torch import nn
 
-from experiments import CONFIG_DIR, cluster
-from experiments.hydra_errors import hydra_errors_in_one_line
+from experiments import CONFIG_DIR
+from experiments.checks.replay import read_replay
+from experiments.command.values import check_values
+from experiments.directory.run_directory import RunDirectory
 from experiments.needles import test_needles
-from experiments.replay import read_replay
-from experiments.run import build, build_all, plain, print_config, user_errors_in_one_line
-from experiments.rundir import RunDirectory
+from experiments.run import process
+from experiments.run.compose import build, build_all, plain, print_config, user_errors_in_one_line
+from experiments.run.hydra_errors import hydra_errors_in_one_line
 from experiments.scores import score_answers
-from experiments.values import check_values
 from lightning_modules.checkpoint import newest_whole
-from lightning_modules.clip_context import ClipContextModule
+from lightning_modules.checkpoint.weights import read_checkpoint
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
-from lightning_modules.weights import read_checkpoint
+from lightning_modules.training.contrast import ClipContextModule
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def main() -> None:
         callbacks = build_all({"progress": config.callbacks.get("progress")}, "callbacks")
         loggers = build_all(config.logger, "logger")
         trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
-        cluster.refuse_lone_ranks(trainer.world_size)
+        process.refuse_lone_ranks(trainer.world_size)
         with folder.claim():
             for made in trainer.loggers:
                 made.log_hyperparams(plain(config))

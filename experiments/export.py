@@ -16,10 +16,10 @@ from transformers import GenerationConfig
 
 from datamodules.batch import BadSampleError
 from datamodules.processor import Processor
-from experiments.cluster import run_alone
+from experiments.directory.run_directory import read_done, read_versions, write_whole
 from experiments.evaluate import load
-from experiments.files import inside, read_yaml
-from experiments.rundir import read_done, read_versions, write_whole
+from experiments.run.files import inside, read_yaml
+from experiments.run.process import run_alone
 from lightning_modules.lora import merge_lora, save_adapter
 from lightning_modules.model import VideoLanguageModel
 

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from experiments.cluster import run_alone
+from experiments.run.process import run_alone
 from lightning_modules.importers import IMPORTERS, Importer, detect
 from lightning_modules.importers.base import REPORT, import_folder
 from lightning_modules.importers.match import Allowed

@@ -8,11 +8,11 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig
 
-from experiments.report_data import read_needle
-from experiments.report_plots import save_heatmap
-from experiments.run import plain
+from experiments.reporting.data import read_needle
+from experiments.reporting.plots import save_heatmap
+from experiments.run.compose import plain
+from lightning_modules.metrics.needle.scores import NeedleModule
 from lightning_modules.model import VideoLanguageModel
-from lightning_modules.needle import NeedleModule
 
 
 def test_needles(

@@ -16,12 +16,13 @@ import hydra
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from experiments import CONFIG_DIR, cluster
-from experiments.forecast import GIB, Forecast, forecast, is_sharded
-from experiments.hydra_errors import hydra_errors_in_one_line
-from experiments.run import plain, user_errors_in_one_line
-from experiments.values import check_values
-from lightning_modules.reference import FrozenReference
+from experiments import CONFIG_DIR
+from experiments.command.values import check_values
+from experiments.planning.forecast import GIB, Forecast, forecast, is_sharded
+from experiments.run import process
+from experiments.run.compose import plain, user_errors_in_one_line
+from experiments.run.hydra_errors import hydra_errors_in_one_line
+from lightning_modules.training.preference.reference import FrozenReference
 
 _KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "temporary")
 
@@ -58,7 +59,7 @@ def plan(config: DictConfig) -> None:
 
 def main() -> None:
     """Hydra takes `ranks=8,64` for a sweep; here it is one plan of two lines."""
-    cluster.run_alone("ropelab-plan")
+    process.run_alone("ropelab-plan")
     sys.argv[1:] = [re.sub(r"^ranks=(\d+(,\d+)*)$", r"ranks=[\1]", word) for word in sys.argv[1:]]
     plan()
 

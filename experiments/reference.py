@@ -19,23 +19,24 @@ import torch
 from lightning.fabric import Fabric
 from omegaconf import DictConfig
 
-from datamodules.pack import write_shard
 from datamodules.preference import RawPairs, with_reference
-from experiments import CONFIG_DIR, cluster
+from datamodules.shards.pack import write_shard
+from experiments import CONFIG_DIR
+from experiments.command.values import check_values
+from experiments.directory.run_directory import write_whole
 from experiments.evaluate import load
-from experiments.hydra_errors import hydra_errors_in_one_line
-from experiments.run import build, plain, print_config, user_errors_in_one_line
-from experiments.rundir import write_whole
-from experiments.values import check_values
-from lightning_modules.preference import model_settings
-from lightning_modules.weights import sha256
+from experiments.run import process
+from experiments.run.compose import build, plain, print_config, user_errors_in_one_line
+from experiments.run.hydra_errors import hydra_errors_in_one_line
+from lightning_modules.checkpoint.weights import sha256
+from lightning_modules.training.preference.module import model_settings
 
 
 @hydra_errors_in_one_line
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="reference")
 @user_errors_in_one_line
 def main(config: DictConfig) -> None:
-    cluster.run_alone("ropelab-reference")
+    process.run_alone("ropelab-reference")
     check_values(config)
     print_config(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments import report_tables as tables
-from experiments.cluster import run_alone
-from experiments.files import inside, printable
-from experiments.report_data import ABSENT, Run, load_runs
-from experiments.report_plots import COLOURS, draw_all, save_stages
+from experiments.reporting import tables as tables
+from experiments.reporting.data import ABSENT, Run, load_runs
+from experiments.reporting.plots import COLOURS, draw_all, save_stages
+from experiments.run.files import inside, printable
+from experiments.run.process import run_alone
 
 SHOWN_GENERATIONS = 8
 
@@ -55,7 +55,7 @@ def write_report(runs: list[Run], output: Path) -> list[Path]:
 
     facts = describe(runs, groups, axes) | {"pictures": pictures, "files": files}
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(Path(__file__).parent / "reporting"),
         autoescape=lambda name: bool(name) and "html" in name,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.cluster import run_alone
-from experiments.files import printable
-from experiments.overrides import short_keys
-from experiments.run_states import RunState, differing_axes, read_runs
+from experiments.command.overrides import short_keys
+from experiments.run.files import printable
+from experiments.run.process import run_alone
+from experiments.run.read import RunState, differing_axes, read_runs
 
 _COLOURS = {
     "done": "green",

@@ -7,11 +7,11 @@ from lightning import LightningDataModule, Trainer
 from omegaconf import DictConfig
 
 from datamodules.preference import PreferenceDataModule
-from experiments.run import build, plain
-from lightning_modules import weights
+from experiments.run.compose import build, plain
+from lightning_modules.callbacks.score_book import ScoreBook
+from lightning_modules.checkpoint import weights
 from lightning_modules.model import VideoLanguageModel
-from lightning_modules.scores import ScoreBook
-from lightning_modules.video_llm import VideoLLMModule
+from lightning_modules.training.instruct import VideoLLMModule
 
 
 def score_answers(

@@ -22,20 +22,20 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from datamodules.annotation_files import read_annotations
 from datamodules.batch import BadSampleError
-from datamodules.demo import write_demo
-from datamodules.index import expand_urls, read_manifest
-from datamodules.lengths import counts_stay_current, measure_shard
-from datamodules.media import Media
-from datamodules.pack import (
+from datamodules.shards.annotations.files import read_annotations
+from datamodules.shards.annotations.media import Media
+from datamodules.shards.demo import write_demo
+from datamodules.shards.pack import (
     BadItem,
     Outcome,
     pack_shard,
     plan_shards,
     verify_shard,
 )
-from experiments.cluster import run_alone
+from datamodules.stream.index import expand_urls, read_manifest
+from datamodules.stream.lengths import counts_stay_current, measure_shard
+from experiments.run.process import run_alone
 
 _screen = Console(stderr=True)  # so that --json leaves standard output to the JSON
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import hydra
 
-from experiments import CONFIG_DIR, launcher, names  # noqa: F401 - Hydra knows them by now
-from experiments.cluster import leave_on_signals, run_alone
-from experiments.hydra_errors import hydra_errors_in_one_line
+from experiments import CONFIG_DIR, launcher
+from experiments.run.hydra_errors import hydra_errors_in_one_line
+from experiments.run.process import leave_on_signals, run_alone
 
 
 def main() -> None:

@@ -8,10 +8,13 @@ import hydra
 import lightning
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import CONFIG_DIR, cluster
-from experiments.checks import AfterFirstStep, check_place
+from experiments import CONFIG_DIR
+from experiments.checks.place import AfterFirstStep, check_place
+from experiments.command.values import check_values
+from experiments.directory.run_directory import RunDirectory
 from experiments.needles import test_needles
-from experiments.run import (
+from experiments.run import process
+from experiments.run.compose import (
     axes,
     build,
     build_all,
@@ -20,9 +23,7 @@ from experiments.run import (
     share_steps,
     user_errors_in_one_line,
 )
-from experiments.rundir import RunDirectory
-from experiments.values import check_values
-from lightning_modules import weights
+from lightning_modules.checkpoint import weights
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
@@ -52,7 +53,7 @@ def main(config: DictConfig) -> float | None:
     loggers = build_all(config.logger, "logger")
     callbacks = [AfterFirstStep(folder.keep), *build_all(config.callbacks, "callbacks")]
     trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
-    cluster.refuse_lone_ranks(trainer.world_size)
+    process.refuse_lone_ranks(trainer.world_size)
     share_steps(trainer, datamodule)
     module.check_sharing(datamodule, trainer.world_size, trainer.accumulate_grad_batches)
 

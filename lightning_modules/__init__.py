@@ -1,0 +1,1 @@
+"""The model, its components, and how it is trained and scored."""

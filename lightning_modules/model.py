@@ -15,12 +15,12 @@ from lightning_modules.encoder.base import Encoder
 from lightning_modules.llm.base import LanguageModel
 from lightning_modules.lora import add_lora
 from lightning_modules.loss import sequence_log_probs
-from lightning_modules.packing import Placement, Span, one_a_row, pack
 from lightning_modules.pooler.base import Pooler
 from lightning_modules.projector import Projector
 from lightning_modules.rotary.base import Layout, RotaryEmbedding, RotaryScheme
-from lightning_modules.stage import build
-from lightning_modules.tiles import Piece, join_pieces, lay_out, split_pieces
+from lightning_modules.spec import build
+from lightning_modules.splice.packing import Placement, Span, one_a_row, pack
+from lightning_modules.splice.tiles import Piece, join_pieces, lay_out, split_pieces
 
 
 class VideoLanguageModelConfig(PreTrainedConfig):

@@ -1,7 +1,7 @@
 """Small runs: shards made here, the shipped configs at sizes that train in a second."""
 
 # ruff: noqa: E402 - warnings.warn is replaced before libraries are imported, which may keep it
-import deprecations
+from tests.helpers import deprecations
 
 deprecations.blame_callers()
 
@@ -28,9 +28,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers.integrations.flex_attention import WrappedFlexAttention
 
-import experiments.run  # noqa: F401 - registers the resolver of run names
-from datamodules.pack import write_shard
-from datamodules.synthetic import draw_frames, encode_image, encode_video
+import experiments.run.compose  # noqa: F401 - registers the resolver of run names
+from datamodules.shards.pack import write_shard
+from datamodules.shards.synthetic import draw_frames, encode_image, encode_video
 from experiments import CONFIG_DIR, train
 
 os.environ["WANDB_MODE"] = "offline"

@@ -12,10 +12,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-import experiments.names  # noqa: F401 - registers the resolvers
+import experiments.command.names  # noqa: F401 - registers the resolvers
 from experiments import CONFIG_DIR
-from experiments.run import build, build_all, plain
-from lightning_modules.video_llm import VideoLLMModule
+from experiments.run.compose import build, build_all, plain
+from lightning_modules.training.instruct import VideoLLMModule
 
 STAGES = ("encoder", "pooler", "rotary", "llm")
 PROGRAMS = {path.stem for path in CONFIG_DIR.glob("*.yaml")}

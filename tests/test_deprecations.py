@@ -8,7 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from deprecations import DEPRECATIONS
+
+from tests.helpers.deprecations import DEPRECATIONS
 
 #: The library that deprecates a function, in the ways that libraries do it.
 OLD_LIBRARY = """

@@ -13,10 +13,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from experiments.files import check_files
-from experiments.former import check_former, read_former
+from experiments.directory.former import check_former, read_former
 from experiments.launcher.job import Job, compose
 from experiments.launcher.wandb_key import check_key
+from experiments.run.files import check_files
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import lock
 from experiments.launcher.base import ProcessLauncher, refusal, unwritable
 from experiments.launcher.job import Job
 from experiments.launcher.wandb_key import check_key
+from experiments.run import lock
 
 _WORDS = {"--dry-run": True, "dry_run=true": True, "dry_run=false": False}
 
@@ -111,7 +111,7 @@ def describe(job: Job, launcher: ProcessLauncher) -> str:
 
 def _wrong_value(job: Job) -> str | None:
     """Returns what the program would say of a value that nothing can be built with."""
-    from experiments.values import check_values
+    from experiments.command.values import check_values
 
     try:
         check_values(_config_of(job))
@@ -128,8 +128,8 @@ def _config_of(job: Job) -> DictConfig:
 
 def _describe_former(job: Job) -> str:
     """Of a job in whose directory something has run; asks the program's own checks."""
-    from experiments.rundir import RunDirectory
-    from lightning_modules.weights import read_checkpoint
+    from experiments.directory.run_directory import RunDirectory
+    from lightning_modules.checkpoint.weights import read_checkpoint
 
     try:
         directory = RunDirectory(_config_of(job), hold=False)

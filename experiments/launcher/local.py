@@ -13,10 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from experiments import lock
 from experiments.launcher.base import ProcessLauncher
 from experiments.launcher.board import Board
 from experiments.launcher.job import Job
+from experiments.run import lock
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from experiments import lock
-from experiments.cluster import leave_on_signals
 from experiments.launcher.base import ProcessLauncher
 from experiments.launcher.board import Board
 from experiments.launcher.job import Job, arguments
+from experiments.run import lock
+from experiments.run.process import leave_on_signals
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,15 @@ from lightning_modules.checkpoint.position import (
     rescale,
     validation_is_next,
 )
+from lightning_modules.checkpoint.preemption import (
+    Preempted,
+    agree,
+    leave_signals_to_us,
+    signals,
+    stops_at,
+)
 from lightning_modules.checkpoint.whole import LAST, PREVIOUS, remove
 from lightning_modules.checkpoint.write import DiskCheckpointIO, save_whole
-from lightning_modules.preemption import Preempted, agree, leave_signals_to_us, signals, stops_at
 
 logger = logging.getLogger(__name__)
 

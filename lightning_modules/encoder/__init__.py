@@ -1,0 +1,4 @@
+"""Vision towers: frames become patch features.
+
+One file per family, and `base` with the contract.
+"""

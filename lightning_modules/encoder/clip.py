@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from lightning_modules.stage import set_attention
+from lightning_modules.spec import set_attention
 
 from .base import Encoder
 from .bt_adapter import BTAdapter

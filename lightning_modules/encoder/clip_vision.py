@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lightning_modules.stage import set_attention
+from lightning_modules.spec import set_attention
 
 from .base import Encoder
 from .chunks import CHUNK_FRAMES, check_chunk_frames

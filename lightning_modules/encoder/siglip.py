@@ -15,7 +15,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from lightning_modules.stage import set_attention
+from lightning_modules.spec import set_attention
 
 from .base import Encoder
 from .chunks import CHUNK_FRAMES, check_chunk_frames, run_layers

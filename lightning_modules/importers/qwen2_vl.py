@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2VLConfig
 from lightning_modules.importers.base import Importer
 from lightning_modules.importers.llava_next import causal_lm
 from lightning_modules.importers.match import Rule
-from lightning_modules.stage import build
+from lightning_modules.spec import build
 
 
 class Qwen2VLTextImporter(Importer):

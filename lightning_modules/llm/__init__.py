@@ -1,0 +1,1 @@
+"""The LLM that reads the row: a decoder of transformers."""

@@ -19,7 +19,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from lightning_modules.llm.base import LanguageModel
 from lightning_modules.llm.split import split_blocks
-from lightning_modules.stage import set_attention
+from lightning_modules.spec import set_attention
 
 
 class CausalLM(LanguageModel):

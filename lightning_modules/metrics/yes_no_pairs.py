@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from datamodules.batch import Task
-from lightning_modules.metrics import parsing
+from lightning_modules.metrics.answers import parse as parsing
 from lightning_modules.metrics.base import Answered, Score, Value
 
 

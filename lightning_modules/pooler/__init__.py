@@ -1,0 +1,4 @@
+"""Fewer tokens: patch features become visual tokens.
+
+One file per method, and `base` with the contract.
+"""

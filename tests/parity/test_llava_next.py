@@ -17,7 +17,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Grid, VideoBatch, pad_rows
-from datamodules.tiles import best_grid, cut_tiles
+from datamodules.visuals.tiles import best_grid, cut_tiles
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 
 SIDE, IMAGE_TOKEN = 32, 60

@@ -1,0 +1,214 @@
+"""What both datamodules are: steps of a global batch size, and a place that a checkpoint keeps."""
+
+from abc import abstractmethod
+from typing import Any
+
+from lightning import LightningDataModule
+
+from datamodules.sample.outline import Outline
+from datamodules.stream.loader import Faults, trained_on
+from datamodules.stream.order import divisors, listed
+
+
+class StepsDataModule(LightningDataModule):
+    """Shares the samples of an optimizer step among ranks, and knows which were trained on.
+
+    Args:
+        batch_size: samples of one batch of one rank: the micro-batch.
+        global_batch_size: samples of an optimizer step, all ranks together; `None` is one
+            micro-batch.
+        audit: whether the sample keys of every step are to be written down.
+        on_changed: `stop` refuses the checkpoint of another stream, `go_on` takes it.
+        key: of `on_changed`, for what a user reads.
+    """
+
+    def __init__(
+        self, batch_size: int, global_batch_size: int | None, audit: bool, on_changed: str, key: str
+    ):
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size is {batch_size}; set it to 1 or more")
+        if on_changed not in ("stop", "go_on"):
+            raise ValueError(f"{key} is {on_changed!r}; set it to 'stop' or 'go_on'")
+        self.batch_size = batch_size
+        self.global_batch_size = batch_size if global_batch_size is None else global_batch_size
+        self.audit = audit
+        self.faults: dict[str, Faults] = {}
+        self._go_on, self._key = on_changed == "go_on", key
+        self._batches = 0  # trained on in an epoch, all ranks together
+        self._restored: tuple[int, int] | None = None
+        self._check_world(1)
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches of an optimizer step, all ranks together."""
+        return self.global_batch_size // self.batch_size
+
+    def accumulation(self, world: int) -> int:
+        """Micro-batches that one of `world` ranks takes in an optimizer step.
+
+        Raises:
+            ValueError: they do not divide; names what does.
+        """
+        self._check_world(world)
+        return self.per_step // world
+
+    def _check_world(self, world: int) -> None:
+        size, batch = self.global_batch_size, self.batch_size
+        if size > 0 and size % (batch * world) == 0:
+            return
+        ranks = "1 rank" if world == 1 else f"{world} ranks"
+        what = f"data.global_batch_size={size} with data.batch_size={batch} on {ranks}"
+        if size < 1 or size % world:
+            advice = f"legal global batch sizes: multiples of {batch * world}"
+            if size > 0 and size % batch == 0:
+                advice += f"; legal numbers of ranks: {listed(divisors(size // batch))}"
+        else:
+            advice = f"legal batch sizes for {ranks}: {listed(divisors(size // world))}"
+        raise ValueError(f"{what}: {size} is no multiple of {batch} x {world}; {advice}")
+
+    @property
+    def trained_samples(self) -> int:
+        """Samples that all ranks have trained on since the training began."""
+        return self._samples_before(*trained_on(self.trainer))
+
+    def _end_in_steps(self, batches: int, ranks: int) -> None:
+        """Has the trainer end its epochs, and validate, at the end of optimizer steps.
+
+        Lightning counts micro-batches of one rank. Shares of an epoch become whole steps here, of
+        which there are as many for every number of ranks.
+
+        Args:
+            batches: micro-batches of an epoch, all ranks together.
+
+        Raises:
+            ValueError: the interval of validation is longer than an epoch.
+        """
+        self._batches, trainer = batches, self.trainer
+        if trainer is None:
+            return
+        limit, interval = (
+            getattr(trainer, name, 1.0) for name in ("limit_train_batches", "val_check_interval")
+        )  # no interval is set where it is a time
+        mine = batches // ranks
+        if isinstance(limit, float) and 0 < limit < 1:
+            limit = share_of(mine, limit, trainer.accumulate_grad_batches)
+            trainer.limit_train_batches = limit
+        if isinstance(limit, int):
+            mine = min(mine, limit)
+            self._batches = mine * ranks
+        if isinstance(interval, float) and interval < 1 and mine:
+            trainer.val_check_interval = share_of(mine, interval, trainer.accumulate_grad_batches)
+        elif isinstance(interval, int) and interval > mine and _validates_by_epoch(trainer):
+            per_step = trainer.accumulate_grad_batches
+            raise ValueError(
+                f"trainer.val_check_interval={interval // per_step} optimizer steps is longer than "
+                f"an epoch, which has {mine // per_step}: set it to {mine // per_step} or less, to "
+                "1.0 for the end of each epoch, or +trainer.check_val_every_n_epoch=null to count "
+                "through epochs"
+            )
+
+    def _samples_before(self, epoch: int, micro_batches: int) -> int:
+        return (epoch * self._batches + micro_batches) * self.batch_size
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """What the order of samples depends on, in words: `data 5d41... seed 0 ...`."""
+
+    @abstractmethod
+    def outlined(self, outline: Outline) -> Any:
+        """A training batch of as many samples of these sizes as one can have."""
+
+    @property
+    def even(self) -> bool:
+        """Whether every training batch has `batch_size` samples."""
+        return True
+
+    def describe(self) -> dict[str, Any]:
+        """What the numbers of a validation depend on, beside the model; plain containers."""
+        return {"data": self.fingerprint()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training stands, the same on all ranks.
+
+        `micro_batches` are those of all ranks in this epoch, `faults` the bad samples of all ranks
+        since the training began.
+        """
+        epoch, done = trained_on(self.trainer)
+        counts = self.faults["train"]
+        faults = dict(counts.agreed + counts.new)
+        return {
+            "fingerprint": self.fingerprint(),
+            "validation": self.validation_fingerprint(),
+            "epoch": epoch,
+            "micro_batches": done,
+            "faults": faults,
+        }
+
+    def validation_fingerprint(self) -> str | None:
+        """Says which shards are validated on; None where nothing is known of them."""
+        return None
+
+    def check(self, state_dict: dict[str, Any]) -> None:
+        """Compares the stream of a checkpoint with this one. Needs no trainer.
+
+        Raises:
+            ValueError: they are not the same, and `on_changed` does not allow that.
+        """
+        then, now = state_dict["fingerprint"], self.fingerprint()
+        if self._go_on:
+            return
+        ways_out = (
+            f"restore what it was, start anew with resume=false, or go on with the new "
+            f"{{}} by {self._key}=go_on"
+        )
+        if then != now:
+            changed = "shards" if then.split()[1] != now.split()[1] else "settings"
+            raise ValueError(
+                f"the {changed} of the data changed since the checkpoint, from `{then}` to "
+                f"`{now}`: {ways_out.format('order')}"
+            )
+        before, validation = state_dict.get("validation"), self.validation_fingerprint()
+        if before is not None and before != validation:
+            raise ValueError(
+                f"the shards of data.val changed since the checkpoint, from {before} to "
+                f"{validation}: {ways_out.format('ones')}"
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what was counted; the place itself is the trainer's to know.
+
+        Raises:
+            ValueError: the stream is not that of the checkpoint.
+        """
+        self.check(state_dict)
+        then, now = state_dict["fingerprint"], self.fingerprint()
+        self.faults["train"].agreed.clear()
+        self.faults["train"].merge([state_dict["faults"]])
+        if then == now:
+            self._restored = state_dict["epoch"], state_dict["micro_batches"]
+
+    def _position(self) -> tuple[int, int]:
+        """(epoch, micro-batches of all ranks done in it).
+
+        Raises:
+            ValueError: the trainer counts on from another place than the checkpoint's.
+        """
+        here, restored, self._restored = trained_on(self.trainer), self._restored, None
+        count = [place[0] * self._batches + place[1] for place in (here, restored or here)]
+        if count[0] != count[1]:
+            raise ValueError(
+                f"the trainer stands at micro-batch {count[0]} of all ranks, its checkpoint at "
+                f"{count[1]}: resume with the callback `checkpoint`, or on as many ranks as before"
+            )
+        return here
+
+
+def _validates_by_epoch(trainer: Any) -> bool:
+    return bool(trainer.check_val_every_n_epoch and trainer.limit_val_batches)
+
+
+def share_of(batches: int, share: float, per_step: int) -> int:
+    """Returns the micro-batches of a share of an epoch: whole optimizer steps, one at least."""
+    steps = max(1, int(batches // per_step * share + 1e-9))  # 0.7 of 10 is a little below 7
+    return steps * per_step

@@ -1,0 +1,4 @@
+"""Needle tests: long videos with one frame that a question asks for.
+
+The datamodule lays out the cells; the metrics score the answers.
+"""

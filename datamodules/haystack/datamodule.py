@@ -1,0 +1,292 @@
+"""V-NIAH and V-NIAH-D: a needle image among the frames of real video, and the question it answers.
+
+    haystack shards  k.mp4 k.json        needle shards  k.jpg k.json (one question, one answer)
+          |  frames.py                         |  frames.py, conversation.py
+          v                                    v
+    clips, uint8 (t c h w)               needles: frame (c h w), question, answer
+          |                                    |
+          +---------------+--------------------+
+                          |
+          +---------------+--------------------+
+          v training                           v evaluation
+    a stretch of one clip with           one row = a condition, a length, a depth:
+    several needles, a question          the same haystack with each needle in turn,
+    about each: VideoBatch               distractors around it: NeedleRow
+
+Needles with another question are each other's distractors. V-NIAH: LongVA, arXiv 2406.16852;
+V-NIAH-D: VideoRoPE, arXiv 2502.05173, section 4.3.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.base import StepsDataModule
+from datamodules.batch import BadSampleError, VideoBatch, data_rank
+from datamodules.haystack.cells import GridPlan, NeedleGrid
+from datamodules.haystack.needle import Needle, by_question, read_clips, read_needles, turns_about
+from datamodules.instruct import Sample, collate
+from datamodules.sample.conversation import ConversationEncoder
+from datamodules.sample.outline import Outline
+from datamodules.stream.index import read_manifest
+from datamodules.stream.loader import Faults, StreamLoader
+from datamodules.stream.order import check_ranks
+from datamodules.visuals.frames import FrameReader
+
+SPLITS = ("train", "test")
+
+_VAL_SAMPLES, _VAL_SEED = 64, 2**31
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How training samples are drawn; the n-th is a function of the seed and n alone.
+
+    Attributes:
+        samples: of the whole training, over all ranks.
+        frames: fewest and most frames of a sample, needles included.
+        needles: most needles in one sample; each is a distractor for the others' questions.
+        first_frames: the range that `frames` grows from, over the first `growth` of the samples:
+            short videos are cheap and teach reading a needle before finding it.
+        on_changed: `stop` refuses a checkpoint of other shards or another plan, `go_on` takes it.
+    """
+
+    samples: int
+    frames: Sequence[int]
+    needles: int = 5
+    first_frames: Sequence[int] = (3, 8)
+    growth: float = 0.5
+    seed: int = 0
+    on_changed: str = "stop"
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "first_frames"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise ValueError(f"data.training.{name} is [{low}, {high}]; set 1 <= low <= high")
+        for name in ("samples", "needles"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.training.{name} is {getattr(self, name)}; set 1 or more")
+
+    def range_at(self, n: int) -> tuple[int, int]:
+        """Fewest and most frames of the n-th sample."""
+        done = min(1.0, n / max(1.0, self.growth * self.samples))
+        low, high = (
+            round(a + done * (b - a)) for a, b in zip(self.first_frames, self.frames, strict=True)
+        )
+        return low, high
+
+
+class HaystackDataModule(StepsDataModule):
+    """Haystacks of training and the grid of an evaluation, from shards.
+
+    Args:
+        shards: `haystack`, shards of videos by split, `train` and `test`; and `needles`, shards of
+            needle images by split.
+        frames: reads visuals; its sampler decides how many frames of each video make the haystack.
+        conversation: encodes text; a partial, so that a tokenizer is loaded with the first data.
+        training, grid: what is drawn from them.
+        batch_size, global_batch_size, audit: as in `StepsDataModule`.
+    """
+
+    def __init__(
+        self,
+        shards: Mapping[str, Mapping[str, str | Iterable[str]]],
+        frames: FrameReader,
+        conversation: Callable[[], ConversationEncoder],
+        training: TrainingPlan,
+        grid: GridPlan,
+        batch_size: int = 16,
+        global_batch_size: int | None = None,
+        audit: bool = False,
+    ):
+        key = "data.training.on_changed"
+        super().__init__(batch_size, global_batch_size, audit, training.on_changed, key)
+        self._shards, self._fingerprint = shards, ""
+        self._frames, self._make_conversation = frames, conversation
+        self.training, self.grid = training, grid
+        self.faults = {"train": Faults("raise")}
+        self._sets: dict[str, tuple[list[Tensor], list[Needle]]] = {}
+
+    def prepare_data(self) -> None:
+        """Makes missing indexes once a node, before its ranks read them.
+
+        Raises:
+            BadSampleError: a shard is missing or damaged.
+        """
+        for shards in self._shards.values():
+            for split in SPLITS:
+                if faults := read_manifest(shards[split]).faults:
+                    raise faults[0]
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._sets:
+            return
+        for split in SPLITS:
+            clips = read_clips(self._shards["haystack"][split], self._frames)
+            needles = read_needles(self._shards["needles"][split], self._frames)
+            self._sets[split] = clips, needles
+        self._grid = NeedleGrid(*self._sets["test"], self.grid, self._encode)
+
+    def fingerprint(self) -> str:
+        if not self._fingerprint:
+            data = hashlib.sha256()
+            for shards in self._shards.values():
+                data.update(read_manifest(shards["train"]).fingerprint().encode())
+            words = asdict(self.training)
+            del words["on_changed"]
+            plan = " ".join(f"{name} {words[name]}".replace(", ", ",") for name in words)
+            self._fingerprint = (
+                f"data {data.hexdigest()[:16]} {plan} batch {self.batch_size} step {self.per_step}"
+            )
+        return self._fingerprint
+
+    def validation_fingerprint(self) -> str:
+        data = hashlib.sha256()
+        for shards in self._shards.values():
+            data.update(read_manifest(shards["test"]).fingerprint().encode())
+        return data.hexdigest()[:16]
+
+    @property
+    def bank(self) -> UInt8[Tensor, "n c h w"]:
+        """The frames that the rows' `order` counts."""
+        return self._grid.bank
+
+    def train_dataloader(self) -> StreamLoader:
+        loader = self._loader("train", self.training, self.per_step, position=self._position)
+        self._end_in_steps(len(loader.order), loader.world)
+        return loader
+
+    def val_dataloader(self) -> StreamLoader:
+        """One question about each of a few videos as long as those of training, all unseen."""
+        plan = replace(self.training, samples=_VAL_SAMPLES, needles=1, growth=0.0, seed=_VAL_SEED)
+        return self._loader("test", plan)
+
+    @cached_property
+    def conversation(self) -> ConversationEncoder:
+        return self._make_conversation()
+
+    def outlined(self, outline: Outline) -> VideoBatch:
+        text = self.conversation.outlined(outline)
+        sample = Sample("outline", text, list(outline.visuals), list(outline.tiles))
+        return self._collate([sample] * self.batch_size)
+
+    def test_dataloader(self) -> "NeedleGrid":
+        """Every rank goes through all rows: not a DataLoader, which Lightning would share out."""
+        return self._grid
+
+    def _encode(self, needles: Sequence[Needle], frames: int) -> VideoBatch:
+        """One question a row about a video of so many frames, which are a stand-in."""
+        stand_in = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
+        texts = [
+            Sample(
+                needle.key,
+                self.conversation(turns_about([needle])),
+                [stand_in.expand(frames, -1, -1, -1)],
+            )
+            for needle in needles
+        ]
+        return self._collate(texts, image_size=1)
+
+    def _collate(self, samples: list[Sample], image_size: int | None = None) -> VideoBatch:
+        return collate(
+            samples,
+            image_size=image_size or self._frames.image_size,
+            pad_id=cast(int, self.conversation.tokenizer.pad_token_id),
+            prompt_pad_id=cast(int, self.conversation.prompt_tokenizer.pad_token_id),
+        )
+
+    def _loader(
+        self, split: str, plan: TrainingPlan, per_step: int | None = None, **position: Any
+    ) -> StreamLoader:
+        samples = HaystackSamples(*self._sets[split], plan, self.conversation)
+        stream = HaystackStream(samples, self.batch_size, self._collate, per_step)
+        rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
+        return StreamLoader(
+            lambda epoch: stream, stream, Faults("raise"), rank=rank, world=world, **position
+        )
+
+
+class HaystackStream(Dataset):
+    """Micro-batch m of all ranks together: the samples that follow those of micro-batch m - 1.
+
+    Args:
+        per_step: micro-batches of an optimizer step; what does not fill the last one is left out.
+            `None`: nobody takes a step, and any number of ranks shares them.
+    """
+
+    def __init__(
+        self,
+        samples: "HaystackSamples",
+        batch_size: int,
+        collate: Callable[[list[Sample]], VideoBatch],
+        per_step: int | None = None,
+    ):
+        self._samples, self._batch_size, self._collate = samples, batch_size, collate
+        self._per_step = per_step
+        if not len(self):
+            needed = batch_size * (per_step or 1)
+            raise ValueError(
+                f"data.training.samples is {len(samples)}, fewer than the {needed} of one "
+                "optimizer step; set more, or a smaller data.global_batch_size"
+            )
+
+    def __len__(self) -> int:
+        per_step = self._per_step or 1
+        return len(self._samples) // self._batch_size // per_step * per_step
+
+    def __getitem__(self, m: int) -> tuple[VideoBatch, list[BadSampleError]]:
+        first = m % len(self) * self._batch_size
+        numbers = range(first, first + self._batch_size)
+        return self._collate([self._samples[n] for n in numbers]), []
+
+    def check_world(self, world: int) -> None:
+        """Without steps those ranks that would run out of batches repeat the first ones."""
+        if self._per_step is not None:
+            check_ranks(self._per_step, world)
+
+    def close(self) -> None:
+        """Nothing is open: all frames are in memory."""
+
+
+class HaystackSamples(Dataset):
+    """Training samples by number."""
+
+    def __init__(
+        self,
+        clips: list[UInt8[Tensor, "_t c h w"]],
+        needles: list[Needle],
+        plan: TrainingPlan,
+        conversation: ConversationEncoder,
+    ):
+        self._clips, self._needles, self._plan = clips, needles, plan
+        self._conversation = conversation
+        self._by_question = by_question(needles)
+
+    def __len__(self) -> int:
+        return self._plan.samples
+
+    def __getitem__(self, n: int) -> Sample:
+        rng = np.random.default_rng([self._plan.seed, n])
+        length = int(rng.integers(*self._plan.range_at(n), endpoint=True))
+        clip = self._clips[rng.integers(len(self._clips))]
+        start = int(rng.integers(len(clip)))
+        frames = clip[(start + torch.arange(length)) % len(clip)]  # t c h w, a copy
+        most = min(self._plan.needles, length, len(self._by_question))
+        count = int(rng.integers(1, most, endpoint=True))
+        questions = rng.permutation(len(self._by_question))[:count]
+        needles = [
+            self._needles[rng.choice(list(self._by_question.values())[question])]
+            for question in questions
+        ]
+        for place, needle in zip(rng.permutation(length)[:count], needles, strict=True):
+            frames[place] = needle.frame
+        return Sample(f"#{n}", self._conversation(turns_about(needles)), [frames])

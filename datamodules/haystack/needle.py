@@ -1,0 +1,108 @@
+"""Needles and haystacks as they lie in shards."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from datamodules.batch import BadSampleError
+from datamodules.sample.conversation import Turn, parse_sample
+from datamodules.stream.index import read_manifest
+from datamodules.stream.loader import ShardReader
+from datamodules.stream.tar import untar_sample
+from datamodules.visuals.frames import FrameReader, is_video, naming
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A picture and what only it answers."""
+
+    frame: UInt8[Tensor, "c h w"]
+    question: str
+    answer: str
+    key: str
+
+
+def read_clips(shards: str | Iterable[str], frames: FrameReader) -> list[UInt8[Tensor, "_t c h w"]]:
+    """The videos of shards, in the order of the shards.
+
+    Raises:
+        BadSampleError: a sample that cannot be read, or one without a video.
+    """
+    clips = []
+    for raw in _read_all(shards):
+        with _named(raw):
+            videos = [suffix for suffix in raw if is_video(suffix)]
+            if not videos:
+                raise BadSampleError("not_a_video", "a haystack needs one")
+            clips += [frames.read(suffix, raw[suffix])[0] for suffix in videos]
+    return clips
+
+
+def read_needles(shards: str | Iterable[str], frames: FrameReader) -> list[Needle]:
+    """The needles of shards: one image, one question and its answer each.
+
+    Raises:
+        BadSampleError: a sample that cannot be read, or is something else.
+    """
+    needles = []
+    for raw in _read_all(shards):
+        with _named(raw):
+            turns, suffixes = parse_sample(raw)
+            if [turn.role for turn in turns] != ["user", "assistant"] or len(suffixes) != 1:
+                raise BadSampleError("not_a_needle", "one image, one question, one answer")
+            with naming(suffixes[0]):
+                picture = frames.image(raw[suffixes[0]])[0]
+        question = turns[0].text.replace("<image>", "").strip()
+        needles.append(Needle(picture, question, turns[1].text, raw["__key__"]))
+    if len(by_question(needles)) < 2:
+        raise ValueError("needles of at least two questions are needed: they distract each other")
+    return needles
+
+
+def _read_all(shards: str | Iterable[str]) -> Iterator[dict[str, Any]]:
+    manifest = read_manifest(shards)
+    for fault in manifest.faults:
+        if fault.reason == "shard_missing":
+            hint = f"{fault.detail}; `ropelab-shards demo` makes some, paths.data says where"
+            raise BadSampleError(fault.reason, hint, shard=fault.shard)
+        raise fault
+    reader = ShardReader(manifest, timeout_s=30.0)
+    try:
+        for number, shard in enumerate(manifest.shards):
+            for sample in range(shard.count):
+                with _named({"__url__": shard.url, "__key__": f"#{sample}"}):
+                    raw = untar_sample(reader.read(number, sample), shard.url)
+                yield raw
+    finally:
+        reader.close()
+
+
+@contextmanager
+def _named(raw: dict[str, Any]) -> Iterator[None]:
+    """Says of a bad sample which one it is."""
+    try:
+        yield
+    except BadSampleError as error:
+        where = {"shard": raw["__url__"], "key": raw["__key__"]}
+        raise BadSampleError(error.reason, error.detail, **where) from None
+
+
+def turns_about(needles: Sequence[Needle]) -> list[Turn]:
+    """One question after the other about one video."""
+    turns = []
+    for number, needle in enumerate(needles):
+        turns.append(Turn("user", needle.question if number else f"<video>\n{needle.question}"))
+        turns.append(Turn("assistant", needle.answer))
+    return turns
+
+
+def by_question(needles: Sequence[Needle]) -> dict[str, list[int]]:
+    """Question -> numbers of the needles that it is asked about."""
+    groups: dict[str, list[int]] = {}
+    for number, needle in enumerate(needles):
+        groups.setdefault(needle.question, []).append(number)
+    return groups

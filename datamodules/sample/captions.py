@@ -1,0 +1,46 @@
+"""Captions for the text tower: a visual and a long text about it, no conversation for an LLM.
+
+[{"from": "human", "value": "<image>\\nDescribe it."}, {"from": "gpt", "value": "A red bike ..."}]
+
+input_ids  SLOT
+prompt_ids <|start|> A red bike ... <|end|>    as many tokens as the tower has positions
+"""
+
+from collections.abc import Sequence
+
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError
+from datamodules.sample.conversation import ConversationEncoder, EncodedConversation, Turn
+from datamodules.sample.outline import Outline
+
+
+class CaptionEncoder(ConversationEncoder):
+    """Takes the answers of a conversation as the caption of its one visual; cut at the end.
+
+    What is asked is not read. Of the arguments `prompt_tokenizer` and `max_prompt_length` matter.
+    """
+
+    def __call__(
+        self, turns: Sequence[Turn], prompt_with_answers: bool | None = None
+    ) -> EncodedConversation:
+        """`prompt_with_answers` is not read, either: the answers are all there is.
+
+        Raises:
+            BadSampleError: not_one_visual.
+        """
+        asked = " ".join(turn.text for turn in turns if turn.role != "assistant")
+        if (visuals := asked.count("<image>") + asked.count("<video>")) != 1:
+            raise BadSampleError("not_one_visual", f"{visuals} visuals for one caption")
+        answers = " ".join(turn.text for turn in turns if turn.role == "assistant")
+        caption = self.prompt([Turn("user", answers)])
+        return EncodedConversation([VISUAL_SLOT], [IGNORE_INDEX], caption)
+
+    def outlined(self, outline: Outline) -> EncodedConversation:
+        """A caption as long as one can be, whatever the words.
+
+        Raises:
+            ValueError: there is not one visual.
+        """
+        if len(outline.visuals) != 1:
+            raise ValueError(f"{len(outline.visuals)} visuals for one caption: a sample has one")
+        prompt = [1] * self.max_prompt_length
+        return EncodedConversation([VISUAL_SLOT], [IGNORE_INDEX], prompt)

@@ -1,0 +1,4 @@
+"""Writes shards from videos and annotations.
+
+Training needs none of this.
+"""

@@ -1,0 +1,1 @@
+"""Reads annotation files of many projects into the one form of shards."""

@@ -1,0 +1,238 @@
+"""A folder of videos and images with LLaVA annotations <-> shards.
+
+One shard is one task of one process. Its samples and bytes depend on the annotations alone, not
+on the number of processes; it appears whole, with its index, or not at all.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from webdataset import TarWriter  # pyright: ignore[reportAttributeAccessIssue]
+
+from datamodules.batch import BadSampleError
+from datamodules.sample.conversation import match_slots, parse_entry, read_entry, read_turns
+from datamodules.sample.question import read_task
+from datamodules.shards.annotations.files import Annotation
+from datamodules.shards.annotations.formats import to_conversation, with_answers
+from datamodules.shards.annotations.media import Media, suffix_of
+from datamodules.shards.annotations.spans import Span, take_span
+from datamodules.shards.reencode import encode_frames, reencode
+from datamodules.stream.index import Shard, index_path, index_shard, lengths_path, write_index
+from datamodules.stream.source import open_source
+from datamodules.stream.tar import untar_sample
+from datamodules.visuals.frames import FrameReader, UniformSampler, is_video, naming
+from datamodules.visuals.images import open_image
+from datamodules.visuals.videos import count_frames
+
+#: Errors of writing, which name no file.
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+class BadItem(NamedTuple):
+    shard: str
+    key: str
+    reason: str
+    detail: str
+
+
+@dataclass
+class Outcome:
+    """What became of the samples of some shards."""
+
+    good: int = 0
+    bad: list[BadItem] = field(default_factory=list)
+
+    def add(self, other: "Outcome") -> None:
+        self.good += other.good
+        self.bad += other.bad
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
+    """(key, members by suffix) -> tar and index, whole or not at all. Empty: nothing is written.
+
+    Raises:
+        OSError: it cannot be written; a full disk, too, is an error that names the shard.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        count = 0
+        with open(temporary, "wb") as file:
+            with TarWriter(file, encoder=False, mtime=0) as tar:
+                for key, members in samples:
+                    tar.write({"__key__": key, **members})
+                    count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        if count:
+            offsets, fault = index_shard(str(temporary))
+            assert fault is None, fault
+            for older in (index_path(path), lengths_path(index_path(path))):
+                older.unlink(missing_ok=True)  # of another shard in this place
+            os.replace(temporary, path)
+            write_index(offsets, [index_path(path)])
+    except OSError as error:
+        if error.filename is None and error.errno in _OF_DISKS:
+            error.filename = str(path)  # a write is not told what it writes to
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class PackTask(NamedTuple):
+    """One shard to write; `first` is the number of its first entry."""
+
+    path: Path
+    first: int
+    entries: Sequence[Annotation]
+
+
+def plan_shards(entries: Sequence[Annotation], output: Path, shard_size: int) -> list[PackTask]:
+    return [
+        PackTask(output / f"shard-{n:06d}.tar", first, entries[first : first + shard_size])
+        for n, first in enumerate(range(0, len(entries), shard_size))
+    ]
+
+
+def pack_shard(
+    task: PackTask, media: Media, short_side: int | None, ignored: Collection[str] = ()
+) -> Outcome:
+    """Writes one shard of the entries that are good."""
+    outcome = Outcome()
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for number, (where, entry, fault) in enumerate(task.entries, start=task.first):
+            try:
+                if fault is not None:
+                    raise fault
+                members = _members(entry, media, short_side, ignored)
+            except BadSampleError as error:
+                if isinstance(entry, dict) and "id" in entry:
+                    where += f" ({entry['id']})"
+                outcome.bad.append(BadItem(task.path.name, where, error.reason, error.detail))
+            else:
+                outcome.good += 1
+                yield f"{number:09d}", members
+
+    write_shard(task.path, samples())
+    return outcome
+
+
+def _members(
+    published: Any, media: Media, short_side: int | None, ignored: Collection[str]
+) -> dict[str, bytes]:
+    entry = to_conversation(published, ignored)
+    names = [name for word in ("image", "video") for name in _names(entry, word, media)]
+    for answered in with_answers(entry):
+        turns = read_turns(answered)
+        match_slots(turns, names)
+        read_task(answered, turns)
+    entry, span, fields = take_span(entry, ignored)
+    if span and short_side is None:
+        what = f"{' and '.join(fields)}: only a part of {', '.join(names)} is meant"
+        raise BadSampleError(
+            "part_of_video", f"{what}: cut it by --reencode, or --ignore-field of each"
+        )
+    members = {}
+    for number, name in enumerate(names):
+        data, suffix = _read_visual(media, name, short_side, span)
+        members[suffix if len(names) == 1 else f"{number}.{suffix}"] = data
+    try:
+        text = json.dumps(entry, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:  # a number beyond float, half a character
+        raise BadSampleError("bad_field", str(error)) from None
+    return {**members, "json": text}
+
+
+def _names(entry: dict, field_name: str, media: Media) -> list[str]:
+    """File names; a video's without an ending is that of its .mp4 or of a folder of frames."""
+    value = entry.get(field_name) or []
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BadSampleError("bad_field", f"{field_name}: a file name or a list of them")
+    whole = []
+    for name in names:
+        bare = "." not in name.rpartition("/")[2]
+        if field_name == "video" and not suffix_of(name):  # a dot may stand in a name, as in v1.2_a
+            bare = bare or any(media.find(n) is not None for n in (f"{name}.mp4", f"{name}/."))
+            name = f"{name.rstrip('/')}.mp4" if bare else name
+        if not suffix_of(name):
+            raise BadSampleError("unknown_format", name)
+        whole.append(name)
+    return whole
+
+
+def _read_visual(
+    media: Media, name: str, short_side: int | None, span: Span | None
+) -> tuple[bytes, str]:
+    """What goes into the shard, and its ending. What is wrong names the file."""
+    reading = [name]  # of a folder, the frame that is read
+    try:
+        folder = name.removesuffix(f".{name.rpartition('.')[2]}")
+        if is_video(name) and media.find(name) is None and (frames := media.frames(folder)):
+            pictures = (media.read(reading[0]) for reading[0] in frames)
+            return encode_frames(pictures, short_side, span), "mp4"
+        data = media.read(name)
+        if not is_video(name):
+            open_image(data)
+        elif short_side is not None:
+            return reencode(data, short_side, span), "mp4"
+        else:
+            FrameReader(1, UniformSampler(2)).video(data)  # the first frame and the last
+        return data, suffix_of(name)
+    except BadSampleError as error:
+        detail = error.detail if reading[0] in error.detail else f"{reading[0]}: {error.detail}"
+        raise BadSampleError(error.reason, detail) from None
+
+
+def verify_shard(url: str, timeout_s: float = 30.0) -> Outcome:
+    """Reads every sample of a shard fully: headers, JSON, every frame.
+
+    The shard's index is not trusted but made again; one that is kept and differs is an item too.
+    """
+    outcome = Outcome()
+    offsets, fault = index_shard(url, timeout_s)
+    if fault is not None:
+        outcome.bad.append(BadItem(url, "", fault.reason, fault.detail))
+    elif index_path(url).is_file():
+        kept = Shard(url, 0, index_path(url)).read_offsets()
+        if list(kept) != offsets:
+            outcome.bad.append(BadItem(url, "", "index_stale", str(index_path(url))))
+    if len(offsets) < 2:
+        return outcome
+    source = open_source(url, timeout_s)
+    try:
+        for number, (start, end) in enumerate(pairwise(offsets)):
+            outcome.add(_verify_sample(url, number, partial(source.read, start, end)))
+    finally:
+        source.close()
+    return outcome
+
+
+def _verify_sample(url: str, number: int, read: Callable[[], bytes]) -> Outcome:
+    key = f"#{number}"
+    try:
+        raw = untar_sample(read(), url)
+        key = raw["__key__"]
+        for suffix in _check_text(raw):
+            with naming(suffix):
+                count_frames(raw[suffix]) if is_video(suffix) else open_image(raw[suffix])
+    except BadSampleError as error:
+        return Outcome(bad=[BadItem(url, key, error.reason, error.detail)])
+    return Outcome(good=1)
+
+
+def _check_text(raw: dict[str, Any]) -> list[str]:
+    """The visuals of a sample, in the order of their slots; both answers of a pair are parsed."""
+    entry = read_entry(raw)
+    if not isinstance(entry, dict) or "chosen" not in entry:
+        return parse_entry(entry, raw)[1]
+    parsed = [parse_entry(one, raw) for one in with_answers(entry)]
+    return parsed[0][1]

@@ -1,0 +1,153 @@
+"""Videos for shards: H.264, small, keyframes close by, none that looks ahead."""
+
+import math
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import av
+import numpy as np
+from av import VideoFrame
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+from datamodules.batch import BadSampleError
+from datamodules.visuals.frames import one_thread
+from datamodules.visuals.images import open_image
+from datamodules.visuals.packets import scan_packets
+from datamodules.visuals.videos import AREA, turn_of, with_every_frame
+
+#: Of a video that comes as a folder of frames; LLaVA-Hound's are taken at this rate.
+FOLDER_FPS = 2
+
+_UNIT = Fraction(1, 90_000)  # of times, in seconds
+_PRECISE = AREA | 0x4000 | 0x40000  # SWS_FULL_CHR_H_INP, SWS_ACCURATE_RND
+_MATRIX = 1  # BT.709, in FFmpeg's AVColorSpace
+
+# The most ticks between two frames that the MP4 writer of FFmpeg takes; it shortens larger steps.
+_MOST_TICKS = (1 << 31) - 1
+
+Span = tuple[float, float]  # seconds: the first that belongs to it, and the first that does not
+Frames = Iterable[tuple[float, VideoFrame]]  # with the seconds at which they are shown
+
+
+def reencode(data: bytes, short_side: int, span: Span | None = None, gop: int = 8) -> bytes:
+    """A video, or the seconds of it that `span` names, made cheap to read at random.
+
+    Raises:
+        BadSampleError: as `with_every_frame`; video_empty where nothing is shown in the span.
+    """
+    packets = scan_packets(data)
+
+    def encode(frames: Frames) -> bytes:
+        part = _part(frames, span, packets.last, packets.origin)
+        return _encode(part, short_side, gop, packets.rate)
+
+    return with_every_frame(data, packets, encode)
+
+
+def encode_frames(
+    pictures: Iterable[bytes], short_side: int | None, span: Span | None = None, gop: int = 8
+) -> bytes:
+    """Frames that come as images, `FOLDER_FPS` of them a second -> H.264.
+
+    Raises:
+        BadSampleError: as `open_image`; video_empty where nothing is shown in the span.
+    """
+
+    def frames() -> Iterator[tuple[float, VideoFrame]]:
+        for number, data in enumerate(pictures):
+            try:
+                picture = open_image(data)
+            except BadSampleError as error:
+                detail = f"frame {number + 1} of the folder: {error.detail}"
+                raise BadSampleError(error.reason, detail) from None
+            yield number / FOLDER_FPS, VideoFrame.from_image(picture)
+
+    part = _part(frames(), span, 1 / FOLDER_FPS, origin=0.0)
+    return _encode(part, short_side, gop, Fraction(FOLDER_FPS))
+
+
+def _part(
+    frames: Frames, span: Span | None, last: float, origin: float
+) -> Iterator[tuple[float, VideoFrame]]:
+    """The frames that begin within the span; they come out from time 0 on.
+
+    Where no frame begins in the span, it is the one that is on the screen then.
+
+    Args:
+        last: seconds for which the last frame is shown.
+        origin: the time from which the span counts.
+    """
+    start, end = span or (-math.inf, math.inf)
+    first = before = None
+    at = 0.0
+    for seconds, frame in frames:
+        at = round(seconds - origin, 6)  # microseconds, so that 3.2 - 0.2 is 3
+        if start <= at < end:
+            first = seconds if first is None else first
+            yield seconds - first, frame
+        elif at < start:
+            before = frame
+    if first is None and before is not None and start < at + last:
+        yield 0.0, before
+
+
+def _encode(frames: Frames, short_side: int | None, gop: int, rate: Fraction) -> bytes:
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise BadSampleError("video_empty", "no frame in it")
+    size = _even_size(first[1], short_side)
+    options = {"movflags": "faststart"}  # needs a file that can be opened twice
+    with (
+        NamedTemporaryFile(suffix=".mp4") as file,
+        av.open(file.name, "w", format="mp4", options=options) as target,
+    ):
+        stream = target.add_stream("libx264", rate=rate)
+        stream.options = {"g": str(gop), "bf": "0", "threads": "1", "crf": "20"}
+        stream.pix_fmt, (stream.width, stream.height) = "yuv420p", size
+        codec = stream.codec_context
+        codec.time_base = _UNIT
+        codec.colorspace, codec.color_range = _MATRIX, ColorRange.MPEG
+        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        ticks = 0
+        for seconds, frame in chain([first], frames):
+            before, ticks = ticks, round(seconds / _UNIT)
+            if ticks - before > _MOST_TICKS:
+                gap = f"{float((ticks - before) * _UNIT):.0f} s without a frame"
+                raise BadSampleError("video_unreadable", gap)
+            small = _as_bt709(frame, *size)
+            small.pts, small.time_base = ticks, _UNIT
+            target.mux(stream.encode(small))
+        target.mux(stream.encode())
+        target.close()
+        return Path(file.name).read_bytes()
+
+
+def _as_bt709(frame: VideoFrame, width: int, height: int) -> VideoFrame:
+    """A frame as it is shown, of this size.
+
+    It goes through RGB, so that a reader gets from it what it would get from the source: that may
+    be of any matrix, range and depth, named or not.
+    """
+    turn = turn_of(frame)
+    if turn.exchanged:
+        width, height = height, width
+    small = frame.reformat(width, height, "rgb24", interpolation=AREA, **one_thread()).to_ndarray()
+    shown = VideoFrame.from_ndarray(np.ascontiguousarray(turn(small)), format="rgb24")
+    return shown.reformat(
+        format="yuv420p",
+        interpolation=_PRECISE,
+        dst_colorspace=Colorspace.ITU709,
+        dst_color_range=ColorRange.MPEG,
+        **one_thread(),
+    )
+
+
+def _even_size(frame: VideoFrame, short_side: int | None) -> tuple[int, int]:
+    """Width and height of what is made of a frame, as it is shown."""
+    scale = min(1.0, (short_side or math.inf) / min(frame.width, frame.height))
+    width, height = (max(2, round(n * scale / 2) * 2) for n in (frame.width, frame.height))
+    return (height, width) if turn_of(frame).exchanged else (width, height)

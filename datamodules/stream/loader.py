@@ -1,0 +1,314 @@
+"""Manifest -> batches, in an order that belongs to the run and not to its workers.
+
+    manifest     shards and how many samples each holds
+       |  shuffle chunks (runs of samples inside a shard), cut into V equal virtual streams
+       v
+    streams      each shuffled within windows of a fixed number of samples
+       |  micro-batch m of the epoch comes from stream m mod V
+       v
+    micro-batch  rank r takes m = r, r + world, ...; its DataLoader workers share these in turn.
+       |         global_batch_size / batch_size micro-batches in a row make one optimizer step
+       |  bytes by range, untar, decode; a bad sample gives its place to the next good one
+       v
+    batch
+
+The order is a pure function of (manifest, seed, epoch, V, micro-batch size, window, chunk), and of
+the samples' lengths where `budget.py` cuts micro-batches by tokens: the same for every number of
+ranks and workers, and so are the samples of each optimizer step. Where a run stands is told from
+outside, as (epoch, micro-batches done by all ranks together); nothing here remembers it.
+"""
+
+import logging
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, cast, runtime_checkable
+
+from lightning import Trainer
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.batch import BadSampleError, data_rank
+from datamodules.stream.budget import BudgetOrder
+from datamodules.stream.index import Manifest, Shard
+from datamodules.stream.mixture import MixtureOrder
+from datamodules.stream.order import FileOrder, Row
+from datamodules.stream.source import Source, open_source
+from datamodules.stream.tar import untar_sample
+from datamodules.stream.worker import outlive_stop_signals
+
+logger = logging.getLogger(__name__)
+
+_BAD_IN_A_ROW = 100
+_JUDGED_FROM = 200
+
+_Lane = tuple[int, int]  # part of a mixture, stream
+
+
+class Faults:
+    """Bad samples: counted and skipped, or raised at once.
+
+    Attributes:
+        new: by reason, those of this process that no other has heard of.
+        agreed: of all ranks together, and of the training before it was resumed.
+        shards: shards that are damaged as a whole, which all ranks see alike.
+    """
+
+    def __init__(self, on_bad_sample: str, max_rate: float = 1.0):
+        if on_bad_sample not in ("skip", "raise"):
+            raise ValueError(
+                f"data.stream.on_bad_sample is {on_bad_sample!r}; set it to 'skip' or 'raise'"
+            )
+        self._raise, self._max_rate = on_bad_sample == "raise", max_rate
+        self.new, self.agreed, self.shards = (Counter[str]() for _ in range(3))
+
+    def add(self, fault: BadSampleError) -> None:
+        self._count(fault, self.new)
+
+    def add_shards(self, faults: Iterable[BadSampleError], seen: int) -> None:
+        """What is wrong with whole shards, of so many.
+
+        Raises:
+            BadSampleError: too_many_bad.
+        """
+        for fault in faults:
+            self._count(fault, self.shards)
+        self._judge(self.shards, seen, "shards")
+
+    def _count(self, fault: BadSampleError, counts: Counter[str]) -> None:
+        if self._raise:
+            raise fault
+        counts[fault.reason] += 1
+        if counts.total() <= 10:
+            logger.warning("skipped: %s", fault)
+
+    def merge(self, ranks: Iterable[Mapping[str, int]]) -> None:
+        """Takes what each rank has in `new`, this one too."""
+        for counts in ranks:
+            self.agreed.update(counts)
+        self.new.clear()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Everything that is known here, by reason."""
+        return self.shards + self.agreed + self.new
+
+    def judge(self, seen: int) -> None:
+        """Stops where too many of the samples seen by all ranks were bad.
+
+        Raises:
+            BadSampleError: too_many_bad, with the commonest reasons.
+        """
+        self._judge(self.agreed + self.new, seen, "samples")
+
+    def _judge(self, bad: Counter[str], seen: int, what: str) -> None:
+        if seen >= _JUDGED_FROM and bad.total() > self._max_rate * seen:
+            raise BadSampleError(
+                "too_many_bad",
+                f"{bad.total()} of {seen} {what} ({_by_reason(bad, 3)}); mend the data, or set "
+                f"data.stream.max_bad_rate above {self._max_rate:g}",
+            )
+
+    def summary(self) -> str:
+        """`3 bad samples skipped: video_unreadable 2, missing_field 1`, or nothing."""
+        counts = self.counts
+        return f"{counts.total()} bad samples skipped: {_by_reason(counts)}" if counts else ""
+
+
+def _by_reason(counts: Counter[str], most: int | None = None) -> str:
+    return ", ".join(f"{reason} {n}" for reason, n in counts.most_common(most))
+
+
+class ShardReader:
+    """Samples of shards by number. Keeps the shards open that were read last, per process."""
+
+    def __init__(self, manifest: Manifest, timeout_s: float, keep_open: int = 64):
+        self._shards, self._timeout_s, self._keep = manifest.shards, timeout_s, keep_open
+        self._open: OrderedDict[tuple[int, _Lane], tuple[Source, Any]] = OrderedDict()
+
+    def read(self, shard: int, sample: int, lane: _Lane = (0, 0)) -> bytes:
+        """Raw tar bytes. Readers of a pipe take a lane each, not to send each other back."""
+        key = (shard, lane if self._shards[shard].in_order else (0, 0))
+        if key not in self._open:
+            self._open[key] = self._open_shard(self._shards[shard])
+            if len(self._open) > self._keep:
+                self._open.popitem(last=False)[1][0].close()
+        self._open.move_to_end(key)
+        source, offsets = self._open[key]
+        return source.read(int(offsets[sample]), int(offsets[sample + 1]))
+
+    def _open_shard(self, shard: Shard) -> tuple[Source, Any]:
+        offsets = shard.read_offsets()
+        if len(offsets) != shard.count + 1:
+            detail = f"{len(offsets) - 1} samples, {shard.count} when it was listed"
+            raise BadSampleError("index_stale", detail)
+        return open_source(shard.url, self._timeout_s), offsets
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1][0].close()
+
+
+class EpochStream(Dataset):
+    """Micro-batch m of one epoch, by number. Lives in a DataLoader worker."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        order: FileOrder | MixtureOrder | BudgetOrder,
+        decode: Callable[[dict[str, Any]], Any],
+        collate: Callable[[list[Any]], Any],
+        timeout_s: float,
+    ):
+        self._manifest, self._order = manifest, order
+        self._decode, self._collate = decode, collate
+        self._reader = ShardReader(manifest, timeout_s)
+        self._held: OrderedDict[tuple[_Lane, int, tuple[int, int]], dict] = OrderedDict()
+
+    def __getitem__(self, m: int) -> tuple[Any, list[BadSampleError]]:
+        """The batch, and the bad samples whose places others took. `None`: none is good."""
+        samples, faults = [], []
+        for row in self._order.rows(m % len(self._order)):
+            sample, fault = self._first_good(row)
+            faults += [fault] if fault else []
+            if sample is None:
+                return None, faults
+            samples.append(sample)
+        return self._collate(samples), faults
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _first_good(self, at: Row) -> tuple[Any, BadSampleError | None]:
+        """The sample at a row, or the next good one of its stream: places never shift."""
+        fault, length = None, at.order.stream_length
+        for step in range(min(_BAD_IN_A_ROW, length)):
+            row = at._replace(row=(at.row + step) % length)
+            place = row.order.locate(row.stream, row.row)
+            shard = self._manifest.shards[place[0]]
+            key = f"#{place[1]}"
+            try:
+                raw = untar_sample(self._bytes(row, place, shard), shard.url)
+                key = raw["__key__"]
+                return self._decode(raw), fault
+            except BadSampleError as error:
+                fault = fault or BadSampleError(
+                    error.reason, error.detail, shard=shard.url, key=key
+                )
+        return None, fault
+
+    def _bytes(self, at: Row, place: tuple[int, int], shard: Shard) -> bytes:
+        if not shard.in_order:
+            return self._reader.read(*place)
+        lane = at.order.part, at.stream
+        window = at.order.window_of(at.stream, at.row)
+        key = lane, at.order.number, window[0]
+        held = self._held.get(key)
+        if held is None:
+            held = self._held[key] = {where: self._try_read(lane, where) for where in window}
+            if sum(other[0] == lane for other in self._held) > 2:
+                del self._held[next(other for other in self._held if other[0] == lane)]
+        data = held[place]
+        if isinstance(data, BadSampleError):
+            raise data
+        return data
+
+    def _try_read(self, lane: _Lane, place: tuple[int, int]) -> bytes | BadSampleError | None:
+        if not self._manifest.shards[place[0]].in_order:
+            return None  # of a window that also holds shards with a seek: read when wanted
+        try:
+            return self._reader.read(*place, lane=lane)
+        except BadSampleError as error:
+            return error
+
+
+@runtime_checkable
+class MicroBatches(Protocol):
+    """What a loader reads: micro-batch m of an epoch, by number, and what was bad in it."""
+
+    def __getitem__(self, m: int) -> tuple[Any, list[BadSampleError]]: ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Order(Protocol):
+    def __len__(self) -> int:
+        """Micro-batches of an epoch, all ranks together."""
+        ...
+
+    def check_world(self, world: int) -> None:
+        """Raises ValueError where so many ranks cannot share them."""
+        ...
+
+
+def trained_on(trainer: Trainer | None) -> tuple[int, int]:
+    """(epoch, micro-batches that all ranks have trained on in it), as the trainer counts.
+
+    Where Lightning's `overfit_batches` asks for the same batches again and again, these stay.
+    """
+    if trainer is None or trainer.overfit_batches:  # pyright: ignore[reportAttributeAccessIssue]
+        return 0, 0
+    current = trainer.fit_loop.epoch_loop.batch_progress.current
+    done = current.processed  # pyright: ignore[reportAttributeAccessIssue]
+    return trainer.current_epoch, done * data_rank(trainer)[1]
+
+
+class StreamLoader:
+    """The batches of one rank: an epoch each time it is iterated, `len()` of them.
+
+    Not a DataLoader itself, so that Lightning puts no sampler of its own into it. `position` is
+    asked at the first batch and not before: a trainer that restores a checkpoint knows it late.
+    """
+
+    def __init__(
+        self,
+        stream_at: Callable[[int], MicroBatches],
+        order: Order,
+        faults: Faults,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        num_workers: int = 0,
+        position: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ):
+        order.check_world(world)
+        self.order, self.world = order, world
+        self._stream_at, self._faults, self._position = stream_at, faults, position
+        self._rank, self._workers = rank, num_workers
+        self._batches = math.ceil(len(order) / world)
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty. That it is there tells Lightning that the loader can be resumed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes nothing: `position` says where to go on."""
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, done = self._position()
+        mine = range(done + self._rank, self._batches * self.world, self.world)
+        stream = self._stream_at(epoch)
+        loader = DataLoader(
+            cast(Dataset, stream),
+            sampler=mine,
+            batch_size=None,
+            num_workers=self._workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=outlive_stop_signals,
+        )
+        try:
+            for batch, faults in loader:
+                for fault in faults:
+                    self._faults.add(fault)
+                if batch is None:
+                    raise BadSampleError("no_good_sample", f"many in a row are bad: {faults[-1]}")
+                yield batch
+        finally:
+            stream.close()
+
+
+def _as_it_is(item: Any) -> Any:
+    return item

@@ -1,0 +1,189 @@
+"""Video or image bytes -> sampled, resized frames. Normalising them is the encoder's part.
+
+bytes of a video --(videos.py)--> frames --+
+                                           +--> upright, `image_size` x `image_size`, uint8 RGB
+bytes of an image --(images.py)--> picture +
+
+The whole picture is squeezed into the square, so that a wide one looks narrow. What is outside the
+middle square is not lost, as it would be with the center crop of CLIP's own preprocessing.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from datamodules.batch import BadSampleError, Tiles
+from datamodules.visuals.images import MAX_PIXELS, open_image
+from datamodules.visuals.packets import check_work, scan_packets
+from datamodules.visuals.tiles import check_grids, cut_tiles
+from datamodules.visuals.videos import AREA, decode_wanted, turn_of
+
+VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "gif"})
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+
+
+class UniformSampler:
+    """`num_frames` evenly from the first frame to the last; a shorter video repeats frames."""
+
+    def __init__(self, num_frames: int):
+        if num_frames < 1:
+            raise ValueError(f"num_frames is {num_frames}; set it to 1 or more")
+        self.num_frames = num_frames
+
+    def __call__(self, times: Sequence[float]) -> list[int]:
+        return np.linspace(0, len(times) - 1, self.num_frames).round().astype(int).tolist()
+
+    def count(self, frames: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+        """How many it takes of videos of so many frames, of so long from the first to the last."""
+        return np.full(len(frames), self.num_frames)
+
+
+class FpsSampler:
+    """`fps` frames for each second of video, within `min_frames` and `max_frames`."""
+
+    def __init__(self, fps: float, max_frames: int, min_frames: int = 1):
+        if fps <= 0 or not 1 <= min_frames <= max_frames:
+            raise ValueError(
+                f"fps {fps}, min_frames {min_frames}, max_frames {max_frames}: "
+                "set fps above 0 and 1 <= min_frames <= max_frames"
+            )
+        self.fps, self.max_frames, self.min_frames = fps, max_frames, min_frames
+
+    def __call__(self, times: Sequence[float]) -> list[int]:
+        duration = times[-1] - times[0]
+        wanted = math.floor(duration * self.fps) + 1
+        most = min(self.max_frames, len(times))
+        if not self.min_frames <= wanted <= most:
+            return UniformSampler(max(min(wanted, most), self.min_frames))(times)
+        ticks = times[0] + np.arange(wanted) / self.fps
+        after = np.searchsorted(times, ticks).clip(1, max(len(times) - 1, 1))
+        nearer = ticks - np.take(times, after - 1) <= np.take(times, after, mode="clip") - ticks
+        return (after - nearer).tolist()
+
+    def count(self, frames: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+        """As `UniformSampler.count`."""
+        wanted = np.floor(seconds * self.fps).astype(int) + 1
+        return np.maximum(np.minimum(wanted, np.minimum(frames, self.max_frames)), self.min_frames)
+
+
+class FrameReader:
+    """Reads a visual as square RGB frames.
+
+    Args:
+        image_size: side of a frame; the whole picture is squeezed into it.
+        sampler: takes the times of all frames, in seconds, and returns the numbers of those
+            wanted, not decreasing.
+        max_pixels: a larger picture is refused before it is decoded.
+        tiles: (rows, columns) of the grids that `picture` may cut an image into; None: none.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        sampler: Callable[[Sequence[float]], list[int]],
+        max_pixels: int = MAX_PIXELS,
+        tiles: Sequence[Sequence[int]] | None = None,
+    ):
+        self.image_size, self.sampler, self.max_pixels = image_size, sampler, max_pixels
+        self.tiles = None if tiles is None else check_grids(tiles)
+
+    def read(self, name: str, data: bytes) -> tuple[UInt8[Tensor, "n c h w"], Tiles | None]:
+        """Frames of a visual, by the ending of its name.
+
+        Raises:
+            BadSampleError: as `video` and `picture`; the message begins with the name.
+        """
+        with naming(name):
+            return (self.video(data), None) if is_video(name) else self.picture(data)
+
+    def video(self, data: bytes) -> UInt8[Tensor, "t c h w"]:
+        """Sampled frames.
+
+        Raises:
+            BadSampleError: video_unreadable, video_empty, video_truncated, video_too_large,
+                not_a_video.
+        """
+        packets = scan_packets(data, self.max_pixels)
+        wanted = np.asarray(self.sampler(packets.times))
+        check_work(packets, wanted.tolist(), len(data))
+        frames: Tensor | None = None
+        scaler = VideoReformatter()  # kept for all frames, as making one costs more than its work
+
+        def keep(number: int, frame: VideoFrame) -> None:
+            nonlocal frames
+            pixels = torch.from_numpy(self._shown(frame, scaler)).permute(2, 0, 1)  # -> c h w
+            if frames is None:
+                frames = pixels.new_empty(len(wanted), *pixels.shape)
+            start, end = np.searchsorted(wanted, [number, number + 1])
+            frames[start:end] = pixels  # the only copy of a frame that stays
+
+        decode_wanted(data, packets, wanted.tolist(), keep, self.max_pixels)
+        assert frames is not None
+        return frames
+
+    def image(self, data: bytes) -> UInt8[Tensor, "t c h w"]:
+        """One frame.
+
+        Raises:
+            BadSampleError: image_unreadable, image_too_large.
+        """
+        picture = open_image(data, self.max_pixels)
+        height, width = self._size(picture.height, picture.width)
+        pixels = np.array(picture.resize((width, height), Image.Resampling.BICUBIC))
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()  # h w c -> 1 c h w
+
+    def picture(self, data: bytes) -> tuple[UInt8[Tensor, "n c h w"], Tiles | None]:
+        """An image as one frame, or as a thumbnail and tiles; raises as `image`."""
+        if self.tiles is None:
+            return self.image(data), None
+        return cut_tiles(open_image(data, self.max_pixels), self.image_size, self.tiles)
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the frames made of a picture of this size, as it is shown.
+
+        The one place that decides about it: all frames of a visual have the same size.
+        """
+        return self.image_size, self.image_size
+
+    def _shown(self, frame: VideoFrame, scaler: VideoReformatter) -> UInt8[np.ndarray, "h w c"]:
+        """A frame of a video as it is shown, resized."""
+        turn = turn_of(frame)
+        shown = (frame.width, frame.height) if turn.exchanged else (frame.height, frame.width)
+        size = self._size(*shown)
+        height, width = size[::-1] if turn.exchanged else size
+        small = scaler.reformat(frame, width, height, "rgb24", interpolation=AREA, **one_thread())
+        return np.ascontiguousarray(turn(small.to_ndarray()))
+
+
+def is_video(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in VIDEO_SUFFIXES
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Puts the name of a file in front of what is wrong with it."""
+    try:
+        yield
+    except BadSampleError as error:
+        detail = f"{name}: {error.detail}" if error.detail else name
+        raise BadSampleError(error.reason, detail, shard=error.shard, key=error.key) from None
+
+
+@cache
+def one_thread() -> dict[str, Any]:
+    """The argument that keeps a scaler from starting threads, where this PyAV knows it."""
+    try:
+        VideoReformatter().reformat(VideoFrame(2, 2, "gray"), 4, 4, threads=1)
+    except TypeError:
+        return {}
+    return {"threads": 1}

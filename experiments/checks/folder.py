@@ -1,0 +1,50 @@
+"""What Hydra is told to do before it makes a directory."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.run.files import check_files, printable
+from experiments.run.process import fail, process_rank
+
+
+class MakeFolder(Callback):
+    """Makes the directory of a run or of a sweep; where that fails, the program ends in one line.
+
+    Hydra would make it too, and show a traceback.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _make(config, "run", "hydra.run.dir=…, or another folder for all runs with paths.runs=…")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.hydra.sweeper._target_.endswith(".ListingSweeper"):
+            return  # a dry run writes nothing
+        _make(
+            config, "sweep", "hydra.sweep.dir=…, or another folder for all runs with paths.runs=…"
+        )
+
+
+def _make(config: DictConfig, kind: str, ways_out: str) -> None:
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(config)
+    try:
+        folder = Path(config.hydra[kind].dir)
+    except OmegaConfBaseException:
+        return  # a value that is missing, which Hydra names itself
+    finally:
+        HydraConfig.instance().cfg = before
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if kind == "run":
+            check_files(folder)  # before Hydra opens its log there
+        return
+    except ValueError as error:
+        line = f"error: {printable(str(error))}"
+    except OSError as error:
+        line = f"error: {folder} cannot be made ({error.strerror}): choose another with {ways_out}"
+    fail(line, process_rank())

@@ -1,0 +1,1 @@
+"""What was typed: overrides as values, names made of them, errors in one line."""

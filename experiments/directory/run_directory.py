@@ -1,0 +1,229 @@
+"""A run directory: what runs in it, with which versions, and how far it has come.
+
+config.yaml  command.txt  versions.json     what runs
+.hydra/                                     what was overridden, and the option of every group
+run.lock                                    held by the process that trains here
+checkpoints/last.ckpt  run_id               what a resumed run goes on from
+metrics.csv  tables.jsonl  wandb/  …        what was seen
+needle.json  needle.png  scores.json        what came out
+done.json                                   the last file written
+"""
+
+import json
+import logging
+import os
+import secrets
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.directory import kept as before
+from experiments.directory.former import check_former, has_results, read_former
+from experiments.directory.made_of import Differences
+from experiments.launcher.job import FROZEN
+from experiments.reporting.data import read_curves
+from experiments.run import lock
+from experiments.run.compose import plain
+from lightning_modules.callbacks.heartbeat import read_status
+from lightning_modules.checkpoint import newest_whole
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("ropelab", "torch", "lightning", "transformers", "webdataset", "wandb")
+
+
+class RunDirectory:
+    """Locks the directory that `config.paths.run` names, and finds out what is in it.
+
+    Nothing but the lock is written before `claim`, so that a command that is refused leaves the
+    directory as it was. Only rank 0 locks and writes.
+
+    Args:
+        hold: lock it and write into it; false only looks, and makes no directory.
+
+    Raises:
+        ValueError: it holds another run than the one that is asked for, another process trains
+            in it, or it cannot be written.
+    """
+
+    def __init__(self, config: DictConfig, hold: bool = True):
+        self.path = Path(config.paths.run)
+        self._started = time.monotonic()
+        self._wall_before = 0.0
+        self._composed = config
+        self._config: dict[str, Any] = plain(config)
+        if hold and not rank_zero_only.rank:
+            open_locked(self.path)
+            before.give_back(self.path)  # what a command that was killed had set aside
+        self._former = read_former(self.path, strict=config.resume)
+        self._to_do: Differences = {}
+        if self._former is not None:
+            self._to_do = check_former(self.path, self._former, self._config)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """What to resume from: the newest checkpoint that is whole."""
+        return newest_whole(self.path / "checkpoints") if self._config["resume"] else None
+
+    def finished(self) -> dict[str, Any] | None:
+        """`done.json` of the run that is asked for, where it has been here and come to its end."""
+        if self._former is None or not self._config["resume"] or self._to_do:
+            return None
+        return read_done(self.path)
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Makes the directory this run's: what can be checked without a step is checked.
+
+        With `config.resume` false it starts anew. What an earlier run left is set aside. It comes
+        back where the body fails before `keep` is called.
+        """
+        self._write()
+        try:
+            yield
+        except BaseException:
+            if not rank_zero_only.rank:
+                before.give_back(self.path)
+            raise
+        self.keep()
+
+    def keep(self) -> None:
+        """Removes what an earlier run left: this one has taken its first step."""
+        if not rank_zero_only.rank:
+            before.forget(self.path)
+
+    def _write(self) -> None:
+        if rank_zero_only.rank:
+            return
+        anew = not self._config["resume"]
+        if self._former is not None and (anew or has_results(self.path)):
+            before.set_aside(self.path, anew)
+        if self._to_do:
+            # It is of what was asked for before; a kill from here on must not leave it to this.
+            (self.path / "done.json").unlink(missing_ok=True)
+        if self._former and (original := find_original(self.path, self._former["paths"]["run"])):
+            _leave_wandb_run_to(original, self.path)
+        self._wall_before = float(read_status(self.path / "status.json").get("wall_s", 0.0))
+        write_whole(self.path / "config.yaml", OmegaConf.to_yaml(self._composed, resolve=True))
+        write_whole(self.path / "command.txt", typed_command() + "\n")
+        write_whole(self.path / "versions.json", json.dumps(read_versions(), indent=1))
+        # Not left to Hydra, which would write over those of a run that is refused here.
+        hydra = HydraConfig.get()
+        (self.path / ".hydra").mkdir(exist_ok=True)
+        OmegaConf.save(hydra.overrides.task, self.path / ".hydra" / "overrides.yaml")
+        OmegaConf.save({"hydra": hydra}, self.path / ".hydra" / "hydra.yaml")
+
+    def finish(self, steps: int, score: float | None, **facts: Any) -> None:
+        """Writes `done.json`.
+
+        Args:
+            facts: what else came out, such as `samples` and `weights_sha256`.
+        """
+        if rank_zero_only.rank:
+            return
+        metrics = {
+            name: points[-1][1]
+            for name, points in read_curves(self.path / "metrics.csv").items()
+            if name.startswith(("train/loss", "val/"))
+        }
+        done = {
+            "steps": steps,
+            **facts,
+            "metrics": metrics if score is None else metrics | {"score": score},
+            # of all starts; what a kill took is known to the last sign of life
+            "wall_s": round(self._wall_before + time.monotonic() - self._started, 1),
+            **read_versions(),
+        }
+        write_whole(self.path / "done.json", json.dumps(done, indent=1))
+
+
+def open_locked(folder: Path) -> None:
+    """Makes a run directory where there is none, and locks it.
+
+    Raises:
+        ValueError: another process holds it, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.take(folder)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written ({error.strerror}): choose another directory with "
+            "hydra.run.dir=…, or another folder for all runs with paths.runs=…"
+        ) from None
+
+
+def _leave_wandb_run_to(original: Path, copy: Path) -> None:
+    run_id = secrets.token_hex(4)
+    write_whole(copy / "run_id", run_id)
+    logger.warning(
+        "%s is a copy of %s: from here on it is a run of its own, in W&B %s", copy, original, run_id
+    )
+
+
+def find_original(folder: Path, recorded: str) -> Path | None:
+    """The run directory that `folder` is a copy of; None for one that was moved, or never was.
+
+    A copy has the W&B run of a directory that is still where the run was started last. The same
+    directory under another name, by a link or another mount, shows a file that is made here.
+    """
+    other = Path(recorded)
+    ids = [path / "run_id" for path in (folder, other)]
+    if not all(path.is_file() for path in ids) or os.path.samefile(folder, other):
+        return None
+    if ids[0].read_text() != ids[1].read_text():
+        return None
+    probe = folder / f".probe-{secrets.token_hex(4)}"
+    probe.touch()
+    try:
+        return None if (other / probe.name).exists() else other
+    finally:
+        probe.unlink()
+
+
+def read_done(folder: Path) -> dict[str, Any] | None:
+    """`done.json` of a run that came to its end: steps, samples, metrics, weights_sha256, …"""
+    path = folder / "done.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def typed_command() -> str:
+    """As typed; for a job of a multirun, what runs it by itself."""
+    hydra = HydraConfig.get()
+    if hydra.job.config_name != FROZEN:
+        return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    folder = os.path.relpath(hydra.run.dir)
+    return shlex.join(["ropelab-train", *hydra.overrides.task, f"hydra.run.dir={folder}"])
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A kill while it is written leaves the old file."""
+    beside = path.with_name(path.name + ".partial")
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def read_versions() -> dict[str, Any]:
+    """`versions` of what computes, and `git_commit` where this is a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        commit = None
+    versions = {"python": python_version()} | {name: version(name) for name in _PACKAGES}
+    return {"versions": versions, "git_commit": commit}

@@ -1,0 +1,1 @@
+"""What a recipe takes in memory, FLOPs and hours, without running it."""

@@ -1,0 +1,126 @@
+"""The largest sample of a recipe -> its outline, as far as the network decides sizes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from datamodules.batch import Grid, Tiles
+from datamodules.sample.outline import Outline
+from datamodules.visuals.tiles import check_grids
+from experiments.run.compose import plain
+from lightning_modules.model import VideoLanguageModel
+
+
+@dataclass(frozen=True)
+class Largest:
+    """
+    Args:
+        videos, images: of the sample.
+        frames: of each video.
+        grids: (rows, columns) of tiles that an image may be cut into; none: it is one frame.
+        words: None: as many as `tokens` leaves.
+        tokens: of the LLM, where it is known.
+        labelled: share of the words.
+    """
+
+    videos: int
+    images: int
+    frames: int
+    grids: Sequence[tuple[int, int]]
+    words: int | None
+    tokens: int | None
+    labelled: float
+
+    @classmethod
+    def of(cls, config: DictConfig) -> "Largest":
+        """
+        Raises:
+            ValueError: the recipe does not say how many frames a video has.
+        """
+        words = None if config.tokens else OmegaConf.select(config, "data.conversation.max_length")
+        grids = OmegaConf.select(config, "data.frames.tiles")
+        return cls(
+            config.videos,
+            config.images,
+            _frames(config) if config.videos else 0,
+            check_grids(plain(grids)) if grids else (),
+            words,
+            config.tokens,
+            config.labelled,
+        )
+
+    def outline(self, network: Any, fake: FakeTensorMode) -> Outline:
+        """Frames are fake.
+
+        Raises:
+            ValueError: the visuals leave no room for words.
+        """
+        visual, words = self.visual_tokens(network), self.words
+        if words is None:
+            words = (self.tokens or 0) - visual
+        if words < 2:
+            raise ValueError(
+                f"{self._described()} are {visual} tokens, but tokens={self.tokens}: set more of "
+                "them, or choose a pooler that leaves less"
+            )
+        size = network.encoder.image_size
+        visuals = list(self._visuals(size))
+        with fake:
+            frames = [torch.empty(n, 3, size, size, dtype=torch.uint8) for n, _ in visuals]
+        tiles = [tiles for _, tiles in visuals]
+        return Outline(frames, tiles, words, max(1, round(self.labelled * words)))
+
+    def visual_tokens(self, network: Any) -> int:
+        """That the LLM reads of the visuals, where there is one."""
+        if not isinstance(network, VideoLanguageModel):
+            return 0
+        visuals = self._visuals(network.encoder.image_size)
+        return sum(_tokens(network, frames, tiles) for frames, tiles in visuals)
+
+    @property
+    def all_frames(self) -> int:
+        return sum(frames for frames, _ in self._visuals(1))
+
+    def _visuals(self, side: int) -> Iterator[tuple[int, Tiles | None]]:
+        """Frames and tiles of each; a picture fills its tiles to the edge."""
+        for _ in range(self.videos):
+            yield self.frames, None
+        for _ in range(self.images):
+            if not self.grids:
+                yield 1, None
+                continue
+            rows, columns = max(self.grids, key=lambda grid: grid[0] * grid[1])
+            yield 1 + rows * columns, Tiles(rows, columns, rows * side, columns * side)
+
+    def _described(self) -> str:
+        videos = [f"{self.videos} x {self.frames} frames"] if self.videos else []
+        images = [f"{self.images} images"] if self.images else []
+        return " and ".join(videos + images) or "no visuals"
+
+
+def _tokens(network: VideoLanguageModel, frames: int, tiles: Tiles | None) -> int:
+    """Of one visual; an image in tiles is its thumbnail and the plane that they make."""
+    rows, columns = network.encoder.grid
+    if tiles is None:
+        return network.pooler.grid(Grid(frames, rows, columns)).size
+    first = network.pooler.grid(Grid(1, rows, columns))
+    plane = network.pooler.grid(Grid(1, tiles.rows * rows, tiles.columns * columns))
+    newlines = plane.h if network.image_newline is not None else 0
+    return first.size + plane.size + newlines
+
+
+def _frames(config: DictConfig) -> int:
+    frames = config.frames
+    keys = (
+        "data.training.frames",
+        *(f"data.frames.sampler.{n}" for n in ("num_frames", "max_frames")),
+    )
+    for key in keys:
+        frames = OmegaConf.select(config, key) if frames is None else frames
+    if frames is None:
+        raise ValueError("the recipe does not say how many frames a video has: set frames=")
+    return frames if isinstance(frames, int) else max(frames)

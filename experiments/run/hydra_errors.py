@@ -1,0 +1,93 @@
+"""Ends a program of Hydra's in one line where its command line asks for what is not there.
+
+Hydra prints such an error in several lines, and how to see a traceback below each. It leaves no
+other place to change that than the function which prints them.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from typing import Any
+
+from hydra._internal import utils
+from hydra.errors import CompactHydraException, ConfigCompositionException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from experiments.run.process import fail, process_rank
+
+_UNKNOWN = re.compile(r"Could not override '(?P<key>.*)'\.\nTo append to your config use \+(.*)")
+
+#: How alike two keys, and their last parts, are where one may be misspelt; 1 is equal.
+_ALIKE = 0.75
+
+
+def hydra_errors_in_one_line(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates what `hydra.main` returns. `HYDRA_FULL_ERROR=1` shows tracebacks, as ever."""
+    report = utils.run_and_report
+
+    def run(func: Callable[[], Any]) -> Any:
+        return report(functools.partial(_in_one_line, func))
+
+    def guarded(*arguments: Any) -> Any:
+        utils.run_and_report = run
+        try:
+            return main(*arguments)
+        finally:
+            utils.run_and_report = report
+
+    return functools.update_wrapper(guarded, getattr(main, "__wrapped__", main))
+
+
+def _in_one_line(func: Callable[[], Any]) -> Any:
+    try:
+        return func()
+    except CompactHydraException as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        fail(describe(error), process_rank())
+
+
+def describe(error: CompactHydraException) -> str:
+    """Returns what is wrong: one line, or more where a multirun lists its failed jobs."""
+    text = str(error).strip()
+    if not isinstance(error, (ConfigCompositionException, OverrideParseException)):
+        return text
+    cause = error.__cause__
+    unknown = _UNKNOWN.fullmatch(text)
+    if unknown and isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+        key, word = unknown.groups()
+        known = list(_keys_beside(cause))
+        nearest = _nearest(key, known)
+        meant = f"did you mean {nearest}, or " if nearest else ""
+        return f"error: {word} sets a key that is not there: {meant}add it with +{word}"
+    if isinstance(cause, OmegaConfBaseException):
+        text = f"{text}: {str(cause).strip().splitlines()[0]}"
+    text = text.partition("\nConfig search path:")[0]  # ropelab-train --info searchpath has it
+    return f"error: {' '.join(text.split())}"
+
+
+def _nearest(key: str, known: list[str]) -> str | None:
+    """Returns the known key that is spelt most alike, else one whose last part is the same."""
+    last = key.rpartition(".")[2]
+    ends = {other: other.rpartition(".")[2] for other in known}
+    same_end = [other for other, end in ends.items() if end == last]
+    like_end = [other for other, end in ends.items() if get_close_matches(last, [end], 1, _ALIKE)]
+    found = get_close_matches(key, like_end, 1, _ALIKE) or get_close_matches(key, same_end, 1, 0.0)
+    return found[0] if found else None
+
+
+def _keys_beside(error: OmegaConfBaseException) -> Iterator[str]:
+    """Dotted keys of the config in which a key was not found."""
+    if error.parent_node is not None:
+        root = OmegaConf.to_container(error.parent_node._get_root(), throw_on_missing=False)
+        yield from (key for key in _keys(root) if key.partition(".")[0] != "hydra")
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for name, child in node.items():
+            yield f"{prefix}{name}"
+            yield from _keys(child, f"{prefix}{name}.")

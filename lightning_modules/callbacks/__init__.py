@@ -1,0 +1,1 @@
+"""What runs beside a training: logs, guards, status files."""

@@ -1,0 +1,67 @@
+"""A step that would spoil the weights is not taken."""
+
+import logging
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_modules.checkpoint.weights import finite_everywhere
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteGuard(Callback):
+    """Leaves out optimizer steps whose loss or gradients hold NaN or Inf, on all ranks alike.
+
+    Weights and moments stay as they are; the schedule of the learning rate goes on. Such steps
+    are counted over the whole run, interruptions included, and logged as `train/skipped_steps`.
+
+    Raises:
+        ValueError: more than `max_skipped` of them.
+    """
+
+    def __init__(self, max_skipped: int = 10):
+        if max_skipped < 0:
+            raise ValueError(f"max_skipped={max_skipped} must be 0 or more")
+        self.max_skipped = max_skipped
+        self.skipped = 0
+        self._losses: list[Tensor] = []  # of the micro-batches of this step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = state_dict["skipped"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._losses = []
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        self._losses.append(loss.detach())
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        finite = finite_everywhere([*self._losses, *gradients])
+        self._losses = []
+        if not finite:
+            optimizer.zero_grad(set_to_none=True)  # without gradients nothing is updated
+            self._count(trainer)
+        pl_module.log("train/skipped_steps", float(self.skipped))
+
+    def _count(self, trainer: Trainer) -> None:
+        self.skipped += 1
+        step = trainer.global_step + 1
+        if self.skipped > self.max_skipped:
+            raise ValueError(
+                f"step {step}: loss or gradients were NaN or Inf {self.skipped} times, "
+                f"callbacks.finite.max_skipped is {self.max_skipped}: lower optim.optimizer.lr, or "
+                "look at the samples of these steps (data.audit=true lists them)"
+            )
+        if trainer.is_global_zero:
+            logger.warning("step %d is left out: its loss or gradients are NaN or Inf", step)

@@ -1,0 +1,96 @@
+"""Scores with all that they depend on, so that two of them can be compared, or seen not to be."""
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from datamodules.batch import VISUAL_SLOT, PreferenceBatch, VideoBatch
+from lightning_modules.metrics.answers.generate import GREEDY
+
+_PACKAGES = ("ropelab", "torch", "transformers", "torchmetrics")
+_COLUMNS = ["step", "name", "value", "count", "parser", "max_new_tokens"]
+
+
+class ScoreBook(Callback):
+    """Keeps the scores of each validation in `scores.json`, and in W&B as a table.
+
+    A validation is `{"run", "step", "weights", "scores": [{"name", "value", "count", "parser",
+    "max_new_tokens"}], "generation", "prompt", "versions", ...}`; what is left out here comes from
+    the datamodule's `describe`. A resumed run replaces the steps that it takes again.
+
+    Args:
+        run: the name of what was trained.
+        weights: which were scored, where the run and the step do not say it: file and digest.
+        step: to which the model was trained; None: the trainer's.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        run: str,
+        weights: dict[str, str] | None = None,
+        step: int | None = None,
+    ):
+        self.path = Path(folder) / "scores.json"
+        self.run, self.weights, self.step = run, weights, step
+        self._prompt = ""
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: VideoBatch | PreferenceBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx == 0 and getattr(pl_module, "scores", None) and trainer.is_global_zero:
+            tokenizer = trainer.datamodule.conversation.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+            asked = batch.first(1).questions()
+            self._prompt = _as_text(asked.input_ids[0][asked.attention_mask[0]].tolist(), tokenizer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        scored = getattr(pl_module, "scored", None)
+        if not scored or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        step = trainer.global_step if self.step is None else self.step
+        rows = [{"name": name, **facts} for name, facts in scored.items()]
+        validation = {
+            "run": self.run,
+            "step": step,
+            "weights": self.weights,
+            "scores": rows,
+            "generation": GREEDY,
+            "prompt": self._prompt,
+            **trainer.datamodule.describe(),  # pyright: ignore[reportAttributeAccessIssue]
+            "versions": {name: version(name) for name in _PACKAGES},
+        }
+        self.write(validation)
+        table = [[step, *(row[column] for column in _COLUMNS[1:])] for row in rows]
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_table("val/scores", columns=_COLUMNS, data=table, step=step)
+
+    def write(self, validation: dict[str, Any]) -> None:
+        """Adds it behind those of earlier steps; later ones are dropped."""
+        earlier = json.loads(self.path.read_text()) if self.path.is_file() else []
+        kept = [former for former in earlier if former["step"] < validation["step"]]
+        beside = self.path.with_name(self.path.name + ".partial")  # a kill leaves the old file
+        beside.write_text(json.dumps([*kept, validation], indent=1, default=str))
+        os.replace(beside, self.path)
+
+
+def _as_text(ids: list[int], tokenizer: Any) -> str:
+    """What stands before an answer, as the LLM reads it, `<visual>` in the place of visuals."""
+    pieces: list[list[int]] = [[]]
+    for token in ids:
+        if token == VISUAL_SLOT:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    return "<visual>".join(tokenizer.decode(piece, skip_special_tokens=False) for piece in pieces)

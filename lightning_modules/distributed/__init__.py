@@ -1,0 +1,1 @@
+"""Shares one model among ranks: FSDP2, tensor parallel, gathering."""

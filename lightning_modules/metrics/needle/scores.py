@@ -1,0 +1,172 @@
+"""V-NIAH and V-NIAH-D: is the needle found, wherever it stands, and is that what is measured?"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning import LightningModule
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from datamodules.batch import IGNORE_INDEX
+from lightning_modules.distributed.sharding import shard
+from lightning_modules.metrics.bootstrap import bootstrap_interval
+from lightning_modules.metrics.needle.prefix import PrefixCache
+from lightning_modules.model import VideoLanguageModel
+
+#: Frames of the bank that the encoder takes at a time.
+_ENCODED_AT_ONCE = 64
+
+
+@dataclass
+class NeedleScores:
+    """Cells of every condition, and what tells that they measure retrieval."""
+
+    cells: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    answers: dict[int, str] = field(default_factory=dict)
+    #: By frames: the depth of the frame that was changed, and the largest change of a logit.
+    sensitivity: dict[int, tuple[float, float]] = field(default_factory=dict)
+    token_forwards: dict[str, int] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """`conditions`, `canaries` and `token_forwards` as a report reads them."""
+        tested = [name for name in self.cells if name not in ("blind", "ceiling")]
+        return {
+            "conditions": {name: self._condition(name) for name in tested},
+            "canaries": {
+                "blind": self._canary("blind"),
+                "ceiling": self._canary("ceiling"),
+                "sensitivity": self._sensitivity(),
+            },
+            "token_forwards": self.token_forwards,
+        }
+
+    def mean(self, name: str) -> float:
+        return bootstrap_interval([cell["correct"] for cell in self.cells[name]]).mean
+
+    def _condition(self, name: str) -> dict[str, Any]:
+        cells = self.cells[name]
+        found = bootstrap_interval(
+            [cell["correct"] for cell in cells], [cell["needle"] for cell in cells]
+        )
+        return {"cells": cells, "mean": found.mean, "interval": [found.low, found.high]}
+
+    def _canary(self, name: str) -> dict[str, Any]:
+        condition = self._condition(name)
+        counts = [list(self.answers.values()).count(a) for a in set(self.answers.values())]
+        return {
+            "mean": condition["mean"],
+            "interval": condition["interval"],
+            "n": len(condition["cells"]),
+            "majority": max(counts) / sum(counts),
+        }
+
+    def _sensitivity(self) -> dict[str, int | float]:
+        """Of the length at which the logits changed least."""
+        frames, (depth, change) = min(self.sensitivity.items(), key=lambda item: item[1][1])
+        return {"frames": frames, "depth": depth, "max_logit_change": change}
+
+
+class NeedleModule(LightningModule):
+    """Scores a `HaystackDataModule`'s rows: `trainer.test(NeedleModule(model), datamodule)`.
+
+    An answer is right where every token of it has the highest logit, given those before it, as
+    the published harness scores. Two canaries come from extra rows of the grid: `blind`, no
+    needle at all, and `ceiling`, nothing but the needle. A third compares the logits with and
+    without a needle at depth 0.5: they must differ, at every length, or the model does not see
+    the middle of the video (the published harness did not).
+
+    Args:
+        protocol: what is written beside the numbers, unchanged.
+        folder: where `needle.json` goes; None writes none.
+    """
+
+    def __init__(
+        self,
+        model: VideoLanguageModel,
+        protocol: dict[str, Any] | None = None,
+        folder: str | Path | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.protocol = protocol or {}
+        self.folder = Path(folder) if folder else None
+        self.scores = NeedleScores()
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self.model, self.model.blocks(), self.device_mesh)
+
+    @torch.no_grad()
+    def on_test_start(self) -> None:
+        if isinstance(self.model, FSDPModule):
+            self.model.unshard()  # its parts are called one by one; the blocks gather their own
+        self.scores = NeedleScores()
+        self._prefixes = PrefixCache(self.model)
+        self._blind_logits: dict[tuple[int, float], list[Tensor]] = {}
+        self._bank = self.trainer.datamodule.bank  # pyright: ignore[reportAttributeAccessIssue]
+        if self.model.encoder.per_frame:
+            parts = self._bank.split(_ENCODED_AT_ONCE)
+            self._patches = torch.cat(
+                [self.model.encoder(part.to(self.device), [len(part)]) for part in parts]
+            )  # every frame that any row shows, p d
+
+    def test_step(self, row: Any, batch_idx: int) -> None:
+        inputs = self.model.compose(row.text, self._row_patches(row.order))
+        hidden, start = self._prefixes.hidden(inputs)
+        labels = inputs.labels[:, start:]
+        cells = self.scores.cells.setdefault(row.condition, [])
+        all_logits = []
+        for i, needle in enumerate(row.needles):
+            target = labels[i, 1:]
+            learnt = target != IGNORE_INDEX
+            target = target[learnt]
+            logits = self.model.llm.head(
+                hidden[i, :-1][learnt]
+            ).float()  # answer tokens, vocabulary
+            log_prob = logits.log_softmax(-1).gather(1, target[:, None]).sum()
+            cells.append(
+                {
+                    "frames": row.frames,
+                    "depth": row.depth,
+                    "needle": needle,
+                    "correct": bool((logits.argmax(-1) == target).all()),
+                    "log_prob": round(log_prob.item(), 4),
+                }
+            )
+            self.scores.answers[needle] = str(target.tolist())
+            all_logits.append(logits)
+        self._compare(row, all_logits)
+
+    def on_test_end(self) -> None:
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
+
+    def on_test_epoch_end(self) -> None:
+        counts = {"computed": self._prefixes.computed, "recomputed": self._prefixes.recomputed}
+        self.scores.token_forwards = counts
+        for name in self.scores.cells:
+            self.log(f"needle/{name}", self.scores.mean(name), sync_dist=True)
+        if self.folder is not None and self.trainer.is_global_zero:
+            text = json.dumps({**self.protocol, **self.scores.summary()}, indent=1)
+            (self.folder / "needle.json").write_text(text)
+
+    def _row_patches(self, order: Tensor) -> Float[Tensor, "n p d"]:
+        """Patches of the frames of all rows, in turn."""
+        if self.model.encoder.per_frame:
+            return self._patches[order.flatten()]
+        frames = self._bank[order.flatten().cpu()].to(self.device)
+        return self.model.encoder(frames, [order.shape[1]] * order.shape[0])
+
+    def _compare(self, row: Any, logits: list[Tensor]) -> None:
+        """The change that one frame makes: the blind row against the same with its needle."""
+        place = (row.frames, row.depth)
+        if row.condition == "blind":
+            self._blind_logits[place] = logits
+        elif place in self._blind_logits:
+            blind = self._blind_logits.pop(place)
+            change = max((a - b).abs().max().item() for a, b in zip(blind, logits, strict=True))
+            self.scores.sensitivity[row.frames] = (row.depth, change)

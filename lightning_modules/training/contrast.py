@@ -1,0 +1,206 @@
+"""Post-training of CLIP on long captions, after its text context was stretched from 77 positions.
+
+Visuals and captions that belong together are pulled together, against all others of the global
+batch (Long-CLIP, arXiv 2403.15378; PPLLaVA, arXiv 2411.02327, section 3.3). Of the text positions
+those that were stretched are trained, the ones kept stay as they are.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+from torch.optim import Optimizer
+
+from datamodules.batch import VideoBatch
+from lightning_modules.distributed.gather import gather
+from lightning_modules.encoder.base import Encoder
+from lightning_modules.encoder.clip import ClipEncoder
+from lightning_modules.encoder.prompt import SplitPositions
+from lightning_modules.metrics.retrieval import Retrieval
+from lightning_modules.spec import build
+from lightning_modules.training.base import TrainingModule
+
+_LARGEST_LOG_SCALE = math.log(100)  # CLIP, arXiv 2103.00020, section 2.5
+
+
+class Pairs(NamedTuple):
+    """Unit vectors; row i of the one belongs to row i of the other."""
+
+    visuals: Float[Tensor, "b e"]
+    captions: Float[Tensor, "b e"]
+    scale: Float[Tensor, "1"]  # of their similarities in the loss: 1 / temperature
+
+
+class ContrastiveClip(nn.Module):
+    """A visual and a caption a row in, a unit vector of each out.
+
+    1. encoder:  frames (n c h w)       -> class tokens (n d), by frame
+    2. encoder:  class tokens           -> embeddings (n e), then means over frames (b e)
+    3. encoder:  captions (b k)         -> embeddings (b e)
+
+    With `feature_layer` -1 these are the embeddings of CLIP itself. A video counts its frames
+    alike (CLIP4Clip's mean pooling, arXiv 2104.08860).
+
+    Args:
+        encoder: spec of a `ClipEncoder`.
+        temperature: to start from; 0.01 is what CLIP's own weights have come to.
+    """
+
+    def __init__(self, encoder: Mapping[str, Any], temperature: float):
+        super().__init__()
+        self.encoder: ClipEncoder = build(encoder, Encoder)
+        if not isinstance(self.encoder, ClipEncoder):
+            raise ValueError(
+                f"model.encoder is {type(self.encoder).__name__}, but the context of CLIP alone is "
+                "trained here: choose encoder=clip_large_336 or another ClipEncoder"
+            )
+        # One element and not none, as FSDP2 shards no scalar.
+        self.logit_scale = nn.Parameter(torch.full((1,), -math.log(temperature)))
+        positions = self.encoder.text.embeddings.position_embedding
+        if isinstance(positions, SplitPositions):
+            positions.kept.requires_grad_(False)
+
+    def forward(self, batch: VideoBatch) -> Pairs:
+        """
+        Raises:
+            ValueError: there is not one visual a row.
+        """
+        if len(batch.frame_counts) != len(batch):
+            raise ValueError(
+                f"{len(batch.frame_counts)} visuals for {len(batch)} captions: each needs one; "
+                "choose data=captions, which refuses other samples"
+            )
+        states = self.encoder(batch.frames, batch.frame_counts, class_token=True)
+        tokens = states[:, 0]  # n d
+        frames = normalize(self.encoder.align(tokens).float(), dim=-1)  # n e
+        means = torch.stack([visual.mean(0) for visual in frames.split(batch.frame_counts)])
+        captions = self.encoder.encode_prompt(batch.prompt_ids, batch.prompt_mask)
+        return Pairs(
+            normalize(means, dim=-1),
+            normalize(captions.float(), dim=-1),
+            self.logit_scale.float().exp(),
+        )
+
+    def blocks(self) -> list[nn.Module]:
+        """The units to shard, in the order in which they run."""
+        return self.encoder.blocks()
+
+    @torch.no_grad()
+    def clamp_scale(self) -> None:
+        self.logit_scale.clamp_(max=_LARGEST_LOG_SCALE)
+
+
+class ClipContextModule(TrainingModule[ContrastiveClip]):
+    """Trains `encoder` of `model` on captions; the other stages are not built.
+
+    The contrast is over all pairs that the ranks read at once. The gradient is that of one process
+    with all of them.
+
+    Args:
+        temperature: as in `ContrastiveClip`.
+        training: whatever else `TrainingModule` takes.
+
+    Raises:
+        ValueError: an optimizer step has several micro-batches, which would not see each other, or
+            ranks have batches of different sizes.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        optimizer: Callable[[Any], Optimizer],
+        scheduler: Callable[[Optimizer, int], Any] | None = None,
+        temperature: float = 0.01,
+        **training: Any,
+    ):
+        super().__init__({"encoder": model["encoder"]}, optimizer, scheduler, **training)
+        self.temperature = temperature
+        self.retrieval = Retrieval()
+
+    def build(self) -> ContrastiveClip:
+        return ContrastiveClip(self.spec["encoder"], self.temperature)
+
+    def setup(self, stage: str) -> None:
+        trainer = self.trainer
+        if stage == "fit":
+            data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            self.check_sharing(data, trainer.world_size, trainer.accumulate_grad_batches)
+
+    def check_sharing(self, data: Any, ranks: int, accumulation: int) -> None:
+        if accumulation != 1:
+            size = data.global_batch_size
+            raise ValueError(
+                f"data.global_batch_size={size} with data.batch_size={data.batch_size} on {ranks} "
+                f"ranks are {accumulation} micro-batches a step, and pairs are compared within "
+                f"one: set data.batch_size={size // ranks}, or "
+                f"data.global_batch_size={ranks * data.batch_size}"
+            )
+        if ranks > 1 and not getattr(data, "even", True):
+            raise ValueError(
+                "data.stream.max_tokens gives ranks batches of different sizes, and the pairs of "
+                f"{ranks} ranks are compared as many of each: set data.stream.max_tokens=null"
+            )
+
+    def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
+        pairs = self.network(batch)
+        with torch.autocast(self.device.type, enabled=False):
+            everyone = gather(pairs.visuals), gather(pairs.captions)
+            loss = contrast(pairs, *everyone, self.global_rank)
+        self.log("encoder/logit_scale", pairs.scale.squeeze(), batch_size=len(batch))
+        tokens = batch.prompt_mask.sum()
+        return self.add_to_step(loss, len(batch), len(batch), tokens=tokens)
+
+    def log_step(self, sums: Mapping[str, float]) -> None:
+        super().log_step(sums)
+        self.log("train/tokens", sums["tokens"], batch_size=1)
+
+    def validation_step(self, batch: VideoBatch, batch_idx: int) -> None:
+        pairs = self.network(batch)
+        self.retrieval.update(pairs.visuals, pairs.captions, batch.keys, pairs.scale)
+
+    def on_validation_epoch_end(self) -> None:
+        scores = self.retrieval.compute()  # of all ranks, and so the same on each
+        self.retrieval.reset()
+        self.log("val/loss", scores.pop("loss"), prog_bar=True, sync_dist=True)
+        self.log_dict({f"val/{name}": score for name, score in scores.items()}, sync_dist=True)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.network.clamp_scale()  # before a checkpoint of this step is written
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The encoder's spec travels with the weights, as plain containers."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["stages"] = {"encoder": self.network.encoder.to_spec()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: the checkpoint is of another stage of training.
+        """
+        super().on_load_checkpoint(checkpoint)
+        stages = checkpoint.get("stages", {})
+        if stages.keys() != {"encoder"}:
+            raise ValueError(
+                f"the checkpoint holds {', '.join(sorted(stages)) or 'no stages'}, but "
+                "module=clip_context trains the encoder alone: choose the module that it was "
+                "trained with, or another run directory"
+            )
+
+
+def contrast(
+    own: Pairs, visuals: Float[Tensor, "all e"], captions: Float[Tensor, "all e"], rank: int
+) -> Float[Tensor, ""]:
+    """Symmetric InfoNCE of this rank's pairs against those of all ranks, summed over `own` pairs.
+
+    Each rank computes its rows of the matrix of similarities. The sum over ranks, divided by the
+    number of all pairs, is the loss of the whole matrix.
+    """
+    target = torch.arange(len(own.visuals), device=visuals.device) + rank * len(own.visuals)
+    of_visuals = cross_entropy(own.scale * own.visuals @ captions.T, target, reduction="sum")
+    of_captions = cross_entropy(own.scale * own.captions @ visuals.T, target, reduction="sum")
+    return (of_visuals + of_captions) / 2

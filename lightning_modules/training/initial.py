@@ -1,0 +1,133 @@
+"""What a training starts from: the weights of a model that was saved or trained before."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from lightning_modules.checkpoint import newest_whole
+from lightning_modules.checkpoint.weights import read_checkpoint
+from lightning_modules.checkpoint.whole import what_is_wrong
+from lightning_modules.encoder.base import Encoder
+from lightning_modules.importers.match import Allowed, Match, Rule, check, copy, match
+from lightning_modules.importers.stored import open_weights
+from lightning_modules.lora import is_lora
+
+logger = logging.getLogger(__name__)
+
+#: Stages keep their names from one training to the next.
+_SAME = (Rule("", ""),)
+
+#: In the names of what LoRA stands beside (peft).
+_BASE = ".base_layer."
+
+
+class Initial:
+    """The weights of one of these, for a network whose parameters have the same names:
+
+    a folder that `save_pretrained` or ropelab-import wrote; a run directory, of which the newest
+    whole checkpoint counts; or one checkpoint of it by its path, such as `checkpoints/best.ckpt`.
+
+    Args:
+        unused: globs of stored names that may have no place in the network.
+        unfilled: globs of the network's parameters that may keep the values they were made with.
+    """
+
+    def __init__(self, path: str, unused: Sequence[str] = (), unfilled: Sequence[str] = ()):
+        self.path = Path(path).expanduser()
+        self._allowed = Allowed(unused, unfilled, "init_allow.{}")
+        self._opened: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+
+    def match(self, network: nn.Module) -> Match:
+        """Finds a place for each tensor, on the meta device too.
+
+        Raises:
+            ValueError: nothing that can be read, or names or shapes that do not fit.
+        """
+        if self._opened is None:
+            self._opened = _open(self.path)
+        stored = _with_copies(_into_adapted(self._opened[0], network), network)
+        found = match(stored, network, _SAME)
+        if not any(map(is_lora, stored)):  # fresh adapters change nothing yet
+            found.unfilled = [name for name in found.unfilled if not is_lora(name)]
+        check(found, self._allowed, f"init={self.path}")
+        return found
+
+    def fill(self, network: nn.Module, spec: Mapping[str, Any]) -> None:
+        """Copies tensor by tensor; under several ranks each reads for itself.
+
+        Whatever rotary scheme the weights were trained with, that of `spec` is used; a line in the
+        log says where the two differ, as one says which parts are not in the stored weights.
+        """
+        found = self.match(network)
+        copy(network, found.values)
+        assert self._opened is not None
+        self._note(found, self._opened[1].get("rotary"), spec.get("rotary"))
+        self._opened = None
+
+    @rank_zero_only
+    def _note(self, found: Match, trained: Any, asked: Any) -> None:
+        fresh = ", ".join(_parts(found.unfilled, found.values))
+        others = f"; as new models have them: {fresh}" if fresh else ""
+        logger.info("starts from the weights of %s%s", self.path, others)
+        if None not in (trained, asked) and trained != asked:
+            logger.warning(
+                "init=%s has learnt with rotary %s, this training has %s", self.path, trained, asked
+            )
+
+
+def _into_adapted(stored: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Weights saved without LoRA, by the names that they have in a network with it."""
+    beside = {name.replace(_BASE, "."): name for name in network.state_dict() if _BASE in name}
+    return {beside.get(name, name): value for name, value in stored.items()}
+
+
+def _with_copies(stored: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Parameters that start as copies of others do so here, too, where they are not stored."""
+    encoder = getattr(network, "encoder", None)
+    copied = encoder.copied() if isinstance(encoder, Encoder) else {}
+    pairs = {f"encoder.{name}": f"encoder.{of}" for name, of in copied.items()}
+    if any(name in stored for name in pairs):
+        return stored
+    return stored | {name: stored[of] for name, of in pairs.items() if of in stored}
+
+
+def _parts(names: Sequence[str], others: Mapping[str, Tensor]) -> list[str]:
+    """What a reader calls these parameters: their stages, or parts of those that others are in."""
+    shared = {name.partition(".")[0] for name in others}
+    paths = [name.split(".")[:2] for name in names]
+    return list(dict.fromkeys(".".join(p) if p[0] in shared else p[0] for p in paths))
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by the network's names, and the specs of the stages where they are known."""
+    if (path / "config.json").is_file():
+        config = json.loads((path / "config.json").read_text())
+        if config.get("model_type") != "ropelab":
+            raise ValueError(
+                f"init={path} holds a model of type {config.get('model_type')!r}: "
+                "ropelab-import makes a folder of it that can be started from"
+            )
+        return open_weights(path), config
+    checkpoint = path
+    if (path / "checkpoints").is_dir():
+        newest = newest_whole(path / "checkpoints")
+        if newest is None:
+            raise ValueError(f"init={path} is a run without a checkpoint")
+        checkpoint = newest
+    elif not path.exists():
+        raise ValueError(f"init={path} does not exist: set init to a folder or a checkpoint")
+    elif wrong := what_is_wrong(path):
+        raise ValueError(f"init={path} {wrong}")
+    held = read_checkpoint(checkpoint)
+    prefix = "model."
+    network = {
+        name.removeprefix(prefix): value
+        for name, value in held["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    return network, held.get("stages", {})

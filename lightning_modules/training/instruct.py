@@ -1,0 +1,117 @@
+"""Instruction tuning: steps, logging, the stages in its checkpoints. The maths is the model's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from datamodules.batch import VideoBatch
+from lightning_modules.metrics.answers.generate import read_answers
+from lightning_modules.metrics.base import Score
+from lightning_modules.metrics.distinct import DistinctMeans
+from lightning_modules.model import Output, VideoLanguageModel, VideoLanguageModelConfig
+from lightning_modules.training.base import TrainingModule
+
+
+class VideoLLMModule(TrainingModule[VideoLanguageModel]):
+    """Trains a `VideoLanguageModel` on the answers of conversations.
+
+    Args:
+        packing: tokens of a row of the LLM that samples share in training, or as many as the
+            longest sample has; `None` gives each sample a row. The loss is the same.
+        scores: by any name; numbers beside the loss of validation. Their values by name are in
+            `scored` after each.
+
+    Attributes:
+        in_bar: names of the numbers that a progress bar shows.
+    """
+
+    in_bar: tuple[str, ...] = ("loss",)
+
+    def __init__(
+        self,
+        *arguments: Any,
+        packing: int | None = None,
+        scores: Mapping[str, Score] | None = None,
+        **options: Any,
+    ):
+        super().__init__(*arguments, **options)
+        if packing is not None and packing < 1:
+            raise ValueError(f"module.packing is {packing}; set a number of tokens, or null")
+        self.packing = packing
+        self.scores = nn.ModuleDict(scores)
+        self.scored: dict[str, dict[str, Any]] = {}
+        self.means = DistinctMeans()
+
+    def build(self) -> VideoLanguageModel:
+        return VideoLanguageModel(VideoLanguageModelConfig(**self.spec))
+
+    def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
+        output: Output = self.network(batch, packing=self.packing)
+        mask, pooler = output.inputs.mask, self.network.pooler
+        sums: dict[str, Tensor | float | int] = {"tokens": mask.sum(), "cells": mask.numel()}
+        if pooler.uses_prompt:
+            effective = pooler.last_effective_tokens
+            sums |= {"effective": 0.0 if effective is None else effective, "pooled": 1}
+        return self.add_to_step(output.losses.sum(), output.labelled, len(batch), **sums)
+
+    def log_step(self, sums: Mapping[str, float]) -> None:
+        super().log_step(sums)
+        self.log("train/tokens", sums["tokens"], batch_size=1)
+        self.log("train/padding", 1 - sums["tokens"] / max(1.0, sums["cells"]), batch_size=1)
+        if "pooled" in sums:
+            effective = sums["effective"] / sums["pooled"]
+            self.log("pooler/effective_tokens", effective, batch_size=1)
+
+    def validation_step(self, batch: VideoBatch, batch_idx: int) -> None:
+        output: Output = self.network(batch)
+        self.means.update(batch.keys, output.counts, {"loss": output.losses})
+        scores = [score for score in self.scores.values() if isinstance(score, Score)]
+        if scores:
+            answers = read_answers(self.network, batch, output, scores, self._tokenizer)
+            for score in scores:
+                score.update(answers)
+
+    def _tokenizer(self) -> Any:
+        return self.trainer.datamodule.conversation.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.means.compute().items():
+            # Every rank has computed the same number, from the samples of all.
+            options = {"prog_bar": name in self.in_bar, "reduce_fx": "max"}
+            self.log(f"val/{name}", value, sync_dist=True, **options)
+        self.means.reset()
+        self.scored = {}
+        for score in self.scores.values():
+            assert isinstance(score, Score)
+            for name, (value, count) in score.compute().items():
+                self.scored[name] = {"value": value, "count": count, **score.facts()}
+                self.log(f"val/{name}", value, sync_dist=True, reduce_fx="max")
+            score.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The stages travel with the weights, as plain containers."""
+        super().on_save_checkpoint(checkpoint)
+        config = self.network.config
+        checkpoint["stages"] = {stage: getattr(config, stage) for stage in self.spec}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses weights of another rotary scheme, pooler, LoRA or tiles, or of no LLM.
+
+        Raises:
+            ValueError: names the stage that differs and both specs.
+        """
+        super().on_load_checkpoint(checkpoint)
+        stages = checkpoint.get("stages", {})
+        if stages and "llm" not in stages:
+            raise ValueError(
+                f"the checkpoint holds {', '.join(stages)} alone, this run trains an llm too: "
+                "choose the module that it was trained with, or another run directory"
+            )
+        for stage in ("rotary", "pooler", "lora", "tiles"):
+            trained, asked = stages.get(stage), getattr(self.network.config, stage)
+            if stages and trained != asked:
+                raise ValueError(
+                    f"the checkpoint was trained with {stage} {trained}, this run has {asked}: "
+                    f"choose that {stage}, or another run directory"
+                )

@@ -1,0 +1,1 @@
+"""Preference tuning: pairs of answers, their loss, and the reference model."""

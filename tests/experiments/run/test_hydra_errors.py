@@ -1,0 +1,67 @@
+"""What Hydra refuses ends in one line that says what to type."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException
+
+from experiments import start
+
+ROOT = Path(__file__).parents[3]
+
+SAID = {
+    "optm.lr=3": "optm.lr=3 sets a key that is not there: did you mean optim.optimizer.lr, or add "
+    "it with +optm.lr=3",
+    "optim.optimizer.lrr=3": "optim.optimizer.lrr=3 sets a key that is not there: did you mean "
+    "optim.optimizer.lr, or add it with +optim.optimizer.lrr=3",
+    "trainer.max_steps=6": "trainer.max_steps=6 sets a key that is not there: add it with "
+    "+trainer.max_steps=6",
+    "rotery=mrope": "rotery=mrope sets a key that is not there: add it with +rotery=mrope",
+    "rotary=foo": "In 'train': Could not find 'rotary/foo' Available options in 'rotary': mrope "
+    "tad vanilla videorope",
+    "+seed=2": "Could not append to config. An item is already at 'seed'. Either remove + prefix: "
+    "'seed=2' Or add a second + to add or override 'seed': '++seed=2'",
+    "hydra.job.num=x": "Error merging override hydra.job.num=x: Value 'x' of type 'str' could not "
+    "be converted to Integer",
+}
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]], ids=["run", "multirun"])
+@pytest.mark.parametrize(("word", "said"), SAID.items(), ids=SAID.keys())
+def test_what_hydra_refuses_is_one_line(word, said, sweep, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ropelab-train", *sweep, "experiment=resume_probe", word])
+    with pytest.raises(SystemExit) as caught:
+        start.main()
+    assert caught.value.code == f"error: {said}"
+
+
+@pytest.mark.parametrize("program", ["evaluate", "plan", "reference"])
+def test_the_other_programs_say_it_too(program, tmp_path):
+    words = [f"run={tmp_path}"] if program == "evaluate" else []
+    ended = subprocess.run(
+        [sys.executable, "-m", f"experiments.{program}", *words, "optm=3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: optm=3 sets a key that is not there")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_refused_multirun_says_nothing_of_hydras_variables(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ropelab-train", "-m", "experiment=resume_probe", "seed=0,0"])
+    with pytest.raises(SystemExit, match=r"^two jobs are the same run, .*leave one out$"):
+        start.main()
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["ropelab-train", "optm=3"])
+    with pytest.raises(ConfigCompositionException):
+        start.main()

@@ -1,0 +1,125 @@
+"""One stage of training starts from the one before it: which weights go over, which start anew."""
+
+from functools import partial
+
+import pytest
+import torch
+from omegaconf import open_dict
+
+from experiments.run.compose import build, plain
+from lightning_modules.checkpoint.weights import read_checkpoint
+
+TUNINGS = [f"ppllava_vicuna7b_{data}" for data in ("video", "image_video", "multi_image")]
+
+CLIP, TUNING, DPO = "clip_context_tiny", "ppllava_vicuna7b_video_tiny", "ppllava_dpo_tiny"
+OTHER = "videorope_qwen2_7b_vanilla_tiny"
+slow = partial(pytest.param, marks=pytest.mark.slow)
+SUFFIXES = ["", slow("_tiny")]
+
+
+@pytest.fixture(scope="module")
+def stage(compose, tmp_path_factory):
+    """`stage(recipe, init)`: its module, of sizes in the place of sources."""
+    folder = tmp_path_factory.mktemp("composed")
+
+    def make(recipe, init=None, *overrides):
+        config = compose([f"experiment={recipe}", *overrides], folder, "plan")
+        config.init = None if init is None else str(init)
+        with open_dict(config):
+            for spec in config.model.values():
+                if spec.get("source"):
+                    spec.source, spec.config = None, config.sizes[spec.source]
+        return build(config.module, "module")(model=plain(config.model))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def left(stage, tmp_path_factory):
+    """`left(recipe)`: the run directory that it would leave; weights of 7B without their values."""
+    folders = {}
+
+    def make(recipe, *overrides):
+        if (recipe, overrides) not in folders:
+            module = stage(recipe, None, *overrides)
+            with torch.device("cpu" if recipe.endswith("_tiny") else "meta"):
+                module.model = module.build()
+            folders[recipe, overrides] = save(module, tmp_path_factory.mktemp(recipe))
+        return folders[recipe, overrides]
+
+    return make
+
+
+def save(module, folder):
+    checkpoint = {"state_dict": {f"model.{n}": v for n, v in module.network.state_dict().items()}}
+    module.on_save_checkpoint(checkpoint)
+    (folder / "checkpoints").mkdir()
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_each_recipe_starts_from_the_one_before_without_a_word(suffix, stage, left):
+    tuned = f"ppllava_vicuna7b_video{suffix}"
+    stage(tuned, left(f"clip_context{suffix}")).check()
+    stage(f"ppllava_dpo{suffix}", left(tuned)).check()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_three_tunings_are_one_model_and_allow_the_same(suffix, compose, tmp_path):
+    configs = [compose([f"experiment={name}{suffix}"], tmp_path) for name in TUNINGS]
+    for key in ("model", "init_allow"):
+        first, *others = (plain(config[key]) for config in configs)
+        assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        (["clip_context_tiny"], "ppllava_dpo_tiny", r"parameters of the model are not in it"),
+        (["ppllava_vicuna7b_video_tiny"], "clip_context_tiny", r"keys have no place"),
+        (["clip_context_tiny", "model.encoder.context_length=null"], TUNINGS[0] + "_tiny", "keys"),
+        (
+            ["clip_context_tiny", "model.encoder.config.projection_dim=16"],
+            TUNINGS[0] + "_tiny",
+            "shape",
+        ),
+        (["videorope_qwen2_7b_vanilla_tiny"], TUNINGS[0] + "_tiny", "keys have no place"),
+        (["ppllava_vicuna7b_video_tiny", "encoder=clip_tiny"], "ppllava_dpo_tiny", "keys|not in"),
+    ],
+)
+def test_a_wrong_start_is_refused(before, after, says, stage, left):
+    with pytest.raises(ValueError, match=says) as caught:
+        stage(after, left(*before)).check()
+    assert "\n" not in str(caught.value)
+
+
+def test_tuning_starts_with_the_encoder_of_post_training(stage, tmp_path):
+    """BT-Adapter, which that has not, begins as a copy of what it has made of the layers."""
+    torch.manual_seed(1)
+    folder = save(stage(CLIP), tmp_path)
+    stored = read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
+    torch.manual_seed(2)
+    filled = stage(TUNING, folder).network.state_dict()
+    kept = [n for n in filled if n.startswith("encoder.") and not n.startswith("encoder.adapter.")]
+    assert kept
+    for name in kept:
+        assert torch.equal(filled[name], stored[f"model.{name}"]), name
+    copied = [name for name in filled if name.startswith("encoder.adapter.spatial.0.")]
+    assert len(copied) == 16
+    for name in copied:
+        trunk = name.replace("encoder.adapter.spatial.0", "model.encoder.vision.encoder.layers.1")
+        assert torch.equal(filled[name], stored[trunk]), name
+
+
+@pytest.mark.slow
+def test_preference_tuning_and_its_reference_start_as_tuning_has_ended(stage, tmp_path):
+    torch.manual_seed(1)
+    folder = save(stage(TUNING), tmp_path)
+    stored = read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
+    torch.manual_seed(2)
+    module = stage(DPO, folder)
+    module.configure_model()
+    for network in (module.network, module.reference.network):
+        state = {f"model.{name}": value for name, value in network.state_dict().items()}
+        torch.testing.assert_close(state, stored, atol=0, rtol=0)

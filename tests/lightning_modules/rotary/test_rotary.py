@@ -1,0 +1,255 @@
+"""The contract of every scheme in configs/rotary, and one row for each with its positions."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from datamodules.batch import Grid
+from experiments import CONFIG_DIR
+from lightning_modules.llm.causal_lm import CausalLM
+from lightning_modules.rotary.base import HEIGHT, TIME, WIDTH, RotaryEmbedding
+from lightning_modules.rotary.mrope import MRope
+from lightning_modules.rotary.videorope import VideoRope
+from lightning_modules.spec import build
+
+OPTIONS = sorted(path.stem for path in (CONFIG_DIR / "rotary").glob("*.yaml"))
+
+#: Positions of [2, Grid(2, 1, 2), 1] by hand, from each scheme's formula: time, height, width.
+ROWS = {
+    "vanilla": [[0, 1, 2, 3, 4, 5, 6]] * 3,
+    "tad": [[0, 2, 4, 5, 7, 8, 10]] * 3,
+    "mrope": [[0, 1, 2, 2, 3, 3, 4], [0, 1, 2, 2, 2, 2, 4], [0, 1, 2, 3, 2, 3, 4]],
+    "videorope": [[0, 1, 2, 2, 4, 4, 5], [0, 1, 2, 2, 4, 4, 5], [0, 1, 2, 3, 4, 5, 5]],
+}
+LAYOUT = [3, Grid(4, 2, 3), 2, Grid(1, 2, 2), 5]
+LENGTH = 3 + 24 + 2 + 4 + 5
+#: As many tokens, with nothing behind a video that is long in time, and behind a wide image.
+ENDING_WITH_VISUALS = [[1, Grid(1, 1, 1), Grid(6, 3, 2)], [2, Grid(1, 2, 2), Grid(1, 2, 16)]]
+
+
+def load(option, **fields):
+    return build({**OmegaConf.load(CONFIG_DIR / "rotary" / f"{option}.yaml"), **fields})
+
+
+def make_llm(scheme, model_type="qwen2", **fields):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "initializer_range": 0.2,  # so that attention is not nearly uniform
+    }
+    llm = CausalLM(config={"model_type": model_type, **sizes, **fields}).eval()
+    if scheme is not None:
+        llm.replace_rotary(lambda original: RotaryEmbedding(scheme, original))
+    return llm
+
+
+def test_every_option_has_its_row():
+    assert sorted(ROWS) == OPTIONS
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+class TestContract:
+    def test_row(self, option):
+        assert load(option).positions([2, Grid(2, 1, 2), 1]).tolist() == ROWS[option]
+
+    def test_shapes(self, option):
+        scheme = load(option)
+        assert scheme.positions(LAYOUT).shape == (3, LENGTH)
+        assert scheme.positions([]).shape == (3, 0)
+        assert scheme.axes(16).shape == (16,)
+        assert set(scheme.axes(16).tolist()) <= {TIME, HEIGHT, WIDTH}
+
+    def test_text_alone_is_rope(self, option):
+        """In steps of `text_step`, all axes together."""
+        scheme = load(option)
+        expected = scheme.text_step * torch.arange(9.0)
+        assert torch.equal(scheme.positions([9]), expected.expand(3, -1))
+
+    def test_positions_only_shift_with_what_stands_before(self, option):
+        scheme = load(option)
+        rest = [Grid(3, 2, 2), 4, Grid(2, 2, 2), 1]
+        near, far = scheme.positions([2, *rest]), scheme.positions([7, *rest])
+        assert torch.equal(far[:, 7:] - near[:, 2:], torch.full((3, 25), 5 * scheme.text_step))
+
+    def test_padding(self, option):
+        scheme = load(option)
+        both = [LAYOUT, [4]]
+        right = scheme.batch_positions(both)
+        left = scheme.batch_positions(both, padding_side="left")
+        assert right.shape == left.shape == (4, 2, LENGTH)
+        assert torch.equal(right[:, 1, :4], left[:, 1, -4:])
+        assert torch.equal(right[0, 0], torch.arange(LENGTH).float())
+        assert torch.equal(right[1:, 0] * scheme.text_step, scheme.positions(LAYOUT))
+
+    @pytest.mark.parametrize("layouts", [[LAYOUT, LAYOUT], ENDING_WITH_VISUALS])
+    @torch.no_grad()
+    def test_cached_decoding_equals_the_full_forward(self, option, layouts):
+        """Also where a row ends with a visual: only the scheme knows what stands behind it."""
+        scheme = load(option)
+        llm = make_llm(scheme)
+        embeds = torch.randn(2, LENGTH, 64)
+        mask = torch.ones(2, LENGTH, dtype=torch.bool)
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        start = scheme.batch_positions(layouts), scheme.batch_following(layouts)
+        grown = scheme.batch_positions([[*layout, 6] for layout in layouts])
+        seen, embedding = [], llm.decoder.rotary_emb
+        embedding.register_forward_hook(lambda *_: seen.append(embedding.axis_positions))
+        new = llm.generate(embeds, mask, *start, **options)
+        # The last token that is generated is never read.
+        assert torch.equal(torch.cat(seen, dim=-1), grown[1:, :, :-1])
+        whole = torch.cat([embeds, llm.embed(new)], dim=1)
+        logits = llm.head(llm(whole, torch.ones(2, LENGTH + 6, dtype=torch.bool), grown))
+        assert torch.equal(logits[:, LENGTH - 1 : -1].argmax(-1), new)
+
+    @torch.no_grad()
+    def test_padded_equals_unpadded(self, option):
+        scheme = load(option)
+        llm = make_llm(scheme)
+        row = torch.randn(1, 4, 64)
+        alone = llm(row, None, scheme.batch_positions([[4]]))
+        for side, span in (("left", slice(LENGTH - 4, LENGTH)), ("right", slice(4))):
+            embeds = torch.randn(2, LENGTH, 64)
+            mask = torch.ones(2, LENGTH, dtype=torch.bool)
+            mask[1] = False
+            embeds[1, span], mask[1, span] = row[0], True
+            padded = llm(embeds, mask, scheme.batch_positions([LAYOUT, [4]], side))
+            torch.testing.assert_close(padded[1, span], alone[0], atol=1e-5, rtol=0)
+
+    def test_training_without_mask_has_gradients(self, option):
+        scheme = load(option)
+        llm = make_llm(scheme)
+        embeds = torch.randn(1, LENGTH, 64, requires_grad=True)
+        llm(embeds, None, scheme.batch_positions([LAYOUT])).sum().backward()
+        assert embeds.grad is not None
+        assert embeds.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_the_swap_has_an_effect_and_all_schemes_differ():
+    embeds = torch.randn(1, LENGTH, 64)
+    outputs = []
+    for option in OPTIONS:
+        scheme = load(option)
+        outputs.append(make_llm(scheme)(embeds, None, scheme.batch_positions([LAYOUT])))
+    for i, a in enumerate(outputs):
+        for b in outputs[i + 1 :]:
+            assert (a - b).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "qwen3"])
+@torch.no_grad()
+def test_vanilla_is_the_llm_as_it_was(model_type):
+    embeds = torch.randn(2, 7, 64)
+    scheme = load("vanilla")
+    positions = scheme.batch_positions([[7]] * 2)
+    ours = make_llm(scheme, model_type, head_dim=32)(embeds, None, positions)
+    stock = make_llm(None, model_type, head_dim=32).lm.get_decoder()(inputs_embeds=embeds)
+    assert torch.equal(ours, stock.last_hidden_state)
+
+
+@torch.no_grad()
+def test_schemes_in_one_process_do_not_disturb_each_other():
+    """The published code rebinds a global, and M-RoPE then runs with VideoRoPE's frequencies."""
+    embeds = torch.randn(1, LENGTH, 64)
+
+    def run(llm, scheme):
+        return llm(embeds, None, scheme.batch_positions([LAYOUT]))
+
+    schemes = [load(option) for option in OPTIONS]
+    llms = [make_llm(scheme) for scheme in schemes]
+    first = [run(llm, scheme) for llm, scheme in zip(llms, schemes, strict=True)]
+    again = [run(llm, scheme) for llm, scheme in zip(llms[::-1], schemes[::-1], strict=True)]
+    for a, b in zip(first, again[::-1], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_videorope_without_its_parts_is_mrope():
+    bare = VideoRope(low_frequency_temporal=False, diagonal_layout=False, temporal_spacing=1.0)
+    assert torch.equal(bare.positions(LAYOUT), MRope().positions(LAYOUT))
+    assert torch.equal(bare.axes(64), MRope().axes(64))
+
+
+def test_the_papers_ablation_is_three_fields():
+    """Each part changes what its definition says, and nothing else."""
+    base = {"low_frequency_temporal": False, "diagonal_layout": False, "temporal_spacing": 1.0}
+    mrope = VideoRope(**base)
+    diagonal = VideoRope(**{**base, "diagonal_layout": True})
+    slow = VideoRope(**{**base, "low_frequency_temporal": True})
+    spaced = VideoRope(**{**base, "temporal_spacing": 2.0})
+    grid = Grid(3, 2, 2)
+    assert torch.equal(diagonal.axes(64), mrope.axes(64))
+    assert torch.equal(diagonal.place(grid, 5.0)[TIME], mrope.place(grid, 5.0)[TIME])
+    assert torch.equal(slow.place(grid, 5.0), mrope.place(grid, 5.0))
+    assert slow.axes(64).tolist() == [HEIGHT, WIDTH] * 24 + [TIME] * 16  # eq. 6, head size 128
+    assert mrope.axes(64).tolist() == [TIME] * 16 + [HEIGHT] * 24 + [WIDTH] * 24  # eq. 4
+    assert torch.equal(spaced.place(grid, 0.0)[TIME], 2 * mrope.place(grid, 0.0)[TIME])
+    assert torch.equal(spaced.place(grid, 0.0)[1:], mrope.place(grid, 0.0)[1:])
+
+
+def test_diagonal_layout_is_symmetric():
+    """The middle of an odd frame stands at its time on all axes (eq. 7)."""
+    placed = VideoRope().place(Grid(4, 3, 5), 10.0).unflatten(1, (4, 3, 5))
+    assert torch.equal(placed[:, :, 1, 2], (10 + 2 * torch.arange(4.0)).expand(3, -1))
+
+
+@pytest.mark.parametrize("option", ["mrope", "videorope"])
+def test_sections_that_do_not_fill_a_head(option):
+    for sections, frequencies in ((None, 12), ([2, 3, 4], 16), ([16, 0], 16), ([-1, 8, 9], 16)):
+        scheme = load(option, sections=sections)
+        with pytest.raises(ValueError, match=r"model\.rotary\.sections"):
+            scheme.axes(frequencies)
+    with pytest.raises(ValueError, match=r"model\.rotary\.sections"):
+        make_llm(load(option, sections=[1, 1, 1]))
+
+
+def test_alternating_needs_equal_sections():
+    with pytest.raises(ValueError, match="alternates height and width"):
+        VideoRope(sections=[4, 5, 7]).axes(16)
+
+
+@torch.no_grad()
+def test_angles_stay_float32_in_bf16():
+    """1000.5 does not survive bfloat16, nor do the frequencies; half-precision modules try both."""
+    scheme = VideoRope(temporal_spacing=0.5)
+    embedding = make_llm(scheme).decoder.rotary_emb
+    embedding.to(torch.bfloat16)
+    positions = scheme.batch_positions([[1000, Grid(4, 2, 2), 8]])
+    embedding.axis_positions = positions[1:]
+    x = torch.zeros(1, positions.shape[-1], 64)
+    cos, _ = embedding(x, positions[0].long())
+    exact = make_llm(scheme).decoder.rotary_emb
+    exact.axis_positions = positions[1:]
+    assert torch.equal(cos, exact(x, positions[0].long())[0])
+    half, _ = embedding(x.bfloat16(), positions[0].long())
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, cos.bfloat16())
+    angle = 1000.5 * embedding.frequencies(torch.device("cpu"), 0)[0]
+    read = scheme.axes(16) == TIME
+    torch.testing.assert_close(cos[0, 1004, :16][read], angle[read].cos(), atol=1e-6, rtol=0)
+    assert list(embedding.buffers()) == []
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    ],
+)
+@torch.no_grad()
+def test_frequency_scaling_is_the_llms_own(scaling):
+    """Whatever the scheme: text must come out as the stock model's with the same scaling."""
+    fields = {"rope_parameters": {"rope_theta": 1e4, **scaling}, "max_position_embeddings": 16}
+    embeds = torch.randn(1, 40, 64)
+    scheme = VideoRope()
+    ours = make_llm(scheme, **fields)(embeds, None, scheme.batch_positions([[40]]))
+    stock = make_llm(None, **fields).lm.get_decoder()(inputs_embeds=embeds).last_hidden_state
+    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=0)
+    plain = make_llm(scheme)(embeds, None, scheme.batch_positions([[40]]))
+    assert (ours - plain).abs().max() > 1e-3
