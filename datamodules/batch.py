@@ -32,20 +32,6 @@ VISUAL_SLOT = -200
 _FILL = {"labels": IGNORE_INDEX}  # of rows that become wider
 
 
-class BadSampleError(Exception):
-    """A sample that cannot be used.
-
-    `reason` is a short, countable word for it (`"video_unreadable"`), `detail` the rest: one line,
-    cut where broken data made it long.
-    """
-
-    def __init__(self, reason: str, detail: str = "", *, shard: str = "", key: str = ""):
-        detail = " ".join(detail[:400].encode(errors="backslashreplace").decode().split())
-        self.reason, self.detail, self.shard, self.key = reason, detail, shard, key
-        where = f"{shard} [{key}]: " if key else f"{shard}: " if shard else ""
-        super().__init__(f"{where}{reason}{': ' + detail if detail else ''}")
-
-
 class Grid(NamedTuple):
     """Time steps, rows and columns of one visual, in patches or in tokens. An image has t = 1."""
 

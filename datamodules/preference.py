@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.batch import IGNORE_INDEX, BadSampleError, PreferenceBatch, Tiles, VideoBatch
+from datamodules.batch import IGNORE_INDEX, PreferenceBatch, Tiles, VideoBatch
+from datamodules.errors import BadSampleError
 from datamodules.instruct import InstructDataModule, Sample, described
 from datamodules.sample.conversation import (
     ConversationEncoder,
@@ -38,7 +39,7 @@ from datamodules.sample.conversation import (
 from datamodules.sample.outline import Outline
 from datamodules.stream.index import Manifest, Shard, join
 from datamodules.stream.loader import ShardReader
-from datamodules.stream.tar import untar_sample
+from datamodules.stream.reading.tar import untar_sample
 from datamodules.visuals.frames import FrameReader
 
 logger = logging.getLogger(__name__)

@@ -22,11 +22,10 @@ from experiments import CONFIG_DIR
 from experiments.checks.replay import read_replay
 from experiments.command.values import check_values
 from experiments.directory.run_directory import RunDirectory
-from experiments.needles import test_needles
 from experiments.run import process
 from experiments.run.compose import build, build_all, plain, print_config, user_errors_in_one_line
 from experiments.run.hydra_errors import hydra_errors_in_one_line
-from experiments.scores import score_answers
+from experiments.testing import score_answers, test_needles
 from lightning_modules.checkpoint import newest_whole
 from lightning_modules.checkpoint.weights import read_checkpoint
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig

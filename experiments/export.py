@@ -14,7 +14,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import GenerationConfig
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.processor import Processor
 from experiments.directory.run_directory import read_done, read_versions, write_whole
 from experiments.evaluate import load

@@ -22,10 +22,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.shards.annotations.files import read_annotations
 from datamodules.shards.annotations.media import Media
 from datamodules.shards.demo import write_demo
+from datamodules.shards.measure import counts_stay_current, measure_shard
 from datamodules.shards.pack import (
     BadItem,
     Outcome,
@@ -34,7 +35,6 @@ from datamodules.shards.pack import (
     verify_shard,
 )
 from datamodules.stream.index import expand_urls, read_manifest
-from datamodules.stream.lengths import counts_stay_current, measure_shard
 from experiments.run.process import run_alone
 
 _screen = Console(stderr=True)  # so that --json leaves standard output to the JSON

@@ -12,7 +12,6 @@ from experiments import CONFIG_DIR
 from experiments.checks.place import AfterFirstStep, check_place
 from experiments.command.values import check_values
 from experiments.directory.run_directory import RunDirectory
-from experiments.needles import test_needles
 from experiments.run import process
 from experiments.run.compose import (
     axes,
@@ -23,6 +22,7 @@ from experiments.run.compose import (
     share_steps,
     user_errors_in_one_line,
 )
+from experiments.testing import test_needles
 from lightning_modules.checkpoint import weights
 
 

@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.base import StepsDataModule
-from datamodules.batch import BadSampleError, VideoBatch, data_rank
+from datamodules.batch import VideoBatch, data_rank
+from datamodules.errors import BadSampleError
 from datamodules.haystack.cells import GridPlan, NeedleGrid
 from datamodules.haystack.needle import Needle, by_question, read_clips, read_needles, turns_about
 from datamodules.instruct import Sample, collate

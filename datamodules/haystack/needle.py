@@ -8,11 +8,11 @@ from typing import Any
 from jaxtyping import UInt8
 from torch import Tensor
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.sample.conversation import Turn, parse_sample
 from datamodules.stream.index import read_manifest
 from datamodules.stream.loader import ShardReader
-from datamodules.stream.tar import untar_sample
+from datamodules.stream.reading.tar import untar_sample
 from datamodules.visuals.frames import FrameReader, is_video, naming
 
 

@@ -8,7 +8,8 @@ prompt_ids <|start|> A red bike ... <|end|>    as many tokens as the tower has p
 
 from collections.abc import Sequence
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT
+from datamodules.errors import BadSampleError
 from datamodules.sample.conversation import ConversationEncoder, EncodedConversation, Turn
 from datamodules.sample.outline import Outline
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT
+from datamodules.errors import BadSampleError
 from datamodules.file_names import natural_key
 from datamodules.sample.outline import Outline
 from datamodules.sample.tokenizer import default_template, load_tokenizer, starting_ids

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from datamodules.batch import BadSampleError, Task
+from datamodules.batch import Task
+from datamodules.errors import BadSampleError
 from datamodules.sample.conversation import ConversationEncoder, Turn, check_text
 
 _FIELDS = {"answer", "options", "pair", "hallucinated"}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from webdataset import TarWriter  # pyright: ignore[reportAttributeAccessIssue]
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.sample.conversation import match_slots, parse_entry, read_entry, read_turns
 from datamodules.sample.question import read_task
 from datamodules.shards.annotations.files import Annotation
@@ -25,8 +25,8 @@ from datamodules.shards.annotations.media import Media, suffix_of
 from datamodules.shards.annotations.spans import Span, take_span
 from datamodules.shards.reencode import encode_frames, reencode
 from datamodules.stream.index import Shard, index_path, index_shard, lengths_path, write_index
-from datamodules.stream.source import open_source
-from datamodules.stream.tar import untar_sample
+from datamodules.stream.reading.source import open_source
+from datamodules.stream.reading.tar import untar_sample
 from datamodules.visuals.frames import FrameReader, UniformSampler, is_video, naming
 from datamodules.visuals.images import open_image
 from datamodules.visuals.videos import count_frames

@@ -12,7 +12,7 @@ import numpy as np
 from av import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.visuals.frames import one_thread
 from datamodules.visuals.images import open_image
 from datamodules.visuals.packets import scan_packets

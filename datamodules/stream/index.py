@@ -24,9 +24,9 @@ from typing import Any
 import braceexpand
 import numpy as np
 
-from datamodules.batch import BadSampleError
-from datamodules.stream.source import find_remote, is_remote, open_source
-from datamodules.stream.tar import sample_offsets
+from datamodules.errors import BadSampleError
+from datamodules.stream.reading.source import find_remote, is_remote, open_source
+from datamodules.stream.reading.tar import sample_offsets
 
 logger = logging.getLogger(__name__)
 

@@ -20,21 +20,24 @@ outside, as (epoch, micro-batches done by all ranks together); nothing here reme
 
 import logging
 import math
+import os
+import signal
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any, Protocol, cast, runtime_checkable
 
 from lightning import Trainer
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.batch import BadSampleError, data_rank
+from datamodules.batch import data_rank
+from datamodules.errors import BadSampleError
 from datamodules.stream.budget import BudgetOrder
 from datamodules.stream.index import Manifest, Shard
 from datamodules.stream.mixture import MixtureOrder
 from datamodules.stream.order import FileOrder, Row
-from datamodules.stream.source import Source, open_source
-from datamodules.stream.tar import untar_sample
-from datamodules.stream.worker import outlive_stop_signals
+from datamodules.stream.reading.source import Source, open_source
+from datamodules.stream.reading.tar import untar_sample
 
 logger = logging.getLogger(__name__)
 
@@ -312,3 +315,22 @@ class StreamLoader:
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+def outlive_stop_signals(worker_id: int) -> None:
+    """A DataLoader's `worker_init_fn`: only the training decides when its workers end.
+
+    Schedulers and terminals signal every process of a job. A worker that dies of it takes the
+    training with it, before that has saved. The first SIGTERM is taken for such a one; by a second
+    one, or where the training is gone, the worker ends.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def first(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, first)

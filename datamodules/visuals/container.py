@@ -20,7 +20,7 @@ from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.visuals.headers import check_claims
 from datamodules.visuals.images import MAX_PIXELS, is_image, kind_of
 

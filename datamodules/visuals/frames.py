@@ -22,7 +22,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from datamodules.batch import BadSampleError, Tiles
+from datamodules.batch import Tiles
+from datamodules.errors import BadSampleError
 from datamodules.visuals.images import MAX_PIXELS, open_image
 from datamodules.visuals.packets import check_work, scan_packets
 from datamodules.visuals.tiles import check_grids, cut_tiles

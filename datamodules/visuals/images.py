@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 
 #: Pixels of the largest picture or frame that is decoded: 8K video.
 MAX_PIXELS = 7680 * 4320

@@ -12,7 +12,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.visuals.container import open_video
 from datamodules.visuals.headers import missing_bytes
 from datamodules.visuals.images import MAX_PIXELS

@@ -21,7 +21,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.visuals.container import check_memory, open_video
 from datamodules.visuals.images import MAX_PIXELS
 from datamodules.visuals.packets import Packets, check_work, scan_packets

@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from datamodules.stream.source import REPLAYED
+from datamodules.stream.reading.source import REPLAYED
 from experiments.checks.trust import flat, refusal, targets, writes_files
 from experiments.run.compose import plain
 from experiments.run.files import inside, printable, read_yaml

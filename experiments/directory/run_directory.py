@@ -31,10 +31,9 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.directory import kept as before
 from experiments.directory.former import check_former, has_results, read_former
 from experiments.directory.made_of import Differences
-from experiments.launcher.job import FROZEN
-from experiments.reporting.data import read_curves
 from experiments.run import lock
 from experiments.run.compose import plain
+from experiments.run.files import FROZEN, read_curves
 from lightning_modules.callbacks.heartbeat import read_status
 from lightning_modules.checkpoint import newest_whole
 

@@ -16,9 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from experiments.run.files import read_yaml
-
-FROZEN = "frozen"  # the name of the config, in .hydra/ of the run directory
+from experiments.run.files import FROZEN, read_yaml
 
 
 @dataclass(frozen=True, eq=False)

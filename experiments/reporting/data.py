@@ -1,6 +1,5 @@
 """Run directories -> runs: everything a report reads from disk."""
 
-import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.command.overrides import DELETED, read_overrides, show_value
-from experiments.run.files import inside, read_yaml
+from experiments.run.files import inside, read_curves, read_yaml
 from lightning_modules.metrics.bootstrap import MeanInterval
 
 #: Stands for a value that a run does not have.
@@ -151,25 +150,6 @@ def _versions(path: Path) -> dict[str, str]:
     known = read_yaml(path) or {}  # JSON is YAML
     commit = {"commit": known["git_commit"]} if known.get("git_commit") else {}
     return {**known.get("versions", {}), **commit}
-
-
-def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of every metric of a `metrics.csv`.
-
-    Lightning writes one row for every kind of metric, empty where the others stand.
-    """
-    curves: dict[str, list[tuple[int, float]]] = {}
-    if path.is_file():
-        with path.open(newline="") as file:
-            for number, row in enumerate(csv.DictReader(file), start=2):
-                try:
-                    step = int(float(row["step"]))
-                    for name, text in row.items():
-                        if text and name not in ("step", "epoch"):
-                            curves.setdefault(name, []).append((step, float(text)))
-                except (KeyError, TypeError, ValueError) as error:
-                    raise ValueError(f"{path}, line {number}: not a row of metrics") from error
-    return curves
 
 
 def _generations(path: Path) -> list[dict[str, str]]:

@@ -21,7 +21,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.syntax import Syntax
 
 from datamodules.base import StepsDataModule
-from datamodules.batch import BadSampleError, data_rank
+from datamodules.batch import data_rank
+from datamodules.errors import BadSampleError
 from experiments.run import process
 from lightning_modules.callbacks.memory import is_out_of_memory
 from lightning_modules.checkpoint.preemption import Preempted, signals

@@ -1,5 +1,6 @@
 """Files and texts of run directories, which may come from anybody. Imports no torch."""
 
+import csv
 import os
 import stat
 from collections.abc import Iterator
@@ -7,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+#: Name of the config that a launcher leaves for a job, in .hydra/ of the run directory.
+FROZEN = "frozen"
 
 #: Folders of a run directory whose files its programs write.
 _FOLDERS = (".hydra", "checkpoints")
@@ -110,3 +114,22 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 def printable(text: str) -> str:
     """The text in one line, without characters that a terminal takes for commands."""
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.splitlines()))
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Returns (step, value) of every metric of a `metrics.csv`.
+
+    Lightning writes one row for every kind of metric, empty where the others stand.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    if path.is_file():
+        with path.open(newline="") as file:
+            for number, row in enumerate(csv.DictReader(file), start=2):
+                try:
+                    step = int(float(row["step"]))
+                    for name, text in row.items():
+                        if text and name not in ("step", "epoch"):
+                            curves.setdefault(name, []).append((step, float(text)))
+                except (KeyError, TypeError, ValueError) as error:
+                    raise ValueError(f"{path}, line {number}: not a row of metrics") from error
+    return curves

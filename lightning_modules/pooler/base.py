@@ -1,14 +1,13 @@
-"""patches x relevance -> tokens. The contract of the second stage."""
+"""The contract of a pooler: patches and their relevance in, fewer tokens out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from datamodules.batch import Grid
-
-from .relevance import relevance
 
 
 class Pooler(nn.Module, ABC):
@@ -25,11 +24,15 @@ class Pooler(nn.Module, ABC):
     uses_prompt: bool = False
     last_effective_tokens: Float[Tensor, ""] | None = None
 
+    @staticmethod
     def relevance(
-        self, patches: Float[Tensor, "*n p e"], prompt: Float[Tensor, " e"]
+        patches: Float[Tensor, "*n p e"], prompt: Float[Tensor, " e"]
     ) -> Float[Tensor, "*n p"]:
-        """Cosine of each aligned patch and one prompt's embedding."""
-        return relevance(patches, prompt)
+        """Returns the cosine of each aligned patch and one prompt's embedding.
+
+        It is float32 whatever the precision, since poolers multiply it by up to 100.
+        """
+        return cosine_similarity(patches.float(), prompt.float(), dim=-1)
 
     @abstractmethod
     def grid(self, before: Grid) -> Grid:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT
+from datamodules.errors import BadSampleError
 from datamodules.sample.captions import CaptionEncoder
 from datamodules.sample.conversation import parse_sample
 from datamodules.sample.tokenizer import tiny_tokenizer

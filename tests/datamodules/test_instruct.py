@@ -8,7 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError, VideoBatch
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, VideoBatch
+from datamodules.errors import BadSampleError
 from datamodules.instruct import decode_sample
 from datamodules.shards.pack import write_shard
 from datamodules.shards.synthetic import make_sample, write_shards

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError, PreferenceBatch
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, PreferenceBatch
+from datamodules.errors import BadSampleError
 from datamodules.preference import decode_pair
 from datamodules.sample.conversation import ConversationEncoder
 from datamodules.visuals.frames import FrameReader, UniformSampler

@@ -10,7 +10,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from datamodules.batch import BadSampleError, VideoBatch
+from datamodules.batch import VideoBatch
+from datamodules.errors import BadSampleError
 from datamodules.shards.pack import write_shard
 from datamodules.shards.synthetic import make_sample, write_shards
 from lightning_modules.callbacks.samples import BadSamples

@@ -15,7 +15,7 @@ from itertools import pairwise
 import av
 
 from datamodules.shards.synthetic import draw_frames, make_sample
-from datamodules.stream.tar import sample_offsets, untar_sample
+from datamodules.stream.reading.tar import sample_offsets, untar_sample
 from tests.helpers.tiny_shards import sample_tar
 
 Members = dict[str, bytes]

@@ -9,7 +9,7 @@ import torch
 
 from datamodules.shards.synthetic import make_pair, write_shards
 from datamodules.stream.index import Shard
-from datamodules.stream.tar import untar_sample
+from datamodules.stream.reading.tar import untar_sample
 from experiments import CONFIG_DIR, train
 from experiments.run.compose import build, plain
 

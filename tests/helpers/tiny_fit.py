@@ -8,9 +8,9 @@ from torch.nn.utils import get_total_norm
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Tiles, VideoBatch, pad_rows
 from experiments import evaluate, train
-from experiments.needles import test_needles as run_needle_test
 from experiments.reporting.data import load_run
 from experiments.run.compose import build, plain
+from experiments.testing import test_needles as run_needle_test
 from lightning_modules.callbacks.randomness import SeedByPosition
 from lightning_modules.callbacks.samples import SampleAudit
 from lightning_modules.checkpoint.weights import sha256

@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.stream.worker import outlive_stop_signals
+from datamodules.stream.loader import outlive_stop_signals
 from lightning_modules.checkpoint import BestCheckpoint, LastCheckpoint, newest_whole
 from lightning_modules.checkpoint.preemption import Preempted, signals
 from lightning_modules.loggers.loggers import ResumableCSVLogger

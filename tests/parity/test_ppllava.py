@@ -4,7 +4,7 @@ import torch
 
 from datamodules.batch import VISUAL_SLOT, Grid, VideoBatch
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
-from lightning_modules.pooler.relevance import relevance
+from lightning_modules.pooler.base import Pooler
 
 from .ppllava_weights import (
     build_stages,
@@ -43,7 +43,7 @@ def test_stages(ppllava_golden):
 
         patches = features[:, 1:]
         grid = Grid(case["frames"], *encoder.grid)
-        score = relevance(encoder.align(patches), prompt[0]).view(grid)
+        score = Pooler.relevance(encoder.align(patches), prompt[0]).view(grid)
         assert_near(score, golden["relevance"][0])
 
         tokens = projector.contract(pooler(patches.unflatten(1, grid[1:]), score, projector.expand))

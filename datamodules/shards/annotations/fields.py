@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.shards.annotations.media import suffix_of
 
 # Words of names, singular and in small letters.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 
 #: What other files begin with, by what they are.
 _OTHER_FILES = {

@@ -20,7 +20,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.shards.annotations.fields import refuse_unlearnt, refuse_visuals
 from datamodules.shards.annotations.turns import file_names, take_tags, to_turns, with_slots
 

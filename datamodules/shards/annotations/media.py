@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.file_names import in_order, is_sidecar
 from datamodules.visuals.frames import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 

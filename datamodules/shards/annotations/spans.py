@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.shards.annotations.fields import words_of
 
 # Words of the names of fields, as `words_of` has them. Of a start, an end, and of both in a list.

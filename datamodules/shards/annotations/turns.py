@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.shards.annotations.fields import is_file
 from datamodules.shards.annotations.media import suffix_of
 from datamodules.visuals.frames import is_video

@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 
-from datamodules.batch import BadSampleError
-from datamodules.stream.tar import untar_sample
+from datamodules.errors import BadSampleError
+from datamodules.stream.reading.tar import untar_sample
 from datamodules.visuals.images import open_image
 from tests.helpers.hostile import (
     gif_bomb,

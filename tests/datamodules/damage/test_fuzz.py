@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.instruct import Sample, decode_sample
 from datamodules.sample.conversation import ConversationEncoder
 from datamodules.stream.index import read_manifest
 from datamodules.stream.loader import ShardReader
-from datamodules.stream.source import ForwardFile
-from datamodules.stream.tar import sample_offsets, untar_sample
+from datamodules.stream.reading.source import ForwardFile
+from datamodules.stream.reading.tar import sample_offsets, untar_sample
 from datamodules.visuals.container import MAX_BYTES
 from datamodules.visuals.frames import FrameReader, UniformSampler
 from tests.helpers.damage import KINDS, samples

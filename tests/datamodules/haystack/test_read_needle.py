@@ -2,7 +2,7 @@
 
 import pytest
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.haystack.needle import read_clips, read_needles
 from datamodules.shards.demo import write_demo
 from datamodules.shards.pack import write_shard

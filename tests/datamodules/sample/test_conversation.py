@@ -7,7 +7,8 @@ import pytest
 from hydra.utils import instantiate
 from transformers import AutoTokenizer
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, BadSampleError
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT
+from datamodules.errors import BadSampleError
 from datamodules.sample.conversation import (
     ConversationEncoder,
     match_slots,

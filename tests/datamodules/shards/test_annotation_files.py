@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.shards.annotations.files import parse_json, read_annotations
 from datamodules.stream.index import read_manifest
 from experiments.shards import main

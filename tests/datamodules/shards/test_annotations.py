@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.batch import VISUAL_SLOT, BadSampleError
+from datamodules.batch import VISUAL_SLOT
+from datamodules.errors import BadSampleError
 from datamodules.instruct import decode_sample
 from datamodules.sample.conversation import ConversationEncoder, parse_sample
 from datamodules.shards.annotations.files import read_annotations
@@ -13,7 +14,7 @@ from datamodules.shards.annotations.formats import to_conversation
 from datamodules.shards.synthetic import draw_frames, encode_image, encode_video
 from datamodules.stream.index import read_manifest
 from datamodules.stream.loader import ShardReader
-from datamodules.stream.tar import untar_sample
+from datamodules.stream.reading.tar import untar_sample
 from datamodules.visuals.frames import FpsSampler, FrameReader, UniformSampler
 from experiments.shards import main
 

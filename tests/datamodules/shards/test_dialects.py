@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.instruct import decode_sample
 from datamodules.sample.conversation import ConversationEncoder
 from datamodules.shards.annotations.formats import to_conversation
 from datamodules.shards.synthetic import draw_frames, encode_image, encode_video
 from datamodules.stream.index import read_manifest
 from datamodules.stream.loader import ShardReader
-from datamodules.stream.tar import untar_sample
+from datamodules.stream.reading.tar import untar_sample
 from datamodules.visuals.frames import FpsSampler, FrameReader, UniformSampler
 from tests.datamodules.shards.test_annotations import pack, turns
 

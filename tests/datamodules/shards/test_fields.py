@@ -2,7 +2,7 @@
 
 import pytest
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.shards.annotations.fields import words_of
 from datamodules.shards.annotations.formats import to_conversation
 from tests.datamodules.shards.test_annotations import pack, turns

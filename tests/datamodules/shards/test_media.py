@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.shards.annotations.media import Media
 from datamodules.shards.synthetic import draw_frames, encode_image, encode_video
 from datamodules.stream.index import read_manifest
 from datamodules.stream.loader import ShardReader
-from datamodules.stream.tar import untar_sample
+from datamodules.stream.reading.tar import untar_sample
 from datamodules.visuals.frames import FpsSampler, FrameReader
 from tests.datamodules.shards.test_annotations import pack, turns
 

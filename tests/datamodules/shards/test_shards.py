@@ -16,7 +16,7 @@ from datamodules.shards.synthetic import (
 )
 from datamodules.stream.index import index_path, read_manifest
 from datamodules.stream.loader import ShardReader
-from datamodules.stream.tar import untar_sample
+from datamodules.stream.reading.tar import untar_sample
 from experiments.shards import main
 
 

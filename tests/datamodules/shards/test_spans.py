@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.shards.annotations.spans import take_span
 from datamodules.visuals.frames import FpsSampler, FrameReader
 from tests.datamodules.shards.test_annotations import pack

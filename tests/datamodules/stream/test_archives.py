@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.file_names import is_sidecar, natural_key
 from datamodules.sample.conversation import parse_sample
 from datamodules.shards.synthetic import draw_frames, encode_image, encode_video
 from datamodules.stream.index import index_path, read_manifest, write_index
 from datamodules.stream.loader import ShardReader
-from datamodules.stream.tar import sample_offsets, untar_sample
+from datamodules.stream.reading.tar import sample_offsets, untar_sample
 from experiments.shards import main
 
 VIDEO = encode_video(draw_frames(0, 4)[0])

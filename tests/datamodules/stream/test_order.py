@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.stream.index import Manifest, Shard, index_path, join, read_manifest
 from datamodules.stream.loader import EpochStream, Faults, ShardReader, StreamLoader
 from datamodules.stream.mixture import Part, count_quotas, mix, read_parts

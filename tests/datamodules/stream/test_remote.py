@@ -11,12 +11,12 @@ import pytest
 from fsspec.registry import known_implementations
 from fsspec.spec import AbstractFileSystem
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.shards.synthetic import write_shards
 from datamodules.stream.index import expand_urls, read_manifest
 from datamodules.stream.loader import ShardReader
-from datamodules.stream.source import FsspecFile, HttpFile, PipeFile, open_source
-from datamodules.stream.tar import untar_sample
+from datamodules.stream.reading.source import FsspecFile, HttpFile, PipeFile, open_source
+from datamodules.stream.reading.tar import untar_sample
 
 TIMEOUT_S = 0.4
 HANG_S = 30  # a read that takes longer waits for ever, or nearly so

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.stream.index import read_manifest
-from datamodules.stream.source import HttpFile, LocalFile, PipeFile
+from datamodules.stream.reading.source import HttpFile, LocalFile, PipeFile
 from tests.helpers.tiny_shards import write_named_shards
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.stream.index import expand_urls, index_path, read_manifest
 from datamodules.stream.loader import EpochStream, Faults, StreamLoader
 from datamodules.stream.order import FileOrder, ShuffledOrder, StreamOptions

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.stream.index import index_path, read_manifest
 from datamodules.stream.loader import ShardReader
-from datamodules.stream.tar import untar_sample
+from datamodules.stream.reading.tar import untar_sample
 from tests.helpers.tiny_shards import write_named_shards, write_tar
 
 

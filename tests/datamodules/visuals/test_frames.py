@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.visuals.frames import FpsSampler, FrameReader, UniformSampler
 from datamodules.visuals.images import open_image
 from datamodules.visuals.videos import count_frames

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.instruct import collate, decode_sample
 from datamodules.sample.conversation import ConversationEncoder
 from datamodules.shards.synthetic import make_sample

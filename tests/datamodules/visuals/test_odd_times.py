@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.shards.annotations.files import Annotation
 from datamodules.shards.annotations.media import Media
 from datamodules.shards.pack import pack_shard, plan_shards, verify_shard

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.shards.reencode import encode_frames, reencode
 from datamodules.visuals.frames import FrameReader, UniformSampler
 from datamodules.visuals.images import open_image

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.shards.reencode import reencode
 from datamodules.visuals import videos
 from datamodules.visuals.frames import FpsSampler, FrameReader, UniformSampler

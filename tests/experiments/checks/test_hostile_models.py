@@ -123,7 +123,7 @@ def test_code_beside_a_saved_model_is_not_run(theirs, tmp_path):
 @pytest.mark.parametrize(
     ("node", "target", "says"),
     [
-        ("frames", "datamodules.stream.source.LocalFile", "is no FrameReader"),
+        ("frames", "datamodules.stream.reading.source.LocalFile", "is no FrameReader"),
         ("conversation", "datamodules.visuals.frames.UniformSampler", "is no ConversationEncoder"),
         ("frames", "datamodules.visuals.frames.os.system", "no class that datamodules"),
         ("frames", "datamodules.stream.index.read_manifest", "no class that datamodules"),

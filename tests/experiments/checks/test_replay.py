@@ -11,8 +11,8 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from datamodules.batch import BadSampleError
-from datamodules.stream.source import REPLAYED, find_remote, open_source
+from datamodules.errors import BadSampleError
+from datamodules.stream.reading.source import REPLAYED, find_remote, open_source
 from experiments.checks.replay import _quoted, read_replay
 from experiments.checks.trust import _configured, refusal
 
@@ -254,7 +254,7 @@ def test_these_are_built_from_any_run(path):
         "lightning_modules.loggers.loggers.csv.DictWriter",
         "lightning_modules.loggers.loggers.ResumableCSVLogger.log_metrics",
         "datamodules.stream.index.write_whole",
-        "datamodules.stream.source.subprocess.Popen",
+        "datamodules.stream.reading.source.subprocess.Popen",
         "experiments.directory.run_directory.RunDirectory",
         "torch.optim.Optimizer.__subclasshook__",
         "torch.optim.lr_scheduler.partial",

@@ -16,8 +16,9 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import open_dict
 
 from experiments import CONFIG_DIR
-from experiments.launcher.job import FROZEN, Job, compose
+from experiments.launcher.job import Job, compose
 from experiments.run.compose import plain
+from experiments.run.files import FROZEN
 from experiments.run.process import leave, requeue
 from tests.helpers.light_runs import (  # noqa: F401 - the fixtures
     ROOT,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from experiments import evaluate, train
-from experiments.reporting.data import read_curves
 from experiments.run.compose import plain
+from experiments.run.files import read_curves
 from lightning_modules.checkpoint.weights import read_checkpoint
 from lightning_modules.training.contrast import ClipContextModule
 from lightning_modules.training.instruct import VideoLLMModule

@@ -13,8 +13,8 @@ from datamodules.preference import decode_pair
 from datamodules.sample import conversation
 from datamodules.shards.pack import _check_text
 from datamodules.shards.synthetic import make_pair, make_sample
-from experiments.needles import describe
 from experiments.run.compose import build, plain
+from experiments.testing import describe
 
 
 class Neighbours(Distractors):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments import CONFIG_DIR
-from experiments.reporting.data import read_curves
+from experiments.run.files import read_curves
 from lightning_modules.checkpoint.weights import read_checkpoint
 
 NAMES = {path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml")}

@@ -9,8 +9,8 @@ import torch
 
 from datamodules.stream.index import read_manifest
 from experiments import evaluate, train
-from experiments.reporting.data import read_curves
 from experiments.run.compose import build, plain
+from experiments.run.files import read_curves
 from lightning_modules.callbacks.score_book import ScoreBook
 from lightning_modules.checkpoint.weights import read_checkpoint
 from lightning_modules.training.instruct import VideoLLMModule

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from datamodules.stream.worker import outlive_stop_signals
+from datamodules.stream.loader import outlive_stop_signals
 from lightning_modules.checkpoint import newest_whole, preemption
 from lightning_modules.checkpoint.preemption import Preempted, StopSignals, signals, stops_at
 from tests.helpers.tiny_run import Ranks, Tiny, read_checkpoint, read_metrics, read_seen, train

@@ -10,7 +10,8 @@ from lightning import Callback
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from datamodules.batch import BadSampleError, data_rank
+from datamodules.batch import data_rank
+from datamodules.errors import BadSampleError
 from datamodules.stream.loader import Faults
 from experiments import train
 from experiments.planning.forecast import is_sharded

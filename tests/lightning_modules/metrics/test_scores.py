@@ -8,7 +8,8 @@ import pytest
 import torch
 from torchmetrics.text import Perplexity as ReferencePerplexity
 
-from datamodules.batch import VISUAL_SLOT, BadSampleError, Task
+from datamodules.batch import VISUAL_SLOT, Task
+from datamodules.errors import BadSampleError
 from datamodules.instruct import collate, decode_sample
 from datamodules.sample.conversation import ConversationEncoder, Turn
 from datamodules.sample.question import encode_task, read_task

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.file_names import is_sidecar
 
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset and Energon both pass over

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar, cast
 
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 
 SLOWEST = 64 * 1024  # bytes a second; a source that dribbles below it counts as stalled
 _TRIES = 3

@@ -20,9 +20,9 @@ import requests
 import urllib3
 from fsspec import AbstractFileSystem
 
-from datamodules.batch import BadSampleError
-from datamodules.stream.patience import SLOWEST, Patience, persistently, within
-from datamodules.stream.tar import TarBytes
+from datamodules.errors import BadSampleError
+from datamodules.stream.reading.patience import SLOWEST, Patience, persistently, within
+from datamodules.stream.reading.tar import TarBytes
 
 #: Variable of the environment, for this process and its workers: the urls and schemes that may be
 #: opened beside those of `_STORES`, as JSON. Set while what somebody's run directory says is read.

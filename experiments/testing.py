@@ -1,0 +1,119 @@
+"""Tests a trained model: needle tests, and scores on held-out shards."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import DictConfig
+
+from datamodules.preference import PreferenceDataModule
+from experiments.reporting.data import read_needle
+from experiments.run.compose import build, plain
+from lightning_modules.callbacks.score_book import ScoreBook
+from lightning_modules.checkpoint import weights
+from lightning_modules.metrics.needle.scores import NeedleModule
+from lightning_modules.model import VideoLanguageModel
+from lightning_modules.training.instruct import VideoLLMModule
+
+
+def test_needles(
+    config: DictConfig,
+    trainer: Trainer,
+    model: VideoLanguageModel,
+    datamodule: LightningDataModule,
+    step: int,
+) -> float | None:
+    """Runs the needle test; returns the share of needles found without distractors.
+
+    Writes needle.json and needle.png, and logs both. The share is over all lengths and depths.
+
+    Args:
+        step: what the model was trained to.
+
+    Returns:
+        None where the datamodule has no test, or no cell without distractors.
+    """
+    if "grid" not in config.data:
+        return None
+    folder = Path(config.paths.run)
+    protocol = describe(config, model, step)
+    module = NeedleModule(model, folder=folder, protocol=protocol)
+    trainer.test(module, datamodule=datamodule, verbose=False)
+    if trainer.is_global_zero:
+        needle = read_needle(folder / "needle.json")
+        assert needle is not None
+        # Here, as it imports matplotlib, which no training needs before its end.
+        from experiments.reporting.plots import save_heatmap
+
+        picture = save_heatmap(needle, folder / "needle.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("needle/heatmap", [str(picture)], step=step)
+    return module.scores.mean("plain") if "plain" in module.scores.cells else None
+
+
+def score_answers(
+    config: DictConfig,
+    trainer: Trainer,
+    model: VideoLanguageModel,
+    datamodule: LightningDataModule,
+    step: int,
+) -> dict[str, float]:
+    """Scores the answers to held-out questions; returns the scores by name.
+
+    Writes scores.json, and logs them under val/. There are none where no scores are chosen, or
+    where the data has nothing held out.
+
+    Args:
+        step: what the model was trained to.
+
+    Raises:
+        ValueError: what is held out are pairs of answers.
+    """
+    if not config.scores or not config.data.get("val"):
+        return {}
+    if isinstance(datamodule, PreferenceDataModule):
+        raise ValueError(
+            "data.val holds pairs of answers, of which no score is known here: take needles "
+            "(data=vniah eval=vniah_d_tiny) or questions (data=instruct data.train=null "
+            "data.val=SHARDS)"
+        )
+    scores: dict[str, Any] = build(config.scores, "scores")
+    optimizer = build(config.optim.optimizer, "optim")  # not used
+    module = VideoLLMModule(plain(config.model), optimizer, scores=scores)
+    module.model = model
+    used = {"from": str(config.run), "sha256": weights.sha256(model)}
+    book = ScoreBook(config.paths.run, Path(config.run).resolve().name, used, step)
+    trainer.callbacks.append(book)  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.validate(module, datamodule=datamodule, verbose=False)
+    return {name: facts["value"] for name, facts in module.scored.items()}
+
+
+def describe(config: DictConfig, model: VideoLanguageModel, step: int) -> dict[str, Any]:
+    """Returns what a reader of the numbers must know about how they came about."""
+    data = plain(config.data)
+    # Distractors need not be periodic.
+    periods = [c["period"] for c in data["grid"]["conditions"].values() if c and "period" in c]
+    return {
+        "run": config.run_name,
+        "rotary": _rotary(config, model),
+        "seed": config.seed,
+        "step": step,
+        "protocol": {
+            "train_frames": data["training"]["frames"],
+            "period": min(periods, default=0),
+            "needles": data["grid"]["needles"],
+            "depths": data["grid"]["depths"],
+            "frames": data["grid"]["frames"],
+        },
+    }
+
+
+def _rotary(config: DictConfig, model: VideoLanguageModel) -> str:
+    """Returns the option's name, or the class where the model runs another scheme."""
+    spec = model.config.rotary or {}
+    if spec == plain(config.model.rotary):
+        return HydraConfig.get().runtime.choices["rotary"]
+    return spec["_target_"].rpartition(".")[2]
