@@ -18,7 +18,7 @@ from lightning import LightningDataModule, Trainer
 from omegaconf import DictConfig
 from torch import nn
 
-from experiments import CONFIG_DIR
+from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launchers and `run_name`
 from experiments.checks.replay import read_replay
 from experiments.command.values import check_values
 from experiments.directory.run_directory import RunDirectory

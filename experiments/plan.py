@@ -16,7 +16,7 @@ import hydra
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from experiments import CONFIG_DIR
+from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launchers and `run_name`
 from experiments.command.values import check_values
 from experiments.planning.forecast import GIB, Forecast, forecast, is_sharded
 from experiments.run import process

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from datamodules.preference import RawPairs, with_reference
 from datamodules.shards.pack import write_shard
-from experiments import CONFIG_DIR
+from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launchers and `run_name`
 from experiments.command.values import check_values
 from experiments.directory.run_directory import write_whole
 from experiments.evaluate import load

@@ -8,7 +8,7 @@ import hydra
 import lightning
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import CONFIG_DIR
+from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launchers and `run_name`
 from experiments.checks.place import AfterFirstStep, check_place
 from experiments.command.values import check_values
 from experiments.directory.run_directory import RunDirectory

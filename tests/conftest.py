@@ -28,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers.integrations.flex_attention import WrappedFlexAttention
 
-import experiments.run.compose  # noqa: F401 - registers the resolver of run names
+import experiments.launcher  # noqa: F401 - registers the resolver of run names
 from datamodules.shards.pack import write_shard
 from datamodules.shards.synthetic import draw_frames, encode_image, encode_video
 from experiments import CONFIG_DIR, train

@@ -41,7 +41,7 @@ BOMBS = {
 
 READ = """
 import resource, sys, time
-from datamodules.batch import BadSampleError
+from datamodules.errors import BadSampleError
 from datamodules.visuals.frames import FrameReader, UniformSampler
 reader = FrameReader(32, UniformSampler(4))
 for kind, path in zip(sys.argv[1::2], sys.argv[2::2]):

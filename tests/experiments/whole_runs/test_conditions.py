@@ -28,7 +28,10 @@ class Neighbours(Distractors):
         return [at for at in sides if 0 <= at < frames]
 
 
-NEIGHBOURS = "+data.grid.conditions.near={_target_: test_conditions.Neighbours, distance: 2}"
+NEIGHBOURS = (
+    "+data.grid.conditions.near="
+    "{_target_: tests.experiments.whole_runs.test_conditions.Neighbours, distance: 2}"
+)
 
 
 @pytest.mark.parametrize("dropped", [[], ["~data.grid.conditions.periodic"]])
@@ -105,7 +108,7 @@ def parsed(monkeypatch):
 
         dumps = staticmethod(json.dumps)
 
-    for module in ("conversation", "preference", "pack"):
+    for module in ("sample.conversation", "preference", "shards.pack"):
         monkeypatch.setattr(f"datamodules.{module}.json", Counting)
     return texts
 

@@ -206,7 +206,11 @@ def test_a_killed_run_goes_on_with_other_rows(compose, tiny, run_train, run_rank
     parts = [("fsdp_tp_sim", 4, 5), ("fsdp_sim", 2, 9), ("fsdp_tp_sim", 2, None)]
 
     def part(trainer, devices, step, rank):
-        stop = "{_target_: test_tensor_parallel.Kill, step: " + str(step) + "}"
+        stop = (
+            "{_target_: tests.lightning_modules.distributed.test_tensor_parallel.Kill, step: "
+            + str(step)
+            + "}"
+        )
         stops = [f"+callbacks.kill={stop}"] if step else []
         layout = [f"trainer={trainer}", f"trainer.devices={devices}"]
         config = compose([*tiny, *words, "logger=csv", *layout, *stops], tmp_path / "run")

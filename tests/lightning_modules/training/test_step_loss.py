@@ -249,7 +249,7 @@ def test_float16_and_its_scaler_take_the_same_step(fit, truth):
 
 
 def test_a_step_without_any_label_has_no_gradient(fit, monkeypatch):
-    monkeypatch.setattr("uneven.LABELS", (0,) * 8)
+    monkeypatch.setattr("tests.helpers.uneven.LABELS", (0,) * 8)
     seen, _ = fit(LAYOUTS["4x2"])
     assert flat(seen.steps[0]).abs().max() == 0
     assert seen.logged[0]["train/loss"] == 0

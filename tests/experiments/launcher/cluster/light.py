@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import CONFIG_DIR
+from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launchers and `run_name`
 from experiments.run import lock
 from experiments.run.process import leave, process_rank
 
