@@ -1,43 +1,52 @@
-"""What both datamodules are: steps of a global batch size, and a place that a checkpoint keeps."""
+"""The contract of a datamodule, and what our own datamodules share."""
 
 from abc import abstractmethod
 from typing import Any
 
-from lightning import LightningDataModule
+import torch
+from lightning import LightningDataModule, Trainer
+from transformers import PreTrainedTokenizerBase
 
 from datamodules.sample.outline import Outline
 from datamodules.stream.loader import Faults, trained_on
 from datamodules.stream.order import divisors, listed
 
 
-class StepsDataModule(LightningDataModule):
-    """Shares the samples of an optimizer step among ranks, and knows which were trained on.
+class VideoDataModule(LightningDataModule):
+    """Everything that a module, a callback or a program may ask of a datamodule.
+
+    A datamodule of your own gives a `tokenizer` and Lightning's loaders, and calls
+    `super().__init__`. The rest has defaults.
+
+    Attributes:
+        batch_size: samples of one batch of one rank: the micro-batch.
+        global_batch_size: samples of an optimizer step, all ranks together.
+        audit: callbacks write down the sample keys of every step.
+        faults: bad samples by split. It may stay empty.
 
     Args:
-        batch_size: samples of one batch of one rank: the micro-batch.
-        global_batch_size: samples of an optimizer step, all ranks together; `None` is one
-            micro-batch.
-        audit: whether the sample keys of every step are to be written down.
-        on_changed: `stop` refuses the checkpoint of another stream, `go_on` takes it.
-        key: of `on_changed`, for what a user reads.
+        batch_size: as above.
+        global_batch_size: as above; None is one micro-batch.
+        audit: as above.
+
+    Raises:
+        ValueError: the sizes do not divide; the message names sizes that do.
     """
 
-    def __init__(
-        self, batch_size: int, global_batch_size: int | None, audit: bool, on_changed: str, key: str
-    ):
+    def __init__(self, batch_size: int, global_batch_size: int | None = None, audit: bool = False):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}; set it to 1 or more")
-        if on_changed not in ("stop", "go_on"):
-            raise ValueError(f"{key} is {on_changed!r}; set it to 'stop' or 'go_on'")
         self.batch_size = batch_size
         self.global_batch_size = batch_size if global_batch_size is None else global_batch_size
         self.audit = audit
         self.faults: dict[str, Faults] = {}
-        self._go_on, self._key = on_changed == "go_on", key
-        self._batches = 0  # trained on in an epoch, all ranks together
-        self._restored: tuple[int, int] | None = None
         self._check_world(1)
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the LLM. Callbacks write prompts and answers as text with it."""
 
     @property
     def per_step(self) -> int:
@@ -66,6 +75,86 @@ class StepsDataModule(LightningDataModule):
         else:
             advice = f"legal batch sizes for {ranks}: {listed(divisors(size // world))}"
         raise ValueError(f"{what}: {size} is no multiple of {batch} x {world}; {advice}")
+
+    @property
+    def trained_samples(self) -> int:
+        """Number of samples that all ranks have trained on since the training began."""
+        steps = self.trainer.global_step if self.trainer else 0
+        return steps * self.global_batch_size
+
+    @property
+    def even(self) -> bool:
+        """Whether every training batch has `batch_size` samples."""
+        return True
+
+    @property
+    def bank(self) -> torch.Tensor:
+        """Frames (n c h w) uint8 that a needle test shows its cells from.
+
+        Raises:
+            ValueError: the datamodule has no needle test.
+        """
+        raise ValueError(f"{type(self).__name__} has no needle test: choose data=vniah")
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what the scores of a validation depend on, beside the model; plain containers."""
+        return {"data": self.fingerprint()}
+
+    def settings(self) -> dict[str, str]:
+        """Returns what log-probabilities depend on, beside the model: a digest by name."""
+        return {}
+
+    def fingerprint(self) -> str:
+        """Returns what the order of samples depends on, in words: `data 5d41... seed 0 ...`."""
+        return f"data {type(self).__name__}"
+
+    def check(self, state_dict: dict[str, Any]) -> None:
+        """Compares the stream of a checkpoint with this one. Needs no trainer.
+
+        Raises:
+            ValueError: they are not the same.
+        """
+
+    def outlined(self, outline: Outline) -> Any:
+        """Returns a training batch of as many samples of these sizes as one can have.
+
+        Raises:
+            ValueError: the datamodule cannot be planned.
+        """
+        raise ValueError(f"ropelab-plan needs `outlined` of {type(self).__name__}, which has none")
+
+
+def datamodule_of(trainer: Trainer) -> VideoDataModule:
+    """Returns the datamodule that a trainer runs.
+
+    Raises:
+        ValueError: it is none of ours, or there is none.
+    """
+    found = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+    if not isinstance(found, VideoDataModule):
+        name = type(found).__name__
+        raise ValueError(f"{name} is no VideoDataModule: let it extend datamodules.base")
+    return found
+
+
+class StepsDataModule(VideoDataModule):
+    """Knows where the training stands in its stream, and keeps that in checkpoints.
+
+    Args:
+        batch_size: as in `VideoDataModule`, as are the next two.
+        on_changed: `stop` refuses the checkpoint of another stream, `go_on` takes it.
+        key: of `on_changed`, for what a user reads.
+    """
+
+    def __init__(
+        self, batch_size: int, global_batch_size: int | None, audit: bool, on_changed: str, key: str
+    ):
+        super().__init__(batch_size, global_batch_size, audit)
+        if on_changed not in ("stop", "go_on"):
+            raise ValueError(f"{key} is {on_changed!r}; set it to 'stop' or 'go_on'")
+        self._go_on, self._key = on_changed == "go_on", key
+        self._batches = 0  # trained on in an epoch, all ranks together
+        self._restored: tuple[int, int] | None = None
 
     @property
     def trained_samples(self) -> int:
@@ -118,15 +207,6 @@ class StepsDataModule(LightningDataModule):
     @abstractmethod
     def outlined(self, outline: Outline) -> Any:
         """A training batch of as many samples of these sizes as one can have."""
-
-    @property
-    def even(self) -> bool:
-        """Whether every training batch has `batch_size` samples."""
-        return True
-
-    def describe(self) -> dict[str, Any]:
-        """What the numbers of a validation depend on, beside the model; plain containers."""
-        return {"data": self.fingerprint()}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training stands, the same on all ranks.

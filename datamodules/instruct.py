@@ -27,6 +27,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import StepsDataModule
 from datamodules.batch import IGNORE_INDEX, Task, Tiles, VideoBatch, data_rank, pad_rows
@@ -162,6 +163,10 @@ class InstructDataModule(StepsDataModule):
             self._manifests[split] = self._read_manifests(split)
             for manifest in self._manifests[split]:
                 self.faults[split].add_shards(manifest.faults, len(manifest.shards))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.conversation.tokenizer
 
     @property
     def conversation(self) -> ConversationEncoder:

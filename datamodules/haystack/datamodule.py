@@ -28,6 +28,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import StepsDataModule
 from datamodules.batch import VideoBatch, data_rank
@@ -155,6 +156,10 @@ class HaystackDataModule(StepsDataModule):
         for shards in self._shards.values():
             data.update(read_manifest(shards["test"]).fingerprint().encode())
         return data.hexdigest()[:16]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.conversation.tokenizer
 
     @property
     def bank(self) -> UInt8[Tensor, "n c h w"]:

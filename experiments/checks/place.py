@@ -7,11 +7,11 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from datamodules.base import StepsDataModule
+from datamodules.base import VideoDataModule
 from lightning_modules.checkpoint.weights import read_facts
 
 
-def check_place(checkpoint: Path | None, trainer: Trainer, datamodule: StepsDataModule) -> None:
+def check_place(checkpoint: Path | None, trainer: Trainer, datamodule: VideoDataModule) -> None:
     """Reads which shards there are, and whether the checkpoint can go on with them.
 
     Raises:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.syntax import Syntax
 
-from datamodules.base import StepsDataModule
+from datamodules.base import VideoDataModule
 from datamodules.batch import data_rank
 from datamodules.errors import BadSampleError
 from experiments.run import process
@@ -63,7 +63,7 @@ def build_all(group: Any, what: str) -> list[Any]:
     return [build(node, f"{what}.{name}") for name, node in (group or {}).items() if node]
 
 
-def share_steps(trainer: Trainer, datamodule: StepsDataModule) -> None:
+def share_steps(trainer: Trainer, datamodule: VideoDataModule) -> None:
     """Has each rank take so many micro-batches a step that a step is `data.global_batch_size`.
 
     From then on the trainer validates every `trainer.val_check_interval` optimizer steps, where

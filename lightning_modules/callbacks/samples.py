@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import distributed
 
+from datamodules.base import datamodule_of
 from datamodules.batch import PreferenceBatch, VideoBatch, data_rank
 
 _COLUMNS = ["step", "key", "prompt", "answer", "generated"]
@@ -41,7 +42,7 @@ class Generations(Callback):
         generates = hasattr(pl_module.network, "generate")
         if batch_idx or trainer.sanity_checking or not generates:
             return
-        tokenizer = trainer.datamodule.conversation.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        tokenizer = datamodule_of(trainer).tokenizer
         network: Any = pl_module.network
         asked = batch.first(self.count).questions()
         ids = network.generate(
@@ -93,8 +94,9 @@ class BadSamples(Callback):
         if trainer.global_step == self._step:
             return  # gradients are still accumulated
         self._step = trainer.global_step
-        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        faults = data.faults["train"]
+        data = datamodule_of(trainer)
+        if (faults := data.faults.get("train")) is None:
+            return
         own = torch.tensor(faults.new.total(), device=trainer.strategy.root_device)
         if int(trainer.strategy.reduce(own, reduce_op="sum")):
             everyone: list[Any] = [dict(faults.new)] * trainer.world_size
@@ -120,7 +122,7 @@ class SampleAudit(Callback):
         self._keys: list[list[str]] = []  # of this rank's micro-batches since the last step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._active = getattr(trainer.datamodule, "audit", False)  # pyright: ignore[reportAttributeAccessIssue]
+        self._active = datamodule_of(trainer).audit
         self._step, self._keys = trainer.global_step, []
         if self._active and trainer.is_global_zero:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from datamodules.base import datamodule_of
 from datamodules.batch import VISUAL_SLOT, PreferenceBatch, VideoBatch
 from lightning_modules.metrics.answers.generate import GREEDY
 
@@ -50,7 +51,7 @@ class ScoreBook(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if batch_idx == 0 and getattr(pl_module, "scores", None) and trainer.is_global_zero:
-            tokenizer = trainer.datamodule.conversation.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+            tokenizer = datamodule_of(trainer).tokenizer
             asked = batch.first(1).questions()
             self._prompt = _as_text(asked.input_ids[0][asked.attention_mask[0]].tolist(), tokenizer)
 
@@ -67,7 +68,7 @@ class ScoreBook(Callback):
             "scores": rows,
             "generation": GREEDY,
             "prompt": self._prompt,
-            **trainer.datamodule.describe(),  # pyright: ignore[reportAttributeAccessIssue]
+            **datamodule_of(trainer).describe(),
             "versions": {name: version(name) for name in _PACKAGES},
         }
         self.write(validation)

@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from datamodules.base import VideoDataModule
 from lightning_modules.distributed.sharding import agree_on_gradients, clip_norm, shard
 from lightning_modules.training.initial import Initial
 from lightning_modules.training.optim import follow, try_optimizer
@@ -88,7 +89,7 @@ class TrainingModule(LightningModule, Generic[Network]):
         """Networks that the steps need and that are not trained, nor among the submodules."""
         return []
 
-    def check_sharing(self, data: Any, ranks: int, accumulation: int) -> None:
+    def check_sharing(self, data: VideoDataModule, ranks: int, accumulation: int) -> None:
         """Refuses what the loss does not allow: here, nothing.
 
         Args:

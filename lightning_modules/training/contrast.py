@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.optim import Optimizer
 
+from datamodules.base import VideoDataModule, datamodule_of
 from datamodules.batch import VideoBatch
 from lightning_modules.distributed.gather import gather
 from lightning_modules.encoder.base import Encoder
@@ -127,10 +128,11 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
     def setup(self, stage: str) -> None:
         trainer = self.trainer
         if stage == "fit":
-            data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            self.check_sharing(data, trainer.world_size, trainer.accumulate_grad_batches)
+            self.check_sharing(
+                datamodule_of(trainer), trainer.world_size, trainer.accumulate_grad_batches
+            )
 
-    def check_sharing(self, data: Any, ranks: int, accumulation: int) -> None:
+    def check_sharing(self, data: VideoDataModule, ranks: int, accumulation: int) -> None:
         if accumulation != 1:
             size = data.global_batch_size
             raise ValueError(
@@ -139,7 +141,7 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
                 f"one: set data.batch_size={size // ranks}, or "
                 f"data.global_batch_size={ranks * data.batch_size}"
             )
-        if ranks > 1 and not getattr(data, "even", True):
+        if ranks > 1 and not data.even:
             raise ValueError(
                 "data.stream.max_tokens gives ranks batches of different sizes, and the pairs of "
                 f"{ranks} ranks are compared as many of each: set data.stream.max_tokens=null"

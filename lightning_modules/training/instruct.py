@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from datamodules.base import datamodule_of
 from datamodules.batch import VideoBatch
 from lightning_modules.metrics.answers.generate import read_answers
 from lightning_modules.metrics.base import Score
@@ -73,7 +74,7 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
                 score.update(answers)
 
     def _tokenizer(self) -> Any:
-        return self.trainer.datamodule.conversation.tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        return datamodule_of(self.trainer).tokenizer
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.means.compute().items():

@@ -11,6 +11,7 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from datamodules.base import datamodule_of
 from datamodules.batch import IGNORE_INDEX
 from lightning_modules.distributed.sharding import shard
 from lightning_modules.metrics.bootstrap import bootstrap_interval
@@ -107,7 +108,7 @@ class NeedleModule(LightningModule):
         self.scores = NeedleScores()
         self._prefixes = PrefixCache(self.model)
         self._blind_logits: dict[tuple[int, float], list[Tensor]] = {}
-        self._bank = self.trainer.datamodule.bank  # pyright: ignore[reportAttributeAccessIssue]
+        self._bank = datamodule_of(self.trainer).bank
         if self.model.encoder.per_frame:
             parts = self._bank.split(_ENCODED_AT_ONCE)
             self._patches = torch.cat(

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from datamodules.base import datamodule_of
 from datamodules.batch import PreferenceBatch
 from lightning_modules.model import LogProbs, VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.training.instruct import VideoLLMModule
@@ -113,8 +114,9 @@ class PreferenceModule(VideoLLMModule):
     def settings(self) -> dict[str, str]:
         """What log-probabilities depend on beside the weights: a digest by name."""
         if not self._settings:
-            data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            self._settings = model_settings(self.network.config) | data.settings()
+            self._settings = (
+                model_settings(self.network.config) | datamodule_of(self.trainer).settings()
+            )
         return self._settings
 
 
