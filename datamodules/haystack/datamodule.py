@@ -50,7 +50,7 @@ _VAL_SAMPLES, _VAL_SEED = 64, 2**31
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How training samples are drawn; the n-th is a function of the seed and n alone.
+    """Says how training samples are drawn.
 
     Attributes:
         samples: of the whole training, over all ranks.
@@ -58,7 +58,6 @@ class TrainingPlan:
         needles: most needles in one sample; each is a distractor for the others' questions.
         first_frames: the range that `frames` grows from, over the first `growth` of the samples:
             short videos are cheap and teach reading a needle before finding it.
-        on_changed: `stop` refuses a checkpoint of other shards or another plan, `go_on` takes it.
     """
 
     samples: int
@@ -66,8 +65,6 @@ class TrainingPlan:
     needles: int = 5
     first_frames: Sequence[int] = (3, 8)
     growth: float = 0.5
-    seed: int = 0
-    on_changed: str = "stop"
 
     def __post_init__(self) -> None:
         for name in ("frames", "first_frames"):
@@ -87,6 +84,21 @@ class TrainingPlan:
         return low, high
 
 
+@dataclass(frozen=True)
+class HaystackOptions:
+    """Says how samples are drawn and loaded. The keys are those of `StreamOptions`.
+
+    Attributes:
+        seed: the n-th sample is a function of the seed and n alone.
+        num_workers: processes that draw samples for a rank; 0: the training draws them itself.
+        on_changed: `stop` refuses a checkpoint of other shards or another plan, `go_on` takes it.
+    """
+
+    seed: int = 0
+    num_workers: int = 0
+    on_changed: str = "stop"
+
+
 class HaystackDataModule(StepsDataModule):
     """Haystacks of training and the grid of an evaluation, from shards.
 
@@ -96,6 +108,7 @@ class HaystackDataModule(StepsDataModule):
         frames: reads visuals; its sampler decides how many frames of each video make the haystack.
         conversation: encodes text; a partial, so that a tokenizer is loaded with the first data.
         training, grid: what is drawn from them.
+        stream: how training samples are drawn and loaded.
         batch_size, global_batch_size, audit: as in `StepsDataModule`.
     """
 
@@ -109,9 +122,11 @@ class HaystackDataModule(StepsDataModule):
         batch_size: int = 16,
         global_batch_size: int | None = None,
         audit: bool = False,
+        stream: HaystackOptions | None = None,
     ):
-        key = "data.training.on_changed"
-        super().__init__(batch_size, global_batch_size, audit, training.on_changed, key)
+        self._options = stream or HaystackOptions()
+        key = "data.stream.on_changed"
+        super().__init__(batch_size, global_batch_size, audit, self._options.on_changed, key)
         self._shards, self._fingerprint = shards, ""
         self._frames, self._make_conversation = frames, conversation
         self.training, self.grid = training, grid
@@ -143,8 +158,7 @@ class HaystackDataModule(StepsDataModule):
             data = hashlib.sha256()
             for shards in self._shards.values():
                 data.update(read_manifest(shards["train"]).fingerprint().encode())
-            words = asdict(self.training)
-            del words["on_changed"]
+            words = asdict(self.training) | {"seed": self._options.seed}
             plan = " ".join(f"{name} {words[name]}".replace(", ", ",") for name in words)
             self._fingerprint = (
                 f"data {data.hexdigest()[:16]} {plan} batch {self.batch_size} step {self.per_step}"
@@ -167,14 +181,22 @@ class HaystackDataModule(StepsDataModule):
         return self._grid.bank
 
     def train_dataloader(self) -> StreamLoader:
-        loader = self._loader("train", self.training, self.per_step, position=self._position)
+        options = self._options
+        loader = self._loader(
+            "train",
+            self.training,
+            options.seed,
+            self.per_step,
+            num_workers=options.num_workers,
+            position=self._position,
+        )
         self._end_in_steps(len(loader.order), loader.world)
         return loader
 
     def val_dataloader(self) -> StreamLoader:
         """One question about each of a few videos as long as those of training, all unseen."""
-        plan = replace(self.training, samples=_VAL_SAMPLES, needles=1, growth=0.0, seed=_VAL_SEED)
-        return self._loader("test", plan)
+        plan = replace(self.training, samples=_VAL_SAMPLES, needles=1, growth=0.0)
+        return self._loader("test", plan, _VAL_SEED)
 
     @cached_property
     def conversation(self) -> ConversationEncoder:
@@ -211,13 +233,13 @@ class HaystackDataModule(StepsDataModule):
         )
 
     def _loader(
-        self, split: str, plan: TrainingPlan, per_step: int | None = None, **position: Any
+        self, split: str, plan: TrainingPlan, seed: int, per_step: int | None = None, **how: Any
     ) -> StreamLoader:
-        samples = HaystackSamples(*self._sets[split], plan, self.conversation)
+        samples = HaystackSamples(*self._sets[split], plan, self.conversation, seed)
         stream = HaystackStream(samples, self.batch_size, self._collate, per_step)
         rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
         return StreamLoader(
-            lambda epoch: stream, stream, Faults("raise"), rank=rank, world=world, **position
+            lambda epoch: stream, stream, Faults("raise"), rank=rank, world=world, **how
         )
 
 
@@ -272,16 +294,17 @@ class HaystackSamples(Dataset):
         needles: list[Needle],
         plan: TrainingPlan,
         conversation: ConversationEncoder,
+        seed: int,
     ):
         self._clips, self._needles, self._plan = clips, needles, plan
-        self._conversation = conversation
+        self._conversation, self._seed = conversation, seed
         self._by_question = by_question(needles)
 
     def __len__(self) -> int:
         return self._plan.samples
 
     def __getitem__(self, n: int) -> Sample:
-        rng = np.random.default_rng([self._plan.seed, n])
+        rng = np.random.default_rng([self._seed, n])
         length = int(rng.integers(*self._plan.range_at(n), endpoint=True))
         clip = self._clips[rng.integers(len(self._clips))]
         start = int(rng.integers(len(clip)))

@@ -57,7 +57,6 @@ _HOW = (
     "data.stream.on_bad_sample",
     "data.stream.on_changed",
     "data.stream.timeout_s",
-    "data.training.on_changed",
     "model.encoder.attention",
     "model.llm.attention",
     "module.optimizer.foreach",
@@ -103,7 +102,7 @@ _FURTHER = (
 _PLACES = ("data.train", "data.val", "data.shards")
 
 #: With `on_changed: go_on` the user takes other data on purpose.
-_GO_ON = ("data.stream.on_changed", "data.training.on_changed")
+_GO_ON = ("data.stream.on_changed",)
 
 Differences = dict[str, tuple[Any, Any]]
 

@@ -10,14 +10,19 @@ from lightning import Trainer
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT
 from datamodules.haystack.cells import GridPlan, NeedleGrid
-from datamodules.haystack.datamodule import HaystackDataModule, HaystackSamples, TrainingPlan
+from datamodules.haystack.datamodule import (
+    HaystackDataModule,
+    HaystackOptions,
+    HaystackSamples,
+    TrainingPlan,
+)
 from datamodules.haystack.distractors import PeriodicDistractors, SingleDistractor
 from datamodules.haystack.needle import Needle
 from datamodules.sample.conversation import ConversationEncoder
 from datamodules.visuals.frames import FpsSampler, FrameReader
 
 QUESTIONS, CLIP_LENGTHS = 4, (7, 12)
-PLAN = TrainingPlan(samples=40, frames=(6, 12), needles=3, first_frames=(3, 4), growth=0.5, seed=5)
+PLAN = TrainingPlan(samples=40, frames=(6, 12), needles=3, first_frames=(3, 4), growth=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,7 @@ def needles():
 
 @pytest.fixture(scope="module")
 def samples(clips, needles, conversation):
-    return HaystackSamples(clips, needles, PLAN, conversation)
+    return HaystackSamples(clips, needles, PLAN, conversation, 5)
 
 
 def shown(sample) -> list[int]:
@@ -55,8 +60,8 @@ def shown(sample) -> list[int]:
 
 
 def test_a_sample_is_a_function_of_seed_and_number(samples, clips, needles, conversation):
-    again = HaystackSamples(clips, needles, PLAN, conversation)
-    other = HaystackSamples(clips, needles, replace(PLAN, seed=6), conversation)
+    again = HaystackSamples(clips, needles, PLAN, conversation, 5)
+    other = HaystackSamples(clips, needles, PLAN, conversation, 6)
     order = np.random.default_rng(0).permutation(PLAN.samples).tolist()
     drawn = {n: samples[n] for n in order}
     for n in range(PLAN.samples):
@@ -333,3 +338,18 @@ def test_too_few_needles_are_counted(clips, needles):
 def test_a_plan_that_cannot_be_says_which_key(plan, fields, key):
     with pytest.raises(ValueError, match=rf"data\.\w+\.{key} is"):
         plan(**fields)
+
+
+def test_workers_draw_the_same_samples(make_module):
+    drawn = []
+    for workers in (0, 2):
+        module = make_module()
+        module._options = HaystackOptions(seed=3, num_workers=workers)
+        module.setup()
+        drawn.append([batch.frames for batch in module.train_dataloader()])
+    assert len(drawn[0]) == len(drawn[1]) == 12
+    assert all(torch.equal(*pair) for pair in zip(*drawn, strict=True))
+    module._options = HaystackOptions(seed=4)
+    other = [batch.frames for batch in module.train_dataloader()]
+    pairs = zip(other, drawn[0], strict=True)
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)

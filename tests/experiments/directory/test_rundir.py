@@ -126,7 +126,7 @@ def test_other_shards_of_the_same_name_change_nothing(killed, run, tmp_path, nee
     with pytest.raises(SystemExit, match="shards of the data changed since the checkpoint"):
         run(killed, f"paths.data={data}")
     assert contents(killed) == before
-    run(killed, f"paths.data={data}", "data.training.on_changed=go_on")
+    run(killed, f"paths.data={data}", "data.stream.on_changed=go_on")
     assert done(killed)["steps"] == 2
 
 
