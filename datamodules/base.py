@@ -1,4 +1,4 @@
-"""What both datamodules are: steps of a global batch size, and a place that a checkpoint keeps."""
+"""The base class of datamodules: a fixed global batch size, and resume from a checkpoint."""
 
 from abc import abstractmethod
 from typing import Any
@@ -11,15 +11,15 @@ from datamodules.stream.order import divisors, listed
 
 
 class StepsDataModule(LightningDataModule):
-    """Shares the samples of an optimizer step among ranks, and knows which were trained on.
+    """Splits the samples of an optimizer step among ranks, and counts the trained samples.
 
     Args:
-        batch_size: samples of one batch of one rank: the micro-batch.
-        global_batch_size: samples of an optimizer step, all ranks together; `None` is one
+        batch_size: samples per micro-batch, the batch of one rank.
+        global_batch_size: samples per optimizer step over all ranks; `None` means one
             micro-batch.
-        audit: whether the sample keys of every step are to be written down.
-        on_changed: `stop` refuses the checkpoint of another stream, `go_on` takes it.
-        key: of `on_changed`, for what a user reads.
+        audit: whether to write the sample keys of every step to a file.
+        on_changed: `stop` refuses a checkpoint of a different stream, `go_on` accepts it.
+        key: config key of `on_changed`, for error messages.
     """
 
     def __init__(
@@ -35,20 +35,20 @@ class StepsDataModule(LightningDataModule):
         self.audit = audit
         self.faults: dict[str, Faults] = {}
         self._go_on, self._key = on_changed == "go_on", key
-        self._batches = 0  # trained on in an epoch, all ranks together
+        self._batches = 0  # micro-batches per epoch, over all ranks
         self._restored: tuple[int, int] | None = None
         self._check_world(1)
 
     @property
     def per_step(self) -> int:
-        """Micro-batches of an optimizer step, all ranks together."""
+        """Micro-batches per optimizer step, over all ranks."""
         return self.global_batch_size // self.batch_size
 
     def accumulation(self, world: int) -> int:
-        """Micro-batches that one of `world` ranks takes in an optimizer step.
+        """Returns the gradient accumulation: micro-batches per rank and optimizer step.
 
         Raises:
-            ValueError: they do not divide; names what does.
+            ValueError: the sizes do not divide; the message names sizes that do.
         """
         self._check_world(world)
         return self.per_step // world
@@ -69,27 +69,27 @@ class StepsDataModule(LightningDataModule):
 
     @property
     def trained_samples(self) -> int:
-        """Samples that all ranks have trained on since the training began."""
+        """Samples that all ranks together have trained on since training began."""
         return self._samples_before(*trained_on(self.trainer))
 
     def _end_in_steps(self, batches: int, ranks: int) -> None:
-        """Has the trainer end its epochs, and validate, at the end of optimizer steps.
+        """Makes the trainer end epochs and validate only at the end of an optimizer step.
 
-        Lightning counts micro-batches of one rank. Shares of an epoch become whole steps here, of
-        which there are as many for every number of ranks.
+        Lightning counts the micro-batches of one rank. This method rounds fractions of an epoch
+        to whole optimizer steps, so their number does not depend on the number of ranks.
 
         Args:
-            batches: micro-batches of an epoch, all ranks together.
+            batches: micro-batches per epoch, over all ranks.
 
         Raises:
-            ValueError: the interval of validation is longer than an epoch.
+            ValueError: the validation interval is longer than an epoch.
         """
         self._batches, trainer = batches, self.trainer
         if trainer is None:
             return
         limit, interval = (
             getattr(trainer, name, 1.0) for name in ("limit_train_batches", "val_check_interval")
-        )  # no interval is set where it is a time
+        )  # the trainer has no such attribute if the interval is a time
         mine = batches // ranks
         if isinstance(limit, float) and 0 < limit < 1:
             limit = share_of(mine, limit, trainer.accumulate_grad_batches)
@@ -113,26 +113,26 @@ class StepsDataModule(LightningDataModule):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """What the order of samples depends on, in words: `data 5d41... seed 0 ...`."""
+        """Returns everything that the sample order depends on: `data 5d41... seed 0 ...`."""
 
     @abstractmethod
     def outlined(self, outline: Outline) -> Any:
-        """A training batch of as many samples of these sizes as one can have."""
+        """Returns the largest possible training batch of samples of these sizes."""
 
     @property
     def even(self) -> bool:
-        """Whether every training batch has `batch_size` samples."""
+        """True if every training batch has `batch_size` samples."""
         return True
 
     def describe(self) -> dict[str, Any]:
-        """What the numbers of a validation depend on, beside the model; plain containers."""
+        """Returns all data settings that validation scores depend on, as plain containers."""
         return {"data": self.fingerprint()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training stands, the same on all ranks.
+        """Returns the stream position of the training. It is the same on all ranks.
 
-        `micro_batches` are those of all ranks in this epoch, `faults` the bad samples of all ranks
-        since the training began.
+        `micro_batches` counts this epoch over all ranks. `faults` counts the bad samples of all
+        ranks since training began.
         """
         epoch, done = trained_on(self.trainer)
         counts = self.faults["train"]
@@ -146,14 +146,14 @@ class StepsDataModule(LightningDataModule):
         }
 
     def validation_fingerprint(self) -> str | None:
-        """Says which shards are validated on; None where nothing is known of them."""
+        """Returns a fingerprint of the validation shards, or None if there are none."""
         return None
 
     def check(self, state_dict: dict[str, Any]) -> None:
         """Compares the stream of a checkpoint with this one. Needs no trainer.
 
         Raises:
-            ValueError: they are not the same, and `on_changed` does not allow that.
+            ValueError: the streams differ, and `on_changed` does not allow that.
         """
         then, now = state_dict["fingerprint"], self.fingerprint()
         if self._go_on:
@@ -176,10 +176,10 @@ class StepsDataModule(LightningDataModule):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what was counted; the place itself is the trainer's to know.
+        """Restores the counts of bad samples. The trainer restores the stream position itself.
 
         Raises:
-            ValueError: the stream is not that of the checkpoint.
+            ValueError: the stream is not the one of the checkpoint.
         """
         self.check(state_dict)
         then, now = state_dict["fingerprint"], self.fingerprint()
@@ -189,10 +189,10 @@ class StepsDataModule(LightningDataModule):
             self._restored = state_dict["epoch"], state_dict["micro_batches"]
 
     def _position(self) -> tuple[int, int]:
-        """(epoch, micro-batches of all ranks done in it).
+        """Returns the stream position: (epoch, micro-batches of all ranks done in it).
 
         Raises:
-            ValueError: the trainer counts on from another place than the checkpoint's.
+            ValueError: the trainer continues from another stream position than the checkpoint's.
         """
         here, restored, self._restored = trained_on(self.trainer), self._restored, None
         count = [place[0] * self._batches + place[1] for place in (here, restored or here)]
@@ -209,6 +209,6 @@ def _validates_by_epoch(trainer: Any) -> bool:
 
 
 def share_of(batches: int, share: float, per_step: int) -> int:
-    """Returns the micro-batches of a share of an epoch: whole optimizer steps, one at least."""
-    steps = max(1, int(batches // per_step * share + 1e-9))  # 0.7 of 10 is a little below 7
+    """Returns the micro-batches in a fraction of an epoch: whole optimizer steps, at least one."""
+    steps = max(1, int(batches // per_step * share + 1e-9))  # in floats, 0.7 * 10 can be below 7
     return steps * per_step
