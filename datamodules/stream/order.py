@@ -14,7 +14,7 @@ from jaxtyping import Int64
 
 from datamodules.stream.index import Manifest
 
-_MIXED_STREAMS = 48  # neighbouring micro-batches come from at least about this many streams
+_MIXED_STREAMS = 48  # default number of virtual streams; slightly more if steps do not divide it
 _MOST_CHUNKS = 2**21  # per epoch; 30 MB per process
 
 

@@ -24,8 +24,7 @@ from datamodules.errors import BadSampleError
 from datamodules.visuals.headers import check_claims
 from datamodules.visuals.images import MAX_PIXELS, is_image, kind_of
 
-#: Maximum memory in bytes to decode one video. A file of some kilobytes can claim any number of
-#: large frames.
+#: Maximum memory in bytes to decode one video. A tiny file can claim any number of large frames.
 MAX_BYTES = 2 << 30
 
 # Maximum size of one memory block in FFmpeg: a plane of an 8K frame, or a table of five million

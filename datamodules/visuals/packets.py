@@ -17,9 +17,8 @@ from datamodules.visuals.container import open_video
 from datamodules.visuals.headers import missing_bytes
 from datamodules.visuals.images import MAX_PIXELS
 
-# Maximum pixels decoded to reach the wanted frames: a constant for any file, plus a number per
-# byte. Real films stay far below. A file of some kilobytes that claims hours of large frames does
-# not.
+# Maximum pixels decoded to reach the wanted frames: a constant per file, plus a number per byte.
+# Real films stay far below. A file of a few kilobytes that claims hours of large frames exceeds it.
 _PIXELS_ANY, _PIXELS_A_BYTE = 20_000_000_000, 5_000
 
 _NO_TIME = -(1 << 63)

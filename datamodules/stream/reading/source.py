@@ -25,8 +25,8 @@ from datamodules.stream.reading.patience import SLOWEST, Patience, persistently,
 from datamodules.stream.reading.tar import TarBytes
 
 #: Environment variable for this process and its workers: JSON list of urls and schemes that may be
-#: opened in addition to `_STORES`. It is set while a run directory, maybe not one's own, is
-#: replayed.
+#: opened in addition to `_STORES`. It is set while a run directory is replayed, because that may
+#: come from another user.
 REPLAYED = "ROPELAB_REPLAYED"
 
 #: Schemes that only fetch bytes.
@@ -186,7 +186,7 @@ class HttpFile(Source):
 
 
 def _bytes_before(response: requests.Response, start: int) -> int:
-    """Returns the number of bytes to skip in a response until `start`; raises for a bad one."""
+    """Returns the number of bytes in a response before `start`. Raises for a bad response."""
     code = response.status_code
     if code in (404, 410):
         raise BadSampleError("shard_missing", f"status {code}")
