@@ -41,7 +41,7 @@ class StepsDataModule(LightningDataModule):
 
     @property
     def per_step(self) -> int:
-        """Micro-batches per optimizer step, over all ranks."""
+        """Number of micro-batches per optimizer step, over all ranks."""
         return self.global_batch_size // self.batch_size
 
     def accumulation(self, world: int) -> int:
@@ -69,7 +69,7 @@ class StepsDataModule(LightningDataModule):
 
     @property
     def trained_samples(self) -> int:
-        """Samples that all ranks together have trained on since training began."""
+        """Number of samples that all ranks together have trained on since training began."""
         return self._samples_before(*trained_on(self.trainer))
 
     def _end_in_steps(self, batches: int, ranks: int) -> None:
