@@ -52,7 +52,7 @@ class Processor:
     ) -> VideoBatch:
         """Returns a batch with one row per conversation.
 
-        A conversation that ends with a question ends where the model's answer begins.
+        If the last turn is a question, the row ends where the model's answer begins.
 
         Args:
             conversations: messages, `{"role": "user", "content": "<video>\\n…"}`, with the word

@@ -3,7 +3,7 @@
 [{"from": "human", "value": "<image>\\nDescribe it."}, {"from": "gpt", "value": "A red bike ..."}]
 
 input_ids  SLOT
-prompt_ids <|start|> A red bike ... <|end|>    as many tokens as the tower has positions
+prompt_ids <|start|> A red bike ... <|end|>    at most as many tokens as the text tower reads
 """
 
 from collections.abc import Sequence

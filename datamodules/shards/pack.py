@@ -55,7 +55,7 @@ class Outcome:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
-    """Writes samples (key, members by suffix) as a tar and its index, by an atomic write.
+    """Writes samples (key, members by suffix) as a tar by an atomic write, and then its index.
 
     Writes nothing if there are no samples.
 

@@ -32,7 +32,7 @@ class BudgetOrder:
     sample and 0.5 s per million samples in every rank. The design limit is 10^8 samples.
 
     Attributes:
-        described: what the order depends on, for a fingerprint.
+        described: the facts that the order depends on, as text for a fingerprint.
         trained: number of micro-batches per epoch that are trained on, from the first one.
 
     Args:

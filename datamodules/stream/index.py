@@ -129,7 +129,7 @@ class Manifest:
 
     @property
     def counts(self) -> np.ndarray:
-        """Samples of each shard."""
+        """Number of samples of each shard."""
         return self._columns.counts
 
     @cached_property

@@ -109,7 +109,7 @@ class MixtureOrder:
     epoch. Any rank may get any row, so every rank reads a pipe from start to end. Prefer files.
 
     Attributes:
-        described: what the order depends on, for a fingerprint.
+        described: the facts that the order depends on, as text for a fingerprint.
 
     Args:
         orders: one order per dataset, with micro-batches of one sample.

@@ -195,7 +195,7 @@ class ShuffledOrder(FileOrder):
 
     @property
     def described(self) -> str:
-        """What the order depends on in addition to the options, for a fingerprint."""
+        """Text for a fingerprint: the facts that the order depends on, besides the options."""
         return f"streams {self.streams}"
 
     def check_world(self, world: int) -> None:

@@ -40,8 +40,8 @@ _VISUALS = {
 }
 # (question, more of it, answer) of ms-swift and LLaMA-Factory
 _PAIRS = (("query", None, "response"), ("instruction", "input", "output"))
-# Fields that are read. An empty value counts as a missing field: pandas writes one for every row
-# without the field.
+# Fields that are read. A null counts as a missing field: pandas writes one in every row without
+# the field.
 _READ = {"conversations", "conversation", "messages", "prompt", "completion", "chosen", "rejected"}
 _READ |= {"rejected_response", "rejected_messages", "QA", "query", "response", "history", "system"}
 _READ |= {"instruction", "input", "output", "question"}

@@ -233,7 +233,7 @@ def _described(member: tarfile.TarInfo) -> str:
 def _next_header(file: TarBytes, start: int) -> int | None:
     """Moves to the first whole header after `start` and returns its offset, or None.
 
-    A pipe cannot go back, so the search starts where it was read to.
+    A pipe cannot go back, so there the search starts at the current offset.
     """
     if file.seekable():
         file.seek(start)
