@@ -1,4 +1,4 @@
-"""Reads shards and makes batches of them.
+"""Reads shards and makes batches from them.
 
-A datamodule lies here as one file. The rooms below hold its parts.
+Each datamodule is one file here. The rooms below hold the parts that datamodules share.
 """

@@ -50,14 +50,14 @@ class VideoDataModule(LightningDataModule):
 
     @property
     def per_step(self) -> int:
-        """Micro-batches of an optimizer step, all ranks together."""
+        """Number of micro-batches per optimizer step, over all ranks."""
         return self.global_batch_size // self.batch_size
 
     def accumulation(self, world: int) -> int:
-        """Micro-batches that one of `world` ranks takes in an optimizer step.
+        """Returns the gradient accumulation: micro-batches per rank and optimizer step.
 
         Raises:
-            ValueError: they do not divide; names what does.
+            ValueError: the sizes do not divide; the message names sizes that do.
         """
         self._check_world(world)
         return self.per_step // world
@@ -158,27 +158,27 @@ class StepsDataModule(VideoDataModule):
 
     @property
     def trained_samples(self) -> int:
-        """Samples that all ranks have trained on since the training began."""
+        """Number of samples that all ranks together have trained on since training began."""
         return self._samples_before(*trained_on(self.trainer))
 
     def _end_in_steps(self, batches: int, ranks: int) -> None:
-        """Has the trainer end its epochs, and validate, at the end of optimizer steps.
+        """Makes the trainer end epochs and validate only at the end of an optimizer step.
 
-        Lightning counts micro-batches of one rank. Shares of an epoch become whole steps here, of
-        which there are as many for every number of ranks.
+        Lightning counts the micro-batches of one rank. This method rounds fractions of an epoch
+        to whole optimizer steps, so their number does not depend on the number of ranks.
 
         Args:
-            batches: micro-batches of an epoch, all ranks together.
+            batches: micro-batches per epoch, over all ranks.
 
         Raises:
-            ValueError: the interval of validation is longer than an epoch.
+            ValueError: the validation interval is longer than an epoch.
         """
         self._batches, trainer = batches, self.trainer
         if trainer is None:
             return
         limit, interval = (
             getattr(trainer, name, 1.0) for name in ("limit_train_batches", "val_check_interval")
-        )  # no interval is set where it is a time
+        )  # the trainer has no such attribute if the interval is a time
         mine = batches // ranks
         if isinstance(limit, float) and 0 < limit < 1:
             limit = share_of(mine, limit, trainer.accumulate_grad_batches)
@@ -202,17 +202,17 @@ class StepsDataModule(VideoDataModule):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """What the order of samples depends on, in words: `data 5d41... seed 0 ...`."""
+        """Returns everything that the sample order depends on: `data 5d41... seed 0 ...`."""
 
     @abstractmethod
     def outlined(self, outline: Outline) -> Any:
-        """A training batch of as many samples of these sizes as one can have."""
+        """Returns the largest possible training batch of samples of these sizes."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training stands, the same on all ranks.
+        """Returns the stream position of the training. It is the same on all ranks.
 
-        `micro_batches` are those of all ranks in this epoch, `faults` the bad samples of all ranks
-        since the training began.
+        `micro_batches` counts this epoch over all ranks. `faults` counts the bad samples of all
+        ranks since training began.
         """
         epoch, done = trained_on(self.trainer)
         counts = self.faults["train"]
@@ -226,14 +226,14 @@ class StepsDataModule(VideoDataModule):
         }
 
     def validation_fingerprint(self) -> str | None:
-        """Says which shards are validated on; None where nothing is known of them."""
+        """Returns a fingerprint of the validation shards, or None if there are none."""
         return None
 
     def check(self, state_dict: dict[str, Any]) -> None:
         """Compares the stream of a checkpoint with this one. Needs no trainer.
 
         Raises:
-            ValueError: they are not the same, and `on_changed` does not allow that.
+            ValueError: the streams differ, and `on_changed` does not allow that.
         """
         then, now = state_dict["fingerprint"], self.fingerprint()
         if self._go_on:
@@ -256,10 +256,10 @@ class StepsDataModule(VideoDataModule):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what was counted; the place itself is the trainer's to know.
+        """Restores the counts of bad samples. The trainer restores the stream position itself.
 
         Raises:
-            ValueError: the stream is not that of the checkpoint.
+            ValueError: the stream is not the one of the checkpoint.
         """
         self.check(state_dict)
         then, now = state_dict["fingerprint"], self.fingerprint()
@@ -269,10 +269,10 @@ class StepsDataModule(VideoDataModule):
             self._restored = state_dict["epoch"], state_dict["micro_batches"]
 
     def _position(self) -> tuple[int, int]:
-        """(epoch, micro-batches of all ranks done in it).
+        """Returns the stream position: (epoch, micro-batches of all ranks done in it).
 
         Raises:
-            ValueError: the trainer counts on from another place than the checkpoint's.
+            ValueError: the trainer continues from another stream position than the checkpoint's.
         """
         here, restored, self._restored = trained_on(self.trainer), self._restored, None
         count = [place[0] * self._batches + place[1] for place in (here, restored or here)]
@@ -289,6 +289,6 @@ def _validates_by_epoch(trainer: Any) -> bool:
 
 
 def share_of(batches: int, share: float, per_step: int) -> int:
-    """Returns the micro-batches of a share of an epoch: whole optimizer steps, one at least."""
-    steps = max(1, int(batches // per_step * share + 1e-9))  # 0.7 of 10 is a little below 7
+    """Returns the micro-batches in a fraction of an epoch: whole optimizer steps, at least one."""
+    steps = max(1, int(batches // per_step * share + 1e-9))  # in floats, 0.7 * 10 can be below 7
     return steps * per_step

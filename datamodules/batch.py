@@ -1,11 +1,11 @@
-"""The contract between the two halves: what a datamodule yields and a model takes.
+"""The batches that a datamodule yields and a model takes.
 
-Axis letters, the same in every signature of the project:
+All signatures of the project use the same axis letters:
 
-    b  samples of a batch               d  width of the stage at hand
-    l  tokens of a padded row           e  width of the space that CLIP's image and text share
+    b  samples of a batch               d  width of the current component
+    l  tokens of a padded row           e  width of CLIP's joint image-text space
     v  visuals (videos and images)      m  width of the LLM
-    n  frames of all visuals, in turn   k  tokens of a padded guide prompt
+    n  frames of all visuals, in order  k  tokens of a padded guide prompt
     c  colour channels                  p  patches of one frame, row by row
     t  time steps of a visual           h, w  rows and columns of pixels, patches or tokens
     f  rotary frequencies (half the width of an attention head)
@@ -22,18 +22,18 @@ from lightning import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-#: Label of a token that is not learnt, as `torch.nn.functional.cross_entropy` ignores it.
+#: Label of a token without loss. `torch.nn.functional.cross_entropy` ignores it by default.
 IGNORE_INDEX = -100
 
-#: Stands in `input_ids` for one whole visual, as LLaVA's IMAGE_TOKEN_INDEX does. The model puts
-#: as many tokens in its place as the pooler leaves, so data never depends on the pooler.
+#: Placeholder in `input_ids` for one whole visual, like LLaVA's IMAGE_TOKEN_INDEX. The model
+#: replaces it with the tokens that the pooler returns, so the data does not depend on the pooler.
 VISUAL_SLOT = -200
 
-_FILL = {"labels": IGNORE_INDEX}  # of rows that become wider
+_FILL = {"labels": IGNORE_INDEX}  # padding value by field; 0 for all others
 
 
 class Grid(NamedTuple):
-    """Time steps, rows and columns of one visual, in patches or in tokens. An image has t = 1."""
+    """The time steps, rows and columns of one visual, in patches or tokens. An image has t = 1."""
 
     t: int
     h: int
@@ -45,9 +45,9 @@ class Grid(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """How an image was cut: a grid of frames, and the pixels of the picture that they hold.
+    """The layout of an image that was cut into tiles: the tile grid and the picture size in pixels.
 
-    The picture stands in the middle of the grid in its own aspect ratio, as large as fits.
+    The picture keeps its aspect ratio. It is centred in the grid and as large as fits.
     """
 
     rows: int
@@ -57,31 +57,31 @@ class Tiles(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is known of the question that a held-out sample asks."""
+    """The question of a held-out sample, with its correct answers."""
 
-    answers: tuple[str, ...]  # any of them is right; with options a letter, in a pair yes or no
-    options: tuple[str, ...] = ()  # of a multiple choice, lettered A, B, ... in this order
-    option_ids: tuple[int, ...] = ()  # the token with which an answer of that letter begins
-    pair: str = ""  # names the questions that count only together
-    hallucinated: bool = False  # of a pair: this one asks after what the video does not show
+    answers: tuple[str, ...]  # each one is correct; a letter with `options`, yes or no in a pair
+    options: tuple[str, ...] = ()  # choices of a multiple-choice question, lettered A, B, ...
+    option_ids: tuple[int, ...] = ()  # first token of the answer, for each option's letter
+    pair: str = ""  # name of a group of questions that are scored together
+    hallucinated: bool = False  # in a pair: this question asks about something not in the video
 
 
 @dataclass
 class VideoBatch:
-    """Samples padded on the right. Visuals of any length, several or none in a sample."""
+    """Samples padded on the right. A sample has any number of visuals, of any length."""
 
-    input_ids: Int[Tensor, "b l"]  # VISUAL_SLOT once for every visual of the row
+    input_ids: Int[Tensor, "b l"]  # one VISUAL_SLOT for each visual of the row
     attention_mask: Bool[Tensor, "b l"]  # False on padding
     labels: Int[Tensor, "b l"]  # IGNORE_INDEX outside the answers
-    frames: Num[Tensor, "n c h w"]  # uint8 RGB; floats are taken as normalised already
-    frame_counts: list[int]  # frames of each visual, in the order of their slots, row by row
-    prompt_ids: Int[Tensor, "b k"]  # the question as the encoder's text tower reads it
+    frames: Num[Tensor, "n c h w"]  # uint8 RGB; floats must already be normalised
+    frame_counts: list[int]  # frames of each visual, in the order of the slots, row by row
+    prompt_ids: Int[Tensor, "b k"]  # the question, tokenized for the encoder's text tower
     prompt_mask: Bool[Tensor, "b k"]
-    keys: list[str]  # where each sample comes from, for logs
-    #: Of each visual: None, or how its frames are cut out of one image: a thumbnail, then tiles
-    #: row by row. Empty: no visual is.
+    keys: list[str]  # origin of each sample, for logs
+    #: One entry per visual. Tiles: its frames are a thumbnail, then the tiles row by row. None:
+    #: it was not cut. An empty list means that no visual was cut.
     tiles: list[Tiles | None] = field(default_factory=list)
-    tasks: list[Task | None] = field(default_factory=list)  # of each row; empty: nothing is known
+    tasks: list[Task | None] = field(default_factory=list)  # one per row; empty: no row has one
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -110,16 +110,16 @@ class VideoBatch:
 
     @property
     def clips(self) -> list[int]:
-        """`frame_counts` as an encoder takes them: a tile has no neighbours in time."""
+        """Returns `frame_counts` for an encoder: each tile is a clip of one frame."""
         counts = zip(self.frame_counts, self.tiles, strict=True)
         return [n for frames, tiles in counts for n in ([1] * frames if tiles else [frames])]
 
     def first(self, count: int) -> "VideoBatch":
-        """The first rows, with their visuals."""
+        """Returns the first `count` rows with their visuals."""
         return self.select(range(count))
 
     def select(self, rows: Sequence[int]) -> "VideoBatch":
-        """These rows in the order of the batch, with their visuals."""
+        """Returns these rows with their visuals, in the order of the batch."""
         taken = [row in rows for row in range(len(self))]
         index = torch.tensor(taken, device=self.input_ids.device)
         owners = (self.input_ids == VISUAL_SLOT).nonzero()[:, 0].tolist()
@@ -133,9 +133,9 @@ class VideoBatch:
         )
 
     def questions(self) -> "VideoBatch":
-        """What stands before the first label of each row: there an answer is generated.
+        """Returns each row up to its first label, where the model generates an answer.
 
-        Visuals behind it are left out.
+        Drops visuals after that point.
         """
         mask = self.attention_mask & ((self.labels != IGNORE_INDEX).cumsum(1) == 0)
         return replace(
@@ -147,7 +147,7 @@ class VideoBatch:
         )
 
     def _visuals_where(self, kept: Sequence[bool]) -> dict[str, Any]:
-        """The fields that hold visuals, of some of them."""
+        """Returns the visual fields (`frames`, `frame_counts`, `tiles`) of the kept visuals."""
         visuals = zip(self.frames.split(self.frame_counts), kept, strict=True)
         return {
             "frames": torch.cat([self.frames[:0], *(frames for frames, keep in visuals if keep)]),
@@ -156,7 +156,7 @@ class VideoBatch:
         }
 
     def answers(self) -> list[list[int]]:
-        """The labelled tokens of each row."""
+        """Returns the labelled tokens of each row."""
         return [row[row != IGNORE_INDEX].tolist() for row in self.labels]
 
 
@@ -168,12 +168,12 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "b l"]:
 
 @dataclass
 class PreferenceBatch:
-    """Pairs of answers to the same questions about the same visuals, the better one `chosen`."""
+    """Pairs of answers to the same questions about the same visuals. `chosen` is the better one."""
 
     chosen: VideoBatch
-    rejected: VideoBatch  # the same `frames`, not a copy of them
-    reference: Float[Tensor, "b 2"] | None = None  # log-probs of chosen, rejected, where known
-    #: What each row's reference was made with: digest by name, where known.
+    rejected: VideoBatch  # shares the tensor `frames` with `chosen`
+    reference: Float[Tensor, "b 2"] | None = None  # log-probs of chosen and rejected, if known
+    #: For each row, the settings that its reference was computed with: digest by name, if known.
     settings: list[dict[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -188,11 +188,11 @@ class PreferenceBatch:
         return self.chosen.keys
 
     def first(self, count: int) -> VideoBatch:
-        """The first rows with the answers that were chosen."""
+        """Returns the first `count` rows with the chosen answers."""
         return self.chosen.first(count)
 
     def both(self) -> VideoBatch:
-        """2 b rows: the chosen answers, then the rejected ones; the visuals stand there twice."""
+        """Returns 2 b rows: the chosen answers, then the rejected ones. Visuals appear twice."""
         joined = {
             f.name: _join(getattr(self.chosen, f.name), getattr(self.rejected, f.name), f.name)
             for f in fields(VideoBatch)
@@ -200,7 +200,7 @@ class PreferenceBatch:
         return VideoBatch(**joined)
 
     def to(self, device: torch.device) -> "PreferenceBatch":
-        """On `device`, where frames go once."""
+        """Returns the batch on `device`. The shared frames are copied once."""
         chosen = _to(self.chosen, device)
         rejected = _to(self.rejected, device, frames=chosen.frames)
         reference = None if self.reference is None else self.reference.to(device)
@@ -208,7 +208,7 @@ class PreferenceBatch:
 
 
 def _to(batch: VideoBatch, device: torch.device, **known: Any) -> VideoBatch:
-    moved = copy(batch)  # not made anew: to check it would wait for the device
+    moved = copy(batch)  # no new object: the checks of __post_init__ would wait for the device
     for name, value in vars(batch).items():
         if isinstance(value, Tensor) and name not in known:
             known[name] = value.to(device, non_blocking=device.type == "cuda")
@@ -217,7 +217,7 @@ def _to(batch: VideoBatch, device: torch.device, **known: Any) -> VideoBatch:
 
 
 def _join(first: Any, second: Any, name: str) -> Any:
-    """One field of two batches: rows below rows, padded on the right to the same width."""
+    """Stacks one field of two batches, padding rows on the right to the same width."""
     if not isinstance(first, Tensor):
         return first + second
     if name == "frames":
@@ -230,9 +230,9 @@ def _join(first: Any, second: Any, name: str) -> Any:
 
 
 def data_rank(trainer: Trainer) -> tuple[int, int]:
-    """Which of how many shares of the micro-batches this process reads.
+    """Returns (data rank, number of data ranks).
 
-    Those of a rank, but where ranks split the layers of a model among them: these read the same.
+    Ranks of one tensor-parallel group share a data rank, so they read the same micro-batches.
     """
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):

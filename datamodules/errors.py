@@ -1,14 +1,14 @@
-"""The error that every part of the data raises for a bad sample."""
+"""The error that all data code raises for a bad sample."""
 
 
 class BadSampleError(Exception):
     """A sample that cannot be used.
 
     Attributes:
-        reason: a short word that can be counted, such as `video_unreadable`.
-        detail: what else is known, in one line; cut where broken data made it long.
-        shard: where the sample is, if that is known.
-        key: its name in the shard, if that is known.
+        reason: a short word for counting, such as `video_unreadable`.
+        detail: more information in one line; cut to 400 characters.
+        shard: the shard of the sample, if known.
+        key: the name of the sample in the shard, if known.
     """
 
     def __init__(self, reason: str, detail: str = "", *, shard: str = "", key: str = ""):

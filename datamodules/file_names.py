@@ -1,4 +1,4 @@
-"""File names: how people count in them, and which ones belong to the operating system alone."""
+"""File names: natural sorting, and detection of files that only the operating system uses."""
 
 import re
 from collections.abc import Iterable
@@ -11,10 +11,10 @@ _SIDECAR_FOLDER = "__macosx"
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Sorts files of one folder as people count: `2.jpg` before `10.jpg`.
+    """Sorts the files of one folder in natural order: `2.jpg` before `10.jpg`.
 
-    Where all of them are numbers, they stand by their values: `0.25.jpg` before `0.5.jpg`. Chapters
-    such as `1.1.jpg` and `1.10.jpg` are no numbers, as they would be the same one.
+    If all names are different numbers, they are sorted by value: `0.25.jpg` before `0.5.jpg`.
+    Chapters such as `1.1.jpg` and `1.10.jpg` have the same value, so they keep natural order.
     """
     natural = sorted(names, key=natural_key)
     matches = [_SECONDS.fullmatch(name) for name in natural]
@@ -25,12 +25,12 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
-    """A key to sort by: `2.jpg` before `10.jpg`, `a2.jpg` before `B1.jpg`."""
+    """Returns a sort key that puts `2.jpg` before `10.jpg` and `a2.jpg` before `B1.jpg`."""
     parts = _DIGITS.split(name.casefold())  # text, digits, text, ..., text
     return [int(part) if n % 2 else part for n, part in enumerate(parts)], name
 
 
 def is_sidecar(path: str) -> bool:
-    """Whether macOS or Windows has put this file beside the user's: `._a.jpg`, `.DS_Store`."""
+    """Returns True for files that macOS or Windows adds by itself: `._a.jpg`, `.DS_Store`."""
     *folders, name = path.lower().split("/")
     return name.startswith("._") or name in _SIDECARS or _SIDECAR_FOLDER in [*folders, name]

@@ -15,7 +15,7 @@ visuals      uint8 (t c h w) each         input_ids, labels (l), prompt_ids (k)
                        |  collate         pad on the right
                        v
 VideoBatch   input_ids (b l)   labels (b l)   frames (n c h w)   prompt_ids (b k)
-             frame_counts, tiles: of each of the v visuals, in the order of their slots
+             frame_counts, tiles: one entry per visual (v), in the order of the slots
 """
 
 import hashlib
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 class Sample:
     key: str
     text: EncodedConversation
-    visuals: list[Tensor]  # uint8 (t c h w), t of each its own
+    visuals: list[Tensor]  # uint8 (t c h w), each with its own t
     tiles: list[Tiles | None] = field(default_factory=list)  # as in `VideoBatch`
     task: Task | None = None
 
@@ -62,15 +62,15 @@ class Sample:
 def decode_sample(
     raw: dict[str, Any], frames: FrameReader, conversation: ConversationEncoder
 ) -> Sample:
-    """A raw sample -> ids and frames; the text first, as it is the cheaper one to refuse.
+    """Decodes a raw sample into ids and frames. The text comes first: it is cheaper to refuse.
 
     Raises:
-        BadSampleError: whatever is wrong with it.
+        BadSampleError: the sample cannot be used.
     """
     entry = read_entry(raw)
     turns, suffixes = parse_entry(entry, raw)
     task = read_task(entry, turns)
-    # What is asked of a model must not be given away to the pooler.
+    # The guide prompt must not show the answer of a test question to the pooler.
     text = conversation(turns, prompt_with_answers=False if task else None)
     read = [frames.read(suffix, raw[suffix]) for suffix in suffixes]
     return Sample(
@@ -85,9 +85,10 @@ def decode_sample(
 def collate(
     samples: Sequence[Sample], *, image_size: int, pad_id: int, prompt_pad_id: int
 ) -> VideoBatch:
-    """Stacks samples; without any visual the batch has frames (0 c h w).
+    """Stacks samples into a batch. Without visuals, `frames` has shape (0 c h w).
 
-    A batch with one visual holds the very frames of its sample: an hour of video fits once.
+    A batch with one visual shares the frames of its sample: an hour of video fits into memory
+    only once.
     """
     visuals = [visual for sample in samples for visual in sample.visuals]
     none = torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8)
@@ -110,15 +111,16 @@ class InstructDataModule(StepsDataModule):
     """Streams shards of `<key>.json` (LLaVA conversation) with `<key>.mp4`, `<key>.0.jpg`, ...
 
     Args:
-        train: shards to train on: paths, folders, globs, `http(s)://` or `pipe:` urls, {braces};
-            or a mixture of such, `{name: {shards: ..., weight: 2.0}}`, by weight or else by size.
-        val: shards to validate on, read in order; the ranks repeat the first batches where their
-            number does not divide, and nothing is left out.
-        frames: reads visuals.
-        conversation: encodes text; a partial, so that a tokenizer is loaded with the first data.
-        batch_size, global_batch_size, audit: as in `StepsDataModule`. With `stream.max_tokens` a
-            training batch has at most `batch_size` samples, and a step as many batches as ever.
-        stream: how samples are shuffled and read.
+        train: training shards: paths, folders, globs, `http(s)://` or `pipe:` urls, {braces}; or
+            a mixture `{name: {shards: ..., weight: 2.0}}`. Without weights, sizes are the weights.
+        val: validation shards, read in order. Nothing is left out; if the number of ranks does not
+            divide the number of batches, some ranks repeat the first batches.
+        frames: the reader of visuals.
+        conversation: makes the text encoder; a partial, so that the tokenizer is loaded only with
+            the first data.
+        batch_size, global_batch_size, audit: as in `StepsDataModule`. With `stream.max_tokens`, a
+            training batch has at most `batch_size` samples; batches per step do not change.
+        stream: options for shuffling and reading.
     """
 
     def __init__(
@@ -152,7 +154,7 @@ class InstructDataModule(StepsDataModule):
         self._budget: BudgetOrder | None = None
 
     def prepare_data(self) -> None:
-        """Makes missing indexes once a node, before its ranks read them."""
+        """Makes missing indexes once per node, before the ranks of the node read them."""
         for split in self._splits(self.trainer.state.fn if self.trainer else None):
             self._read_manifests(split)
 
@@ -257,7 +259,7 @@ class InstructDataModule(StepsDataModule):
         return self._budget.samples_before(epoch, micro_batches)
 
     def _splits(self, stage: str | None = None) -> list[str]:
-        """A model can be validated where the shards are not that it was trained on."""
+        """Returns the splits to read. Validation alone does not need the training shards."""
         wanted = ("val",) if stage == "validate" else self._shards
         return [split for split in wanted if self._shards[split] != [None]]
 
@@ -295,11 +297,11 @@ class InstructDataModule(StepsDataModule):
         )
 
     def decoder(self) -> Callable[[dict[str, Any]], Any]:
-        """Raw sample -> sample; BadSampleError where it is no good."""
+        """Returns the function raw sample -> sample. It raises BadSampleError for a bad one."""
         return partial(decode_sample, frames=self._frames, conversation=self.conversation)
 
     def collater(self) -> Callable[[list[Any]], Any]:
-        """Samples -> batch."""
+        """Returns the function samples -> batch."""
         conversation = self.conversation
         return partial(
             collate,
@@ -310,13 +312,13 @@ class InstructDataModule(StepsDataModule):
 
     def outlined(self, outline: Outline) -> Any:
         count, options = self.batch_size, self._options
-        if options.max_tokens is not None:  # as BudgetOrder cuts them
+        if options.max_tokens is not None:  # the same rule as in BudgetOrder
             tokens = outline.tokens(options.tokens_per_frame or 0, options.tokens_per_image)
             count = max(1, min(count, options.max_tokens // tokens))
         return self.collater()([self.outlined_sample(outline)] * count)
 
     def outlined_sample(self, outline: Outline) -> Any:
-        """What `decoder` makes of a sample of these sizes."""
+        """Returns what `decoder` would return for a sample of these sizes."""
         text = self.conversation.outlined(outline)
         return Sample("outline", text, list(outline.visuals), list(outline.tiles))
 
@@ -326,6 +328,6 @@ class InstructDataModule(StepsDataModule):
 
 
 def described(made: Any) -> dict[str, Any]:
-    """An object's settings as plain containers, those of the objects in it too."""
+    """Returns an object's settings as plain containers, including those of nested objects."""
     settings = {k: described(v) if hasattr(v, "__dict__") else v for k, v in vars(made).items()}
     return {"name": type(made).__name__, **settings}

@@ -1,4 +1,4 @@
-"""Pairs of answers about videos and images: shards -> `PreferenceBatch`.
+"""Preference tuning on pairs of answers about visuals: shards -> `PreferenceBatch`.
 
 +-----------------------------------------------------------------------------------+
 | k1.json k1.mp4 | ...   {"conversations": [{"from": "human", "value": "<video>\\n.."}], |
@@ -6,8 +6,8 @@
 +-----------------------------------------------------------------------------------+
     |  stream.py, as in instruct.py
     v
-Pair             chosen, rejected: ids with labels on that answer alone; one prompt, one set of
-    |            visuals for both; reference: log-probabilities of a model that is not trained
+Pair             chosen, rejected: ids with labels on this answer only; both share the prompt and
+    |            the visuals; reference: log-probabilities of the frozen reference model
     |  collate_pairs
     v
 PreferenceBatch  chosen, rejected: VideoBatch with the same frames; reference (b 2)
@@ -52,26 +52,26 @@ class Pair:
     key: str
     chosen: EncodedConversation
     rejected: EncodedConversation
-    visuals: list[Tensor]  # uint8 (t c h w), t of each its own
+    visuals: list[Tensor]  # uint8 (t c h w), each with its own t
     tiles: list[Tiles | None]  # as in `VideoBatch`
     reference: tuple[float, float] | None  # log-probabilities of chosen and rejected
-    settings: dict[str, str]  # what `reference` was made with
+    settings: dict[str, str]  # settings that `reference` was computed with
 
 
 def decode_pair(
     raw: dict[str, Any], frames: FrameReader, conversation: ConversationEncoder
 ) -> Pair:
-    """A raw sample -> ids of both answers, and frames.
+    """Decodes a raw sample into the ids of both answers, and frames.
 
     Raises:
-        BadSampleError: no_preference (the answers are the same as far as they are read), or
-            whatever else is wrong with it.
+        BadSampleError: no_preference (the answers are the same up to `max_length` tokens), or
+            another reason why the sample cannot be used.
     """
     entry = read_entry(raw)
     asked = _question(entry)
     both = [read_turns({"conversations": [*asked, _answer(entry, name)]}) for name in ANSWERS]
     suffixes = match_visuals(both[0], raw)
-    prompt = conversation.prompt(both[0][:-1])  # without the answer, whatever guides else
+    prompt = conversation.prompt(both[0][:-1])  # never contains the answer
     chosen, rejected = (
         EncodedConversation(encoded.input_ids, _last_answer(encoded.labels), prompt)
         for encoded in map(conversation, both)
@@ -87,7 +87,7 @@ def decode_pair(
 
 
 def _question(entry: Any) -> list[Any]:
-    """The turns before the answers; LLaVA-Hound's `prompt` is one."""
+    """Returns the turns before the answers. LLaVA-Hound's `prompt` becomes one turn."""
     turns = entry.get("conversations") if isinstance(entry, dict) else None
     if turns is None and isinstance(entry, dict) and "prompt" in entry:
         return [{"from": "human", "value": entry["prompt"]}]
@@ -104,7 +104,7 @@ def _answer(entry: dict[str, Any], name: str) -> dict[str, str]:
 
 
 def _last_answer(labels: Sequence[int]) -> list[int]:
-    """Labels of the last run of labelled tokens alone: earlier answers belong to the question."""
+    """Keeps only the labels of the last answer: earlier answers belong to the question."""
     stop = max(n for n, label in enumerate(labels) if label != IGNORE_INDEX) + 1
     before = (n for n in range(stop, 0, -1) if labels[n - 1] == IGNORE_INDEX)
     start = next(before, 0)
@@ -141,7 +141,7 @@ def collate_pairs(
 class PreferenceDataModule(InstructDataModule):
     """Streams shards of `<key>.json` (a question, `chosen`, `rejected`) with their visuals.
 
-    Its arguments are those of `InstructDataModule`.
+    Takes the arguments of `InstructDataModule`.
     """
 
     def decoder(self) -> Callable[[dict[str, Any]], Pair]:
@@ -151,20 +151,20 @@ class PreferenceDataModule(InstructDataModule):
         return partial(collate_pairs, collate=super().collater())
 
     def outlined(self, outline: Outline) -> PreferenceBatch:
-        """With a reference of which no settings are known."""
+        """Returns the largest batch, with a reference whose settings are unknown."""
         return replace(super().outlined(outline), settings=[])
 
     def outlined_sample(self, outline: Outline) -> Pair:
-        """Two answers of the same length."""
+        """Returns a pair of two answers of the same length."""
         text, visuals = self.conversation.outlined(outline), list(outline.visuals)
         return Pair("outline", text, text, visuals, list(outline.tiles), (0.0, 0.0), {})
 
     def shards(self) -> dict[str, Sequence[Shard]]:
-        """Of each split that has some."""
+        """Returns the shards of each split that has shards."""
         return {split: join(self._manifests_of(split)).shards for split in self._splits()}
 
     def settings(self) -> dict[str, str]:
-        """A digest by config key of what the tokens and frames of a sample depend on."""
+        """Returns digests, by config key, of the settings that tokens and frames depend on."""
         text = self.conversation
         words = [
             [tokenizer.get_vocab(), tokenizer.chat_template]
@@ -184,7 +184,7 @@ def _digest(settings: Any) -> str:
 
 
 class RawPairs(Dataset):
-    """The samples of one shard in their order, raw and decoded."""
+    """The samples of one shard in shard order, raw and decoded."""
 
     def __init__(self, shard: Shard, data: PreferenceDataModule, timeout_s: float):
         self._shard = shard
@@ -195,7 +195,10 @@ class RawPairs(Dataset):
         return self._shard.count
 
     def __getitem__(self, number: int) -> tuple[dict[str, Any] | None, Pair | None]:
-        """What cannot be untarred is None, and so is the pair of a sample that is no good."""
+        """Returns (raw sample, pair). The pair of a bad sample is None.
+
+        Both are None if the sample cannot be untarred.
+        """
         raw = None
         try:
             raw = untar_sample(self._reader.read(0, number), self._shard.url)
@@ -209,7 +212,7 @@ class RawPairs(Dataset):
         self._reader.close()
 
     def loader(self, batch_size: int, num_workers: int) -> DataLoader:
-        """Raw samples in their order, which of them are good, and the batch of these."""
+        """Returns a loader of (raw samples, indices of the good ones, batch of the good ones)."""
         together = partial(_together, collate=self._collate)
         return DataLoader(self, batch_size, num_workers=num_workers, collate_fn=together)
 
@@ -227,7 +230,7 @@ def _together(
 def with_reference(
     raw: dict[str, Any], log_probs: Sequence[float], settings: dict[str, str]
 ) -> dict[str, Any]:
-    """A raw sample with the log-probabilities of its answers, and what they were made with."""
+    """Returns the raw sample with its answers' log-probabilities and their settings added."""
     reference = {**dict(zip(ANSWERS, log_probs, strict=True)), "settings": settings}
     entry = {**json.loads(raw["json"]), "reference": reference}
     return {**raw, "json": json.dumps(entry, ensure_ascii=False, sort_keys=True).encode()}

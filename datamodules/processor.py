@@ -1,4 +1,4 @@
-"""What a saved model needs to read a question about a file, beside its weights.
+"""The processor of a saved model: turns conversations and files into a batch.
 
 processor = Processor.from_pretrained(folder)
 model = VideoLanguageModel.from_pretrained(folder)
@@ -25,14 +25,14 @@ _PROMPT_TOKENIZER = "prompt_tokenizer"
 
 
 class Processor:
-    """Conversations and files in, a `VideoBatch` out, as the model was trained to read them.
+    """Turns conversations and files into a `VideoBatch`, in the same way as in training.
 
     Args:
-        frames, conversation: specs, as the nodes `data.frames` and `data.conversation` of a run
-            hold them: class paths under `_target_`, and arguments.
+        frames, conversation: specs like the nodes `data.frames` and `data.conversation` of a
+            run: class paths under `_target_`, and arguments.
 
     Attributes:
-        generation: token ids that `VideoLanguageModel.generate` is to be given.
+        generation: token ids to pass to `VideoLanguageModel.generate`.
     """
 
     def __init__(self, frames: Mapping[str, Any], conversation: Mapping[str, Any]):
@@ -50,15 +50,18 @@ class Processor:
         conversations: Sequence[Sequence[Mapping[str, str]]],
         visuals: Sequence[Sequence[str | Path]] = (),
     ) -> VideoBatch:
-        """One row for each conversation; where it ends with a question, an answer is due.
+        """Returns a batch with one row per conversation.
+
+        If the last turn is a question, the row ends where the model's answer begins.
 
         Args:
             conversations: messages, `{"role": "user", "content": "<video>\\n…"}`, with the word
-                <video> or <image> wherever a file of `visuals` is shown.
+                <video> or <image> in the place of each file of `visuals`.
             visuals: the files of each conversation, in the order of those words.
 
         Raises:
-            ValueError: files and words do not match. BadSampleError: a file cannot be read.
+            ValueError: the numbers of files and words differ.
+            BadSampleError: a file cannot be read.
         """
         files = visuals or [()] * len(conversations)
         samples = [
@@ -77,7 +80,7 @@ class Processor:
         return [text.strip() for text in texts]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """`processor.json`, the tokenizer, and that of the guide prompt in a folder of its own."""
+        """Writes `processor.json`, the tokenizer, and a subfolder with the prompt tokenizer."""
         folder = Path(folder)
         self.conversation.tokenizer.save_pretrained(folder)
         self.conversation.prompt_tokenizer.save_pretrained(folder / _PROMPT_TOKENIZER)
@@ -85,10 +88,10 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Processor":
-        """What `save_pretrained` wrote; only classes of this package are built.
+        """Loads what `save_pretrained` wrote. Builds only classes of `datamodules`.
 
         Raises:
-            ValueError: it is not there, or names other classes.
+            ValueError: the file does not exist, or names other classes.
         """
         folder = Path(folder)
         if not (folder / _FILE).is_file():
@@ -109,13 +112,13 @@ class Processor:
 
 
 def _build(spec: Mapping[str, Any], kind: type = object) -> Any:
-    """The object of a spec, nested ones first.
+    """Builds the object of a spec. Nested specs are built first.
 
     Args:
-        kind: base class that the class must have.
+        kind: required base class.
 
     Raises:
-        ValueError: a class that is not one of `datamodules`, or is of another kind.
+        ValueError: the class is not from `datamodules`, or not a subclass of `kind`.
     """
     arguments = {
         key: _build(value) if isinstance(value, Mapping) and "_target_" in value else value

@@ -1,4 +1,4 @@
-"""Needle tests: long videos with one frame that a question asks for.
+"""Needle tests: long videos in which one frame answers the question.
 
 The datamodule lays out the cells; the metrics score the answers.
 """

@@ -1,4 +1,4 @@
-"""The cells of a needle test."""
+"""The plan and the cells of a needle test."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +13,19 @@ from datamodules.batch import VideoBatch
 from datamodules.haystack.distractors import Distractors
 from datamodules.haystack.needle import Needle, by_question
 
-#: Rows that every grid has beside its conditions.
+#: Conditions that every test measures in addition to those of its plan.
 CANARIES = ("blind", "ceiling")
 
 
 @dataclass(frozen=True)
 class GridPlan:
-    """Cells of an evaluation: lengths x depths x needles, under every condition.
+    """The plan of an evaluation: conditions x lengths x depths x needles.
 
     Attributes:
-        depths: where the needle stands, 0 the first and 1 the last frame.
-        needles: how many; the questions take turns.
-        conditions: name -> the distractors beside the needle; None for none.
+        frames: lengths of the haystack in frames.
+        depths: places of the needle, from 0 (first frame) to 1 (last frame).
+        needles: number of needles, taken from each question in turn.
+        conditions: name -> distractors around the needle; None: no distractors.
     """
 
     frames: Sequence[int]
@@ -43,7 +44,7 @@ class GridPlan:
         self._check_conditions()
 
     def _check_conditions(self) -> None:
-        """What would end the test only after the training is refused here."""
+        """Refuses bad conditions here, because the test itself runs only after the training."""
         if not self.conditions:
             raise ValueError("data.grid.conditions is empty; name one, such as {plain: null}")
         for name, distractors in self.conditions.items():
@@ -63,10 +64,10 @@ class GridPlan:
 
 @dataclass
 class NeedleRow:
-    """The cells of one condition, length and depth, one needle a row.
+    """One cell: a condition, a length and a depth, with one row per needle.
 
-    `order` says which frame of the bank stands where; `text` holds everything of the batch but
-    the frames, which are a stand-in of the right count: the bank's are encoded once for all rows.
+    `order` holds the bank index of each frame. `text` is the batch without its real frames: it has
+    the right number of placeholder frames, because the bank is encoded once for all cells.
     """
 
     condition: str
@@ -78,13 +79,13 @@ class NeedleRow:
 
 
 class NeedleGrid(Dataset):
-    """Rows of the evaluation by number, in an order in which neighbours share most frames.
+    """The cells of an evaluation, by number. Neighbouring cells share most of their frames.
 
-    Beside the plan's conditions there is `blind`, the haystack without any needle, and `ceiling`,
-    the needle without any haystack: what a score says, it says between those two.
+    In addition to the plan's conditions there are `blind`, the haystack without a needle, and
+    `ceiling`, the needle without a haystack. A score is meaningful between these two bounds.
 
     Attributes:
-        bank: every frame that any row shows, the haystack's first.
+        bank: all frames that any cell shows; the haystack comes first.
     """
 
     def __init__(
@@ -99,13 +100,13 @@ class NeedleGrid(Dataset):
         hay = torch.cat(clips)
         longest = max(plan.frames)
         if longest > len(hay):
-            # Forth and back again: no frame is followed by one of another place in the film.
+            # Repeat the haystack forwards and backwards, so neighbouring frames stay similar.
             there_and_back = torch.cat([torch.arange(len(hay)), torch.arange(len(hay)).flip(0)])
             hay = hay[there_and_back[torch.arange(longest) % len(there_and_back)]]
         self._hay = longest
         self.bank = torch.cat([hay[:longest], *(needle.frame[None] for needle in self._needles)])
         middle = min(plan.depths, key=lambda depth: abs(depth - 0.5))
-        # Blind first: the first row with a needle in the middle is then compared with it.
+        # Blind cells come first, so the first cell with a needle in the middle can be compared.
         self._rows = [("ceiling", 1, 0.0)] + [("blind", frames, middle) for frames in plan.frames]
         self._rows += [
             (condition, frames, depth)
@@ -142,10 +143,10 @@ class NeedleGrid(Dataset):
 
 
 def _take_turns(needles: Sequence[Needle], count: int) -> list[Needle]:
-    """`count` needles, one of each question in turn.
+    """Returns `count` needles, one from each question in turn.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer needles.
     """
     groups = list(by_question(needles).values())
     turns = [group[i] for i in range(max(map(len, groups))) for group in groups if i < len(group)]

@@ -1,4 +1,4 @@
-"""V-NIAH and V-NIAH-D: a needle image among the frames of real video, and the question it answers.
+"""V-NIAH and V-NIAH-D: a needle image among the frames of a real video, and a question about it.
 
     haystack shards  k.mp4 k.json        needle shards  k.jpg k.json (one question, one answer)
           |  frames.py                         |  frames.py, conversation.py
@@ -9,11 +9,11 @@
                           |
           +---------------+--------------------+
           v training                           v evaluation
-    a stretch of one clip with           one row = a condition, a length, a depth:
+    a part of one clip with              one cell = a condition, a length, a depth:
     several needles, a question          the same haystack with each needle in turn,
-    about each: VideoBatch               distractors around it: NeedleRow
+    about each: VideoBatch               with distractors around it: NeedleRow
 
-Needles with another question are each other's distractors. V-NIAH: LongVA, arXiv 2406.16852;
+Needles with different questions are distractors for each other. V-NIAH: LongVA, arXiv 2406.16852;
 V-NIAH-D: VideoRoPE, arXiv 2502.05173, section 4.3.
 """
 
@@ -50,14 +50,15 @@ _VAL_SAMPLES, _VAL_SEED = 64, 2**31
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Says how training samples are drawn.
+    """The plan of training samples.
 
     Attributes:
-        samples: of the whole training, over all ranks.
-        frames: fewest and most frames of a sample, needles included.
-        needles: most needles in one sample; each is a distractor for the others' questions.
-        first_frames: the range that `frames` grows from, over the first `growth` of the samples:
-            short videos are cheap and teach reading a needle before finding it.
+        samples: samples of the whole training, over all ranks.
+        frames: minimum and maximum frames of a sample, including needles.
+        needles: maximum needles per sample; each is a distractor for the other questions.
+        first_frames: the range at the start of training. It grows to `frames` over the first
+            `growth` (a fraction) of the samples. Short videos are cheap, and they teach the model
+            to read a needle before it must find one.
     """
 
     samples: int
@@ -76,7 +77,7 @@ class TrainingPlan:
                 raise ValueError(f"data.training.{name} is {getattr(self, name)}; set 1 or more")
 
     def range_at(self, n: int) -> tuple[int, int]:
-        """Fewest and most frames of the n-th sample."""
+        """Returns the minimum and maximum frames of sample n."""
         done = min(1.0, n / max(1.0, self.growth * self.samples))
         low, high = (
             round(a + done * (b - a)) for a, b in zip(self.first_frames, self.frames, strict=True)
@@ -100,14 +101,15 @@ class HaystackOptions:
 
 
 class HaystackDataModule(StepsDataModule):
-    """Haystacks of training and the grid of an evaluation, from shards.
+    """Builds haystacks for training and the cells of an evaluation from shards.
 
     Args:
-        shards: `haystack`, shards of videos by split, `train` and `test`; and `needles`, shards of
-            needle images by split.
-        frames: reads visuals; its sampler decides how many frames of each video make the haystack.
-        conversation: encodes text; a partial, so that a tokenizer is loaded with the first data.
-        training, grid: what is drawn from them.
+        shards: `haystack`: video shards by split, `train` and `test`; `needles`: needle image
+            shards by split.
+        frames: the reader of visuals; its sampler chooses the frames of a video for the haystack.
+        conversation: makes the text encoder; a partial, so that the tokenizer is loaded only with
+            the first data.
+        training, grid: the plans of training and evaluation.
         stream: how training samples are drawn and loaded.
         batch_size, global_batch_size, audit: as in `StepsDataModule`.
     """
@@ -134,7 +136,7 @@ class HaystackDataModule(StepsDataModule):
         self._sets: dict[str, tuple[list[Tensor], list[Needle]]] = {}
 
     def prepare_data(self) -> None:
-        """Makes missing indexes once a node, before its ranks read them.
+        """Makes missing indexes once per node, before the ranks of the node read them.
 
         Raises:
             BadSampleError: a shard is missing or damaged.
@@ -177,7 +179,7 @@ class HaystackDataModule(StepsDataModule):
 
     @property
     def bank(self) -> UInt8[Tensor, "n c h w"]:
-        """The frames that the rows' `order` counts."""
+        """The frames that `NeedleRow.order` indexes."""
         return self._grid.bank
 
     def train_dataloader(self) -> StreamLoader:
@@ -194,7 +196,7 @@ class HaystackDataModule(StepsDataModule):
         return loader
 
     def val_dataloader(self) -> StreamLoader:
-        """One question about each of a few videos as long as those of training, all unseen."""
+        """Returns unseen videos of the training lengths, with one question about each."""
         plan = replace(self.training, samples=_VAL_SAMPLES, needles=1, growth=0.0)
         return self._loader("test", plan, _VAL_SEED)
 
@@ -208,11 +210,14 @@ class HaystackDataModule(StepsDataModule):
         return self._collate([sample] * self.batch_size)
 
     def test_dataloader(self) -> "NeedleGrid":
-        """Every rank goes through all rows: not a DataLoader, which Lightning would share out."""
+        """Returns the cells. Every rank reads all of them.
+
+        It is not a DataLoader, because Lightning would split one among the ranks.
+        """
         return self._grid
 
     def _encode(self, needles: Sequence[Needle], frames: int) -> VideoBatch:
-        """One question a row about a video of so many frames, which are a stand-in."""
+        """Returns a batch with one question per row, about a video of placeholder frames."""
         stand_in = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
         texts = [
             Sample(
@@ -244,11 +249,11 @@ class HaystackDataModule(StepsDataModule):
 
 
 class HaystackStream(Dataset):
-    """Micro-batch m of all ranks together: the samples that follow those of micro-batch m - 1.
+    """The micro-batches of all ranks, by number m, with the samples in order.
 
     Args:
-        per_step: micro-batches of an optimizer step; what does not fill the last one is left out.
-            `None`: nobody takes a step, and any number of ranks shares them.
+        per_step: micro-batches per optimizer step; those that do not fill the last step are left
+            out. `None`: there are no steps, and any number of ranks is allowed.
     """
 
     def __init__(
@@ -277,12 +282,16 @@ class HaystackStream(Dataset):
         return self._collate([self._samples[n] for n in numbers]), []
 
     def check_world(self, world: int) -> None:
-        """Without steps those ranks that would run out of batches repeat the first ones."""
+        """Checks the number of ranks. Without steps, a rank that runs out repeats the first ones.
+
+        Raises:
+            ValueError: `world` ranks cannot share the micro-batches of an optimizer step.
+        """
         if self._per_step is not None:
             check_ranks(self._per_step, world)
 
     def close(self) -> None:
-        """Nothing is open: all frames are in memory."""
+        """Does nothing: all frames are in memory."""
 
 
 class HaystackSamples(Dataset):

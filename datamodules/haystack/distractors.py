@@ -1,4 +1,4 @@
-"""Where distractors stand around a needle."""
+"""Chooses the frames of distractors around a needle."""
 
 from abc import ABC, abstractmethod
 
@@ -8,14 +8,14 @@ import numpy as np
 class Distractors(ABC):
     @abstractmethod
     def places(self, needle: int, frames: int, rng: np.random.Generator) -> list[int]:
-        """Frame numbers of the distractors, of a haystack with the needle at frame `needle`."""
+        """Returns the frame numbers of the distractors when the needle is at frame `needle`."""
 
 
 class PeriodicDistractors(Distractors):
-    """Every `period` frames before and after the needle, as the paper of V-NIAH-D says.
+    """Puts a distractor every `period` frames before and after the needle, as in V-NIAH-D's paper.
 
-    There the period is the wavelength of a rotary angle, 2π·β^(2n/d) ≈ 200 frames for β = 1e6 and
-    n/d = 16/128: where the positions of needle and distractors look alike to that angle.
+    The paper's period is the wavelength of a rotary angle, 2π·β^(2n/d) ≈ 200 frames for β = 1e6
+    and n/d = 16/128. At this distance, the angle is the same for the needle and a distractor.
     """
 
     def __init__(self, period: int):
@@ -26,9 +26,9 @@ class PeriodicDistractors(Distractors):
 
 
 class SingleDistractor(Distractors):
-    """One distractor a period before or after the needle, as V-NIAH-D's code has it.
+    """Puts one distractor a period before or after the needle, as in V-NIAH-D's code.
 
-    On a coin's fall where both sides are in range; none where neither is.
+    The side is random if both frames exist. If neither exists, there is no distractor.
     """
 
     def __init__(self, period: int):

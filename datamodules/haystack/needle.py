@@ -1,4 +1,4 @@
-"""Needles and haystacks as they lie in shards."""
+"""Reads needles and haystacks from shards."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from datamodules.visuals.frames import FrameReader, is_video, naming
 
 @dataclass(frozen=True)
 class Needle:
-    """A picture and what only it answers."""
+    """A picture, and a question that only this picture answers."""
 
     frame: UInt8[Tensor, "c h w"]
     question: str
@@ -27,10 +27,10 @@ class Needle:
 
 
 def read_clips(shards: str | Iterable[str], frames: FrameReader) -> list[UInt8[Tensor, "_t c h w"]]:
-    """The videos of shards, in the order of the shards.
+    """Returns all videos of the shards, in shard order.
 
     Raises:
-        BadSampleError: a sample that cannot be read, or one without a video.
+        BadSampleError: a sample cannot be read, or has no video.
     """
     clips = []
     for raw in _read_all(shards):
@@ -43,10 +43,11 @@ def read_clips(shards: str | Iterable[str], frames: FrameReader) -> list[UInt8[T
 
 
 def read_needles(shards: str | Iterable[str], frames: FrameReader) -> list[Needle]:
-    """The needles of shards: one image, one question and its answer each.
+    """Returns the needles of the shards. Each sample is one image, one question and its answer.
 
     Raises:
-        BadSampleError: a sample that cannot be read, or is something else.
+        BadSampleError: a sample cannot be read, or is not a needle.
+        ValueError: all needles have the same question.
     """
     needles = []
     for raw in _read_all(shards):
@@ -83,7 +84,7 @@ def _read_all(shards: str | Iterable[str]) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _named(raw: dict[str, Any]) -> Iterator[None]:
-    """Says of a bad sample which one it is."""
+    """Adds the shard and key of a sample to its `BadSampleError`."""
     try:
         yield
     except BadSampleError as error:
@@ -92,7 +93,7 @@ def _named(raw: dict[str, Any]) -> Iterator[None]:
 
 
 def turns_about(needles: Sequence[Needle]) -> list[Turn]:
-    """One question after the other about one video."""
+    """Returns the turns of a conversation about one video, with a question per needle."""
     turns = []
     for number, needle in enumerate(needles):
         turns.append(Turn("user", needle.question if number else f"<video>\n{needle.question}"))
@@ -101,7 +102,7 @@ def turns_about(needles: Sequence[Needle]) -> list[Turn]:
 
 
 def by_question(needles: Sequence[Needle]) -> dict[str, list[int]]:
-    """Question -> numbers of the needles that it is asked about."""
+    """Groups needles by question: question -> indices of its needles."""
     groups: dict[str, list[int]] = {}
     for number, needle in enumerate(needles):
         groups.setdefault(needle.question, []).append(number)

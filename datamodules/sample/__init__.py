@@ -1,4 +1,4 @@
-"""One sample: its conversation, its tokens, its question.
+"""The parts of one sample: its conversation, its tokens, its question.
 
-Nothing here knows which sample comes next.
+Nothing here depends on the order of samples.
 """

@@ -1,9 +1,9 @@
-"""Captions for the text tower: a visual and a long text about it, no conversation for an LLM.
+"""Captions for the text tower: one visual and a long text about it, without an LLM.
 
 [{"from": "human", "value": "<image>\\nDescribe it."}, {"from": "gpt", "value": "A red bike ..."}]
 
 input_ids  SLOT
-prompt_ids <|start|> A red bike ... <|end|>    as many tokens as the tower has positions
+prompt_ids <|start|> A red bike ... <|end|>    at most as many tokens as the text tower reads
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,16 @@ from datamodules.sample.outline import Outline
 
 
 class CaptionEncoder(ConversationEncoder):
-    """Takes the answers of a conversation as the caption of its one visual; cut at the end.
+    """Encodes the answers of a conversation as the caption of its one visual.
 
-    What is asked is not read. Of the arguments `prompt_tokenizer` and `max_prompt_length` matter.
+    Cuts a long caption at the end and ignores the questions. Uses only the arguments
+    `prompt_tokenizer` and `max_prompt_length`.
     """
 
     def __call__(
         self, turns: Sequence[Turn], prompt_with_answers: bool | None = None
     ) -> EncodedConversation:
-        """`prompt_with_answers` is not read, either: the answers are all there is.
+        """Encodes the caption. Ignores `prompt_with_answers`: the prompt is always the answers.
 
         Raises:
             BadSampleError: not_one_visual.
@@ -36,10 +37,10 @@ class CaptionEncoder(ConversationEncoder):
         return EncodedConversation([VISUAL_SLOT], [IGNORE_INDEX], caption)
 
     def outlined(self, outline: Outline) -> EncodedConversation:
-        """A caption as long as one can be, whatever the words.
+        """Returns a caption of the maximum length, independent of `outline.words`.
 
         Raises:
-            ValueError: there is not one visual.
+            ValueError: the outline does not have exactly one visual.
         """
         if len(outline.visuals) != 1:
             raise ValueError(f"{len(outline.visuals)} visuals for one caption: a sample has one")

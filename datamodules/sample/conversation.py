@@ -1,4 +1,4 @@
-"""Turns -> ids, labels and visual slots; and the question alone, which guides the pooler.
+"""Encodes turns into ids, labels and visual slots, and the question into the pooler's guide prompt.
 
 [{"from": "human", "value": "<video>\\nWhat is it?"}, {"from": "gpt", "value": "A bike."}]
 
@@ -35,27 +35,27 @@ _ROLES = {
 _SLOT_WORD = re.compile(r"<(image|video)>")
 _GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 CLIP_CONTEXT = 77
-_MAX_JSON = 16 << 20  # bytes of a conversation; no text of that length is learnt
-_SLOT_MARK = "\ue000"  # stands for a visual while templates are applied; private use in Unicode
+_MAX_JSON = 16 << 20  # bytes of a conversation; no usable text is longer
+_SLOT_MARK = "\ue000"  # placeholder of a visual in rendered templates; private use in Unicode
 
 
 class Turn(NamedTuple):
     role: str  # user, assistant or system
-    text: str  # with the words <image> and <video> where visuals stand
+    text: str  # with the word <image> or <video> in the place of each visual
 
 
 @dataclass
 class EncodedConversation:
-    input_ids: list[int]  # VISUAL_SLOT once a visual
+    input_ids: list[int]  # one VISUAL_SLOT per visual
     labels: list[int]
     prompt_ids: list[int]
 
 
 def read_turns(entry: Any) -> list[Turn]:
-    """The turns of a LLaVA entry, or of `{"caption": "..."}` that says what its visual shows.
+    """Returns the turns of a LLaVA entry, or of a caption entry `{"caption": "..."}`.
 
     Raises:
-        BadSampleError: missing_field, empty_conversation, unknown_role, bad_json (text that is no
+        BadSampleError: missing_field, empty_conversation, unknown_role, bad_json (invalid
             Unicode).
     """
     conversations = entry.get("conversations") if isinstance(entry, dict) else None
@@ -83,31 +83,31 @@ def read_turns(entry: Any) -> list[Turn]:
 def check_text(text: str, where: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can write halves of a character
+    except UnicodeEncodeError as error:  # JSON can contain lone surrogates
         raise BadSampleError("bad_json", f"{where} is no Unicode: {error.reason}") from None
 
 
 def parse_sample(raw: dict[str, Any]) -> tuple[list[Turn], list[str]]:
-    """The turns of a raw sample, and its visuals' suffixes in the order of their slots.
+    """Returns the turns of a raw sample, and its visuals' suffixes in the order of the slots.
 
     Raises:
-        BadSampleError: of `read_entry`, `read_turns` and `match_slots`.
+        BadSampleError: as `read_entry`, `read_turns` and `match_slots`.
     """
     return parse_entry(read_entry(raw), raw)
 
 
 def parse_entry(entry: Any, raw: dict[str, Any]) -> tuple[list[Turn], list[str]]:
-    """`parse_sample` of a raw sample whose JSON has been read: `entry` is what it holds.
+    """Does the work of `parse_sample` when the sample's JSON is already parsed as `entry`.
 
     Raises:
-        BadSampleError: of `read_turns` and `match_slots`.
+        BadSampleError: as `read_turns` and `match_slots`.
     """
     turns = read_turns(entry)
     return turns, match_visuals(turns, raw)
 
 
 def read_entry(raw: dict[str, Any]) -> Any:
-    """What the `.json` of a raw sample holds.
+    """Returns the parsed `.json` of a raw sample.
 
     Raises:
         BadSampleError: missing_field, bad_json, too_long.
@@ -123,10 +123,10 @@ def read_entry(raw: dict[str, Any]) -> Any:
 
 
 def match_visuals(turns: Sequence[Turn], raw: dict[str, Any]) -> list[str]:
-    """The suffixes of a raw sample's visuals, in the order of the slots that ask for them.
+    """Returns the suffixes of a raw sample's visuals, in the order of their slots in the text.
 
     Raises:
-        BadSampleError: of `match_slots`.
+        BadSampleError: as `match_slots`.
     """
     suffixes = [suffix for suffix in raw if suffix.rpartition(".")[2] in VISUALS]
     try:
@@ -137,7 +137,7 @@ def match_visuals(turns: Sequence[Turn], raw: dict[str, Any]) -> list[str]:
 
 
 def _found(raw: dict[str, Any]) -> str:
-    """The members of a raw sample, for messages; and why there may be too few or too many."""
+    """Returns a list of the sample's members for messages, with the likely cause of wrong ones."""
     suffixes = [suffix for suffix in raw if not suffix.startswith("__")]
     shown = ", ".join(f".{suffix}" for suffix in suffixes[:6])
     shown += f" and {len(suffixes) - 6} more" if suffixes[6:] else ""
@@ -149,10 +149,10 @@ def _found(raw: dict[str, Any]) -> str:
 
 
 def match_slots(turns: Sequence[Turn], names: Sequence[str]) -> list[str]:
-    """Puts the visuals in the order of the slots that ask for them.
+    """Sorts the visuals into the order of their slots in the text.
 
-    `<video>` takes the next video, `<image>` the next image; where there is no image at all,
-    `<image>` stands for a video, as in LLaVA-Video's own data.
+    `<video>` takes the next video, and `<image>` the next image. If the sample has no image,
+    `<image>` takes the next video, as in LLaVA-Video's own data.
 
     Raises:
         BadSampleError: slot_mismatch, not_a_video.
@@ -179,14 +179,15 @@ class ConversationEncoder:
     """Encodes turns for an LLM and for the text tower of an encoder.
 
     Args:
-        tokenizer: of the LLM; hub id, folder, `.gguf` file or `None` for the built-in one.
-        prompt_tokenizer: of the encoder's text tower, in the same words.
-        max_length: tokens of a sample, a visual counted as one. A longer answer at the end is
-            cut; where more than that would be cut the sample is refused.
-        max_prompt_length: tokens that the text tower reads, the question's end is cut; `None`
-            is CLIP's own 77.
-        prompt_with_answers: guide by the whole conversation, as PPLLaVA's training code does, and
-            not by the questions alone, as at test time.
+        tokenizer: tokenizer of the LLM: hub id, folder, `.gguf` file, or `None` for the built-in
+            one.
+        prompt_tokenizer: tokenizer of the encoder's text tower, given in the same way.
+        max_length: maximum tokens of a sample; a visual counts as one. A last answer that is too
+            long is cut. A sample is refused if a visual or all labels would be lost.
+        max_prompt_length: maximum tokens for the text tower; a longer question is cut at the end.
+            `None` means 77, as in CLIP.
+        prompt_with_answers: if true, the guide prompt is the whole conversation, as in PPLLaVA's
+            training code; if false, only the questions, as at test time.
     """
 
     def __init__(
@@ -203,14 +204,14 @@ class ConversationEncoder:
         self.max_prompt_length = max_prompt_length or CLIP_CONTEXT
         self.prompt_with_answers = prompt_with_answers
         self._first_tokens: dict[str, int] = {}
-        # A text is tokenized apart from the <s> before it. Read together, Llama's newer tokenizers
-        # give its first word without the space that `tokenizer(text)` puts there.
+        # Text is tokenized separately from the <s> before it. In one call, Llama's newer tokenizers
+        # drop the space that `tokenizer(text)` puts before the first word.
         own = self.tokenizer.chat_template == default_template(self.tokenizer)
         self._start_ids = starting_ids(self.tokenizer) if own else []
         self._start = "".join(self.tokenizer.convert_ids_to_tokens(self._start_ids))
 
     def first_token(self, answer: str) -> int:
-        """The token with which an answer begins, written after a question by the chat template."""
+        """Returns the first token of an answer that follows a question in the chat template."""
         if answer not in self._first_tokens:
             labels = self([Turn("user", "?"), Turn("assistant", answer)]).labels
             self._first_tokens[answer] = next(i for i in labels if i != IGNORE_INDEX)
@@ -219,14 +220,14 @@ class ConversationEncoder:
     def __call__(
         self, turns: Sequence[Turn], prompt_with_answers: bool | None = None
     ) -> EncodedConversation:
-        """Ids with labels on the answers and the token that ends each.
+        """Returns ids, with labels on each answer and its end token.
 
-        `prompt_with_answers` takes the place of the encoder's own for this sample.
+        `prompt_with_answers` overrides the encoder's own setting for this sample.
 
         Raises:
             BadSampleError: too_long, chat_template (the template refuses these turns).
         """
-        if len(turns) > self.max_length:  # a turn takes a token at least
+        if len(turns) > self.max_length:  # a turn needs at least one token
             raise BadSampleError("too_long", f"{len(turns)} turns in {self.max_length} tokens")
         text, answers = self._render(turns)
         input_ids, labels = self._tokenize(text, answers)
@@ -239,7 +240,7 @@ class ConversationEncoder:
         return EncodedConversation(input_ids, labels, self.prompt(turns, prompt_with_answers))
 
     def ask(self, turns: Sequence[Turn]) -> EncodedConversation:
-        """Ids up to where the next answer begins, without any label.
+        """Returns ids up to the start of the next answer, without labels.
 
         Raises:
             BadSampleError: too_long, chat_template.
@@ -254,17 +255,17 @@ class ConversationEncoder:
         return EncodedConversation(input_ids, labels, self.prompt(turns))
 
     def outlined(self, outline: Outline) -> EncodedConversation:
-        """A text of that size, and a prompt as long as one can be."""
+        """Returns a text of this size and a guide prompt of the maximum length."""
         prompt = [1] * self.max_prompt_length
         return EncodedConversation(outline.input_ids, outline.labels, prompt)
 
     @staticmethod
     def count_slots(turn: Turn) -> int:
-        """Visuals that a turn asks for; what an answer says asks for none."""
+        """Returns the number of visual slots in a turn. An answer has none."""
         return 0 if turn.role == "assistant" else len(_slots(turn.text))
 
     def prompt(self, turns: Sequence[Turn], with_answers: bool | None = None) -> list[int]:
-        """What guides the pooler, with the text tower's own special tokens."""
+        """Returns the ids of the pooler's guide prompt, with the text tower's special tokens."""
         everything = self.prompt_with_answers if with_answers is None else with_answers
         asked = [t for t in turns if t.role == "user" or everything]
         text = " ".join(" ".join(_SLOT_WORD.sub(" ", turn.text) for turn in asked).split())
@@ -272,7 +273,7 @@ class ConversationEncoder:
         return list(encoded["input_ids"])
 
     def _render(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
-        """The text of the whole conversation, and where in it the answers stand."""
+        """Returns the text of the whole conversation and the character spans of the answers."""
         messages = self._messages(turns)
         marked = _GENERATION_MARK.search(self._template) is not None
         try:
@@ -308,13 +309,16 @@ class ConversationEncoder:
         return rendered[0], [(int(start), int(end)) for start, end in spans[0]] if marks else []
 
     def _spoken(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Returns the spans with words in them: nothing is learnt from an empty answer."""
+        """Returns the spans that contain text. Empty answers get no labels."""
         added = self.tokenizer.added_tokens_decoder.values()
         special = re.compile("|".join(re.escape(str(t)) for t in added if t.special) or "(?!)")
         return [(start, end) for start, end in spans if special.sub("", text[start:end]).strip()]
 
     def _find_answers(self, text: str, messages: list[dict]) -> list[tuple[int, int]]:
-        """Answers of a template without generation marks, by rendering what stands before each."""
+        """Finds the answer spans for a template without generation marks.
+
+        Renders the turns before each answer to find where the answer starts.
+        """
         specials = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
         end_of_turn = re.compile(r"\s*(?:" + "|".join(map(re.escape, specials)) + ")")
         spans = []
@@ -337,7 +341,10 @@ class ConversationEncoder:
     def _tokenize(
         self, text: str, answers: Iterable[tuple[int, int]]
     ) -> tuple[list[int], list[int]]:
-        """Text with slot marks -> ids and labels; a token is learnt that touches an answer."""
+        """Tokenizes text with slot marks into ids and labels.
+
+        Labels the tokens that overlap an answer.
+        """
         learnt = bytearray(len(text) + 1)
         for start, end in answers:
             learnt[start:end] = b"\1" * (end - start)

@@ -1,4 +1,4 @@
-"""The sizes of a sample without its contents: all that the work of a training step depends on."""
+"""The sizes of a sample without its contents. They determine the cost of a training step."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,13 @@ from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Tiles
 
 @dataclass(frozen=True)
 class Outline:
-    """
+    """The sizes of one sample.
+
     Args:
-        visuals: uint8 (t c h w), t of each its own; they may be fake or on the meta device.
-        tiles: of each visual, as in `VideoBatch`.
-        words: tokens of its text, visuals left out.
-        learnt: how many of them are labelled, at the end.
+        visuals: uint8 (t c h w), each with its own t; fake tensors and the meta device are allowed.
+        tiles: one entry per visual, as in `VideoBatch`.
+        words: text tokens, without visuals.
+        learnt: number of labelled tokens, at the end of the text.
     """
 
     visuals: Sequence[Tensor]
@@ -34,7 +35,12 @@ class Outline:
         return [IGNORE_INDEX] * unlearnt + [1] * self.learnt
 
     def tokens(self, per_frame: float | int, per_image: float | int | None) -> int:
-        """Of the LLM, where the pooler leaves so many; None: of an image as of a frame."""
+        """Returns the LLM tokens of the sample, rounded up.
+
+        Args:
+            per_frame: tokens that the pooler keeps of a video frame.
+            per_image: tokens that it keeps of an image; None: the same as of a frame.
+        """
         of_image = per_frame if per_image is None else per_image
         visual = 0.0
         for frames, tiles in zip(map(len, self.visuals), self.tiles, strict=True):

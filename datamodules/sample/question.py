@@ -1,10 +1,10 @@
-"""What a sample's JSON says of its question, for the scores of validation.
+"""Reads the `question` field of a sample's JSON, for validation scores.
 
 {"conversations": [...], "question": {"options": ["red", "blue"], "answer": "B"}}
 {"conversations": [...], "question": {"answer": "no", "pair": "clip7", "hallucinated": true}}
 {"conversations": [...], "question": {"answer": ["a bike", "a bicycle"]}}
 
-Facts, and not how they are scored: `lightning_modules.metrics` decides that.
+The field holds facts only. `lightning_modules.metrics` decides how to score them.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ _FIELDS = {"answer", "options", "pair", "hallucinated"}
 
 
 def read_task(entry: dict[str, Any], turns: Sequence[Turn]) -> Task | None:
-    """The task of an entry; None where `question` is no mapping, or is not there.
+    """Returns the task of an entry, or None if `question` is missing or not a mapping.
 
     Raises:
-        BadSampleError: bad_question, bad_json (text that is no Unicode).
+        BadSampleError: bad_question, bad_json (invalid Unicode).
     """
     facts = entry.get("question")
     if not isinstance(facts, dict):
@@ -41,7 +41,7 @@ def read_task(entry: dict[str, Any], turns: Sequence[Turn]) -> Task | None:
 
 
 def encode_task(task: Task, conversation: ConversationEncoder) -> Task:
-    """The task with the first token of each option's letter, as the LLM would write it.
+    """Returns the task with the first LLM token of each option's letter.
 
     Raises:
         ValueError: two letters begin with the same token.

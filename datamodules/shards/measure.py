@@ -1,4 +1,4 @@
-"""Measures how long samples are, and keeps it beside the index of their shard."""
+"""Measures the lengths of samples and stores them beside the index of their shard."""
 
 import io
 import os
@@ -21,14 +21,16 @@ from datamodules.stream.reading.tar import untar_sample
 from datamodules.visuals.frames import is_video, naming
 from datamodules.visuals.packets import frame_times
 
-_ANY_LENGTH = 2**31  # tokens: nothing is cut here
+_ANY_LENGTH = 2**31  # tokens; nothing is cut
 
 
 def measure_shard(shard: Shard, tokenizer: str | None, timeout_s: float = 30.0) -> Outcome:
-    """Measures every sample and keeps the lengths; a bad one has none, as its place goes to others.
+    """Measures every sample of a shard and stores the lengths.
+
+    A bad sample has length 0, because another sample replaces it in training.
 
     Raises:
-        OSError: they cannot be written where the index lies.
+        OSError: the lengths cannot be written beside the index.
     """
     outcome, rows = Outcome(), list[tuple[int, list[tuple[int, float]]]]()
     source = open_source(shard.url, timeout_s)
@@ -61,7 +63,7 @@ def measure_shard(shard: Shard, tokenizer: str | None, timeout_s: float = 30.0) 
 
 @contextmanager
 def counts_stay_current(urls: list[str]) -> Iterator[None]:
-    """Files that are written beside shards do not change how many samples these hold."""
+    """Keeps the sample counts of folders valid while files are written beside their shards."""
     folders = {url.rpartition("/")[0] for url in urls}
     current = [info_path(folder) for folder in folders if read_counts(folder)]
     yield
@@ -72,7 +74,7 @@ def counts_stay_current(urls: list[str]) -> Iterator[None]:
 def _measure(
     raw: dict[str, Any], conversation: ConversationEncoder
 ) -> tuple[int, list[tuple[int, float]]]:
-    """Tokens of the text, and (frames, seconds) of each visual."""
+    """Returns the text tokens of a sample, and (frames, seconds) of each visual."""
     turns, suffixes = parse_sample(raw)
     ids = conversation(turns).input_ids
     visuals = []
@@ -83,6 +85,6 @@ def _measure(
     return len(ids) - ids.count(VISUAL_SLOT), visuals
 
 
-@lru_cache(maxsize=1)  # loading a tokenizer takes longer than many a shard
+@lru_cache(maxsize=1)  # loading a tokenizer takes longer than measuring a small shard
 def _encoder(tokenizer: str | None) -> ConversationEncoder:
     return ConversationEncoder(tokenizer, max_length=_ANY_LENGTH)

@@ -1,7 +1,7 @@
-"""A folder of videos and images with LLaVA annotations <-> shards.
+"""Packs a folder of videos and images with LLaVA annotations into shards, and verifies shards.
 
-One shard is one task of one process. Its samples and bytes depend on the annotations alone, not
-on the number of processes; it appears whole, with its index, or not at all.
+One shard is one task of one process. Its samples and bytes depend only on the annotations, not on
+the number of processes. A shard is an atomic write: it appears whole or not at all.
 """
 
 import errno
@@ -31,7 +31,7 @@ from datamodules.visuals.frames import FrameReader, UniformSampler, is_video, na
 from datamodules.visuals.images import open_image
 from datamodules.visuals.videos import count_frames
 
-#: Errors of writing, which name no file.
+#: Write errors that do not name a file.
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -44,7 +44,7 @@ class BadItem(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What became of the samples of some shards."""
+    """The number of good samples of some shards, and the bad ones."""
 
     good: int = 0
     bad: list[BadItem] = field(default_factory=list)
@@ -55,10 +55,12 @@ class Outcome:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
-    """(key, members by suffix) -> tar and index, whole or not at all. Empty: nothing is written.
+    """Writes samples (key, members by suffix) as a tar by an atomic write, and then its index.
+
+    Writes nothing if there are no samples.
 
     Raises:
-        OSError: it cannot be written; a full disk, too, is an error that names the shard.
+        OSError: the shard cannot be written; the error names it, also if the disk is full.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,12 +77,12 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
             offsets, fault = index_shard(str(temporary))
             assert fault is None, fault
             for older in (index_path(path), lengths_path(index_path(path))):
-                older.unlink(missing_ok=True)  # of another shard in this place
+                older.unlink(missing_ok=True)  # belongs to an older shard at this path
             os.replace(temporary, path)
             write_index(offsets, [index_path(path)])
     except OSError as error:
         if error.filename is None and error.errno in _OF_DISKS:
-            error.filename = str(path)  # a write is not told what it writes to
+            error.filename = str(path)  # a write error does not name its file
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -104,7 +106,7 @@ def plan_shards(entries: Sequence[Annotation], output: Path, shard_size: int) ->
 def pack_shard(
     task: PackTask, media: Media, short_side: int | None, ignored: Collection[str] = ()
 ) -> Outcome:
-    """Writes one shard of the entries that are good."""
+    """Writes the good entries as one shard, and returns the outcome."""
     outcome = Outcome()
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -146,13 +148,16 @@ def _members(
         members[suffix if len(names) == 1 else f"{number}.{suffix}"] = data
     try:
         text = json.dumps(entry, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:  # a number beyond float, half a character
+    except (ValueError, RecursionError) as error:  # an infinite number, a lone surrogate
         raise BadSampleError("bad_field", str(error)) from None
     return {**members, "json": text}
 
 
 def _names(entry: dict, field_name: str, media: Media) -> list[str]:
-    """File names; a video's without an ending is that of its .mp4 or of a folder of frames."""
+    """Returns the file names of a field.
+
+    A video name without a suffix means its .mp4 file, or a folder of frames.
+    """
     value = entry.get(field_name) or []
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -160,7 +165,7 @@ def _names(entry: dict, field_name: str, media: Media) -> list[str]:
     whole = []
     for name in names:
         bare = "." not in name.rpartition("/")[2]
-        if field_name == "video" and not suffix_of(name):  # a dot may stand in a name, as in v1.2_a
+        if field_name == "video" and not suffix_of(name):  # a name may have a dot, as in v1.2_a
             bare = bare or any(media.find(n) is not None for n in (f"{name}.mp4", f"{name}/."))
             name = f"{name.rstrip('/')}.mp4" if bare else name
         if not suffix_of(name):
@@ -172,8 +177,12 @@ def _names(entry: dict, field_name: str, media: Media) -> list[str]:
 def _read_visual(
     media: Media, name: str, short_side: int | None, span: Span | None
 ) -> tuple[bytes, str]:
-    """What goes into the shard, and its ending. What is wrong names the file."""
-    reading = [name]  # of a folder, the frame that is read
+    """Returns the bytes for the shard and their suffix.
+
+    Raises:
+        BadSampleError: the visual cannot be used; the message names the file.
+    """
+    reading = [name]  # the file being read; in a folder, the current frame
     try:
         folder = name.removesuffix(f".{name.rpartition('.')[2]}")
         if is_video(name) and media.find(name) is None and (frames := media.frames(folder)):
@@ -193,9 +202,9 @@ def _read_visual(
 
 
 def verify_shard(url: str, timeout_s: float = 30.0) -> Outcome:
-    """Reads every sample of a shard fully: headers, JSON, every frame.
+    """Verifies every sample of a shard: reads its headers, its JSON and every frame.
 
-    The shard's index is not trusted but made again; one that is kept and differs is an item too.
+    It makes the index again from the headers. A stored index that differs is a bad item too.
     """
     outcome = Outcome()
     offsets, fault = index_shard(url, timeout_s)
@@ -230,7 +239,7 @@ def _verify_sample(url: str, number: int, read: Callable[[], bytes]) -> Outcome:
 
 
 def _check_text(raw: dict[str, Any]) -> list[str]:
-    """The visuals of a sample, in the order of their slots; both answers of a pair are parsed."""
+    """Returns the visuals of a sample in slot order. Parses both answers of a pair."""
     entry = read_entry(raw)
     if not isinstance(entry, dict) or "chosen" not in entry:
         return parse_entry(entry, raw)[1]

@@ -1,4 +1,4 @@
-"""Videos for shards: H.264, small, keyframes close by, none that looks ahead."""
+"""Encodes videos for shards: small H.264 with frequent keyframes and no B-frames."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -18,25 +18,25 @@ from datamodules.visuals.images import open_image
 from datamodules.visuals.packets import scan_packets
 from datamodules.visuals.videos import AREA, turn_of, with_every_frame
 
-#: Of a video that comes as a folder of frames; LLaVA-Hound's are taken at this rate.
+#: Frames per second of a video that is a folder of frames, as in LLaVA-Hound.
 FOLDER_FPS = 2
 
-_UNIT = Fraction(1, 90_000)  # of times, in seconds
+_UNIT = Fraction(1, 90_000)  # time unit in seconds
 _PRECISE = AREA | 0x4000 | 0x40000  # SWS_FULL_CHR_H_INP, SWS_ACCURATE_RND
 _MATRIX = 1  # BT.709, in FFmpeg's AVColorSpace
 
-# The most ticks between two frames that the MP4 writer of FFmpeg takes; it shortens larger steps.
+# Maximum ticks between two frames in FFmpeg's MP4 writer. It shortens larger steps.
 _MOST_TICKS = (1 << 31) - 1
 
-Span = tuple[float, float]  # seconds: the first that belongs to it, and the first that does not
-Frames = Iterable[tuple[float, VideoFrame]]  # with the seconds at which they are shown
+Span = tuple[float, float]  # start (included) and end (excluded) in seconds
+Frames = Iterable[tuple[float, VideoFrame]]  # (display time in seconds, frame)
 
 
 def reencode(data: bytes, short_side: int, span: Span | None = None, gop: int = 8) -> bytes:
-    """A video, or the seconds of it that `span` names, made cheap to read at random.
+    """Encodes a video, or the part in `span`, for fast random access.
 
     Raises:
-        BadSampleError: as `with_every_frame`; video_empty where nothing is shown in the span.
+        BadSampleError: as `with_every_frame`; video_empty if the span shows no frame.
     """
     packets = scan_packets(data)
 
@@ -50,10 +50,10 @@ def reencode(data: bytes, short_side: int, span: Span | None = None, gop: int = 
 def encode_frames(
     pictures: Iterable[bytes], short_side: int | None, span: Span | None = None, gop: int = 8
 ) -> bytes:
-    """Frames that come as images, `FOLDER_FPS` of them a second -> H.264.
+    """Encodes images as H.264 with `FOLDER_FPS` frames per second.
 
     Raises:
-        BadSampleError: as `open_image`; video_empty where nothing is shown in the span.
+        BadSampleError: as `open_image`; video_empty if the span shows no frame.
     """
 
     def frames() -> Iterator[tuple[float, VideoFrame]]:
@@ -72,13 +72,13 @@ def encode_frames(
 def _part(
     frames: Frames, span: Span | None, last: float, origin: float
 ) -> Iterator[tuple[float, VideoFrame]]:
-    """The frames that begin within the span; they come out from time 0 on.
+    """Yields the frames that begin within the span, with times that start at 0.
 
-    Where no frame begins in the span, it is the one that is on the screen then.
+    If no frame begins in the span, it yields the frame that is displayed at its start.
 
     Args:
         last: seconds for which the last frame is shown.
-        origin: the time from which the span counts.
+        origin: the time that the span is relative to.
     """
     start, end = span or (-math.inf, math.inf)
     first = before = None
@@ -100,7 +100,7 @@ def _encode(frames: Frames, short_side: int | None, gop: int, rate: Fraction) ->
     if first is None:
         raise BadSampleError("video_empty", "no frame in it")
     size = _even_size(first[1], short_side)
-    options = {"movflags": "faststart"}  # needs a file that can be opened twice
+    options = {"movflags": "faststart"}  # requires a file that can be opened twice
     with (
         NamedTemporaryFile(suffix=".mp4") as file,
         av.open(file.name, "w", format="mp4", options=options) as target,
@@ -127,10 +127,10 @@ def _encode(frames: Frames, short_side: int | None, gop: int, rate: Fraction) ->
 
 
 def _as_bt709(frame: VideoFrame, width: int, height: int) -> VideoFrame:
-    """A frame as it is shown, of this size.
+    """Returns a frame rotated for display, with this size, in BT.709.
 
-    It goes through RGB, so that a reader gets from it what it would get from the source: that may
-    be of any matrix, range and depth, named or not.
+    The conversion goes through RGB, so a reader gets the same colours as from the source. The
+    source may have any colour matrix, range and depth, and may not name them.
     """
     turn = turn_of(frame)
     if turn.exchanged:
@@ -147,7 +147,7 @@ def _as_bt709(frame: VideoFrame, width: int, height: int) -> VideoFrame:
 
 
 def _even_size(frame: VideoFrame, short_side: int | None) -> tuple[int, int]:
-    """Width and height of what is made of a frame, as it is shown."""
+    """Returns the even (width, height) of the encoded frame, rotated for display."""
     scale = min(1.0, (short_side or math.inf) / min(frame.width, frame.height))
     width, height = (max(2, round(n * scale / 2) * 2) for n in (frame.width, frame.height))
     return (height, width) if turn_of(frame).exchanged else (width, height)

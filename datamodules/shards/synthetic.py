@@ -1,4 +1,4 @@
-"""Small real shards: H.264 clips, JPEGs and conversations about them, the same for each seed."""
+"""Small real shards: H.264 clips, JPEGs and conversations about them, deterministic per seed."""
 
 import errno
 import io
@@ -27,7 +27,7 @@ _KINDS = ("video", "images", "video", "text")
 
 
 def draw_frames(seed: int, num_frames: int, size: int = 64) -> tuple[list[Image.Image], str, int]:
-    """A square with a digit on it that moves over a gradient; (frames, its color, its digit)."""
+    """Draws a square with a digit that moves over a gradient. Returns (frames, color, digit)."""
     rng = np.random.RandomState(seed)
     color, digit = list(_COLORS)[rng.randint(len(_COLORS))], int(rng.randint(10))
     start, step = rng.uniform(0, size, 2), rng.uniform(-size / 8, size / 8, 2)
@@ -45,8 +45,11 @@ def draw_frames(seed: int, num_frames: int, size: int = 64) -> tuple[list[Image.
 
 
 def encode_video(frames: Sequence[Image.Image], fps: int = 8, gop: int = 8) -> bytes:
-    """H.264 in MP4; the bytes repeat: one thread, and from 64 pixels on, as the assembly of x264
-    is off by a bit in one of fifty smaller clips."""
+    """Encodes frames as H.264 in MP4, with reproducible bytes.
+
+    For this it uses one thread, and frames must have at least 64 pixels per side: with smaller
+    frames, x264's assembly differs by a bit in about one of fifty clips.
+    """
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps)
@@ -67,7 +70,7 @@ def encode_image(frame: Image.Image) -> bytes:
 def make_sample(
     seed: int, num_frames: int = 12, size: int = 64, kinds: Sequence[str] = _KINDS
 ) -> dict[str, Any]:
-    """Members of one sample by suffix; `kinds` take turns with the seed."""
+    """Returns the members of one sample by suffix. Seeds cycle through `kinds`."""
     frames, color, digit = draw_frames(seed, num_frames, size)
     kind = kinds[seed % len(kinds)]
     if kind == "video":
@@ -89,9 +92,9 @@ def make_sample(
 
 
 def make_question(seed: int, num_frames: int = 4, size: int = 64) -> dict[str, Any]:
-    """Members of one sample that asks for the color of a clip, and says what is right.
+    """Returns the members of a sample that asks for the color of a clip, with the right answer.
 
-    In turn multiple choice, both questions of a yes/no pair, and an open one; four of one clip.
+    Each clip has four questions: multiple choice, the two of a yes/no pair, and an open one.
     """
     clip, kind = divmod(seed, 4)
     rng = np.random.RandomState(clip)
@@ -121,7 +124,10 @@ def make_question(seed: int, num_frames: int = 4, size: int = 64) -> dict[str, A
 
 
 def make_pair(seed: int, num_frames: int = 12, size: int = 64) -> dict[str, Any]:
-    """Members of one sample by suffix: a video, its square's color, and another one, rejected."""
+    """Returns the members of one sample by suffix: a video and a pair about its square's color.
+
+    The right color is chosen, and another color is rejected.
+    """
     frames, color, _ = draw_frames(seed, num_frames, size)
     others = [name for name in _COLORS if name != color]
     question = {"from": "human", "value": "<video>\nWhat color is the square?"}
@@ -138,9 +144,9 @@ def write_shards(
     size: int = 64,
     make: Callable[[int, int, int], dict[str, Any]] = make_sample,
 ) -> list[Path]:
-    """One shard for each count, with its index; (paths of the shards).
+    """Writes one shard per count, with its index, and returns the paths of the shards.
 
-    `make` gives the members of a sample by suffix from its seed, `num_frames` and `size`.
+    `make` returns the members of a sample by suffix from its seed, `num_frames` and `size`.
     """
     paths = []
     for number, count in enumerate(counts):
@@ -156,12 +162,12 @@ def write_shards(
 
 @rank_zero_only
 def prepare_shards(folder: str | Path, counts: Mapping[str, Sequence[int]], **options: Any) -> None:
-    """Makes a folder of shards for each split, all of them or none; those that are there stay.
+    """Makes a folder of shards for each split by an atomic rename. An existing folder stays.
 
-    `options` are those of `write_shards`. They are kept beside the shards, in `made.json`.
+    Passes `options` to `write_shards`, and stores them beside the shards in `made.json`.
 
     Raises:
-        ValueError: the shards that are there were made with other options.
+        ValueError: the existing shards were made with other options.
     """
     folder = Path(folder)
     asked = _plain({"counts": {name: list(each) for name, each in counts.items()}, **options})
@@ -169,7 +175,7 @@ def prepare_shards(folder: str | Path, counts: Mapping[str, Sequence[int]], **op
         _compare(folder, asked)
         return
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
     for number, (split, of_shards) in enumerate(counts.items()):
         seed = 1_000_000 * number  # no sample is in two splits
         write_shards(partial / split, of_shards, seed=seed, **options)
@@ -178,7 +184,7 @@ def prepare_shards(folder: str | Path, counts: Mapping[str, Sequence[int]], **op
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns options as JSON keeps them; a function by its name."""
+    """Returns options as plain JSON values. A function becomes its name."""
     return json.loads(
         json.dumps(options, default=lambda each: getattr(each, "__name__", str(each)))
     )

@@ -1,4 +1,4 @@
-"""Shapes with long captions that say what is seen only behind CLIP's own 77 text positions."""
+"""Pictures of shapes whose captions describe the shape only after CLIP's 77 text tokens."""
 
 import json
 from typing import Any
@@ -22,10 +22,11 @@ _COLORS = {
 }
 _SHAPES = ("square", "circle", "triangle")
 
-#: (shape, its color, color of the ground): so many neighbouring seeds are told apart.
+#: (shape, its color, background color). len(KINDS) consecutive seeds give different pictures.
 KINDS = [(s, c, g) for s in _SHAPES for c in _COLORS for g in _COLORS if c != g]
 
-#: True of any of the pictures. A word is a token at least, so 80 of them reach behind position 77.
+#: Sentences that are true for every picture. A word is at least one token, so 80 words exceed 77
+#: tokens.
 _EMPTY = (
     "There is no person in it and no dog and no cat.",
     "It was not shown before and it was not seen after.",
@@ -42,7 +43,10 @@ _EMPTY_WORDS = 80
 
 
 def make_captioned(seed: int, num_frames: int = 12, size: int = 64) -> dict[str, bytes]:
-    """Members of one sample by suffix: a picture, or a video in every eighth, and its caption."""
+    """Returns the members of one sample by suffix: a picture and its caption.
+
+    Every eighth sample has a video.
+    """
     rng = np.random.RandomState(seed)
     shape, color, ground = KINDS[seed % len(KINDS)]
     caption = f"{_say_nothing(rng)} One {color} {shape} is in front of {ground}."

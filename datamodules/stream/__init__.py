@@ -1,4 +1,4 @@
-"""Which sample comes next, and where its bytes come from.
+"""The stream of samples: their order, and the reading of their bytes.
 
-The order is a function of shards, seed and epoch, whatever the ranks and workers.
+The order is a function of shards, seed and epoch. It does not depend on ranks or workers.
 """

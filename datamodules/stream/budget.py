@@ -1,7 +1,7 @@
-"""Micro-batches of about equal length: cut out of an order of samples by tokens.
+"""Micro-batches of about equal length: cuts an order of samples by tokens.
 
-samples   in the order of the run, whatever the ranks: 310 | 80 | 95 | 2040 | 77 | ...  tokens
-   |  as many in a row as fit into `max_tokens`, and `batch_size` at most
+samples   in the order of the run, for any number of ranks: 310 | 80 | 95 | 2040 | 77 | ...  tokens
+   |  consecutive samples that fit into `max_tokens`, at most `batch_size`
    v
 micro-batch m   [310 80 95] [2040] [77 ...]
 """
@@ -20,26 +20,26 @@ logger = logging.getLogger(__name__)
 
 
 class BudgetOrder:
-    """Micro-batches of at most `max_tokens` tokens, a longer sample being one of its own.
+    """Micro-batches of at most `max_tokens` tokens. A longer sample is a micro-batch of its own.
 
-    A pure function of the order beneath, the lengths and `max_tokens`: not of ranks or workers. An
-    epoch has the micro-batches of the first epoch, less those that do not fill an optimizer step.
-    Where another epoch's order would make fewer, the ones of most samples are halved; where it
-    would make more, its last samples are left out.
+    The cut is a pure function of the order of samples, their lengths and `max_tokens`. It does not
+    depend on ranks or workers. Every epoch has as many micro-batches as the first one, without
+    those that do not fill an optimizer step. If the order of a later epoch makes fewer, the
+    micro-batches with the most samples are halved. If it makes more, its last samples are left out.
 
-    Any rank may get any sample: shards in pipes are read whole by every rank, so name files.
-    Keeps 4 bytes a sample and 8 a micro-batch. To lay out an epoch takes 56 bytes a sample and
-    0.5 s a million, in every rank: what it is meant for ends at 10^8 samples.
+    Any rank may get any sample, so every rank reads a pipe from start to end. Prefer files.
+    The order keeps 4 bytes per sample and 8 per micro-batch. Computing an epoch takes 56 bytes per
+    sample and 0.5 s per million samples in every rank. The design limit is 10^8 samples.
 
     Attributes:
-        described: what the order depends on, for a fingerprint.
-        trained: the micro-batches of each epoch, from its first on, that are trained on.
+        described: the facts that the order depends on, as text for a fingerprint.
+        trained: number of micro-batches per epoch that are trained on, from the first one.
 
     Args:
-        order: of micro-batches of one sample.
-        tokens: of every sample, in the order of the shards.
-        micro_batch: samples of a micro-batch at most.
-        per_step: micro-batches of one optimizer step, all ranks together.
+        order: an order with micro-batches of one sample.
+        tokens: tokens of every sample, in shard order.
+        micro_batch: maximum samples of a micro-batch.
+        per_step: micro-batches per optimizer step, over all ranks.
     """
 
     def __init__(
@@ -65,24 +65,24 @@ class BudgetOrder:
                 "or data.global_batch_size"
             )
         self._cuts = self._cuts[: self._batches + 1]
-        self._samples: dict[int, int] = {}  # trained on in each epoch that was laid out
+        self._samples: dict[int, int] = {}  # trained samples of each epoch computed so far
         self.trained = self._batches
         self._newest = self
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch, all ranks together."""
+        """Returns the number of micro-batches per epoch, over all ranks."""
         return self._batches
 
     @property
     def too_long(self) -> int:
-        """Samples that alone are longer than `max_tokens`."""
+        """Number of samples that are longer than `max_tokens`."""
         return int((self._tokens > self._max_tokens).sum())
 
     def check_world(self, world: int) -> None:
         check_ranks(self.per_step, world)
 
     def epoch(self, number: int) -> "BudgetOrder":
-        """The order of one epoch."""
+        """Returns the order of one epoch."""
         if number == self.number:
             return self
         if self._newest.number != number:
@@ -94,12 +94,12 @@ class BudgetOrder:
         return self._newest
 
     def rows(self, m: int) -> list[Row]:
-        """The rows of micro-batch m."""
+        """Returns the rows of micro-batch m."""
         samples = range(int(self._cuts[m]), int(self._cuts[m + 1]))
         return [row for sample in samples for row in self._order.rows(sample)]
 
     def samples_before(self, epoch: int, micro_batches: int) -> int:
-        """Samples of all epochs before one, and of so many micro-batches of it."""
+        """Returns the samples of all epochs before `epoch` plus its first `micro_batches`."""
         for number in {*range(epoch)} - self._samples.keys():
             self._samples[number] = int(self.epoch(number)._cuts[self.trained])
         whole = sum(self._samples[number] for number in range(epoch))
@@ -110,7 +110,10 @@ class BudgetOrder:
 
 
 def cut(tokens: Int[np.ndarray, " s"], max_tokens: int, most: int) -> Int64[np.ndarray, " c"]:
-    """Where micro-batches begin, and where the last one ends: each as long as it can be."""
+    """Returns the start of each micro-batch, and the end of the last one.
+
+    Each micro-batch takes as many samples as fit.
+    """
     ends = np.cumsum(tokens, dtype=np.int64)
     here = np.arange(len(tokens))
     stops = np.searchsorted(ends, ends - tokens + max_tokens, side="right")
@@ -122,7 +125,7 @@ def cut(tokens: Int[np.ndarray, " s"], max_tokens: int, most: int) -> Int64[np.n
 
 
 def halve(cuts: Int64[np.ndarray, " c"], batches: int) -> Int64[np.ndarray, " c2"]:
-    """Halves the micro-batches of most samples until there are so many, or no two samples meet."""
+    """Halves the largest micro-batches until there are `batches`, or each holds one sample."""
     while len(cuts) <= batches and (sizes := np.diff(cuts)).max() > 1:
         largest = np.argsort(-sizes, kind="stable")[: batches + 1 - len(cuts)]
         largest = largest[sizes[largest] > 1]

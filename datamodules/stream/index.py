@@ -1,10 +1,10 @@
-"""Shard urls -> manifest: which shards there are, and where each of their samples stands.
+"""Shard urls -> manifest: lists the shards and the byte offsets of their samples.
 
-An index `shard.tar.idx` holds n + 1 little-endian uint64 for n samples, byte for byte what
-`energon prepare` writes. One that is missing is made by reading headers, and kept: beside the
-shard, or in a cache folder where the shard is remote or its folder read-only. A folder of many
-shards says in one file how many samples each holds, `.nv-meta/.info.json` as Energon has it; so
-indexes are not opened before a sample is read.
+An index `shard.tar.idx` holds n + 1 little-endian uint64 for n samples, byte for byte as
+`energon prepare` writes it. A missing index is made from the tar headers and stored beside the
+shard, or in a cache folder if the shard is remote or its folder read-only. A folder of many shards
+keeps the sample counts in one file, `.nv-meta/.info.json`, as Energon does. So an index is opened
+only when a sample is read.
 """
 
 import glob
@@ -32,15 +32,17 @@ logger = logging.getLogger(__name__)
 
 INDEX_DTYPE = np.dtype("<u8")
 
-_MANY = 1000  # shards of a folder whose counts are kept in one file
-_FINGERPRINTED = 4096  # shards whose length is part of the fingerprint
+_MANY = 1000  # a folder with at least this many shards keeps its counts in one file
+_FINGERPRINTED = 4096  # maximum number of shards whose length is part of the fingerprint
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """`index` says where it lies, `None` is beside the shard.
+    """One shard and its index.
 
-    `offsets` is only set where no index could be kept, as the shard is damaged.
+    Attributes:
+        index: path of the index; None means beside the shard.
+        offsets: set only if the index could not be stored, for example of a damaged shard.
     """
 
     url: str
@@ -50,14 +52,14 @@ class Shard:
 
     @property
     def in_order(self) -> bool:
-        """Whether it can only be read from its first byte on."""
+        """True if the shard can only be read from its first byte on (a pipe)."""
         return _is_pipe(self.url)
 
     def read_offsets(self) -> Sequence[int] | np.ndarray:
-        """Where each sample starts, and where the last one ends.
+        """Returns the start of each sample, and the end of the last one, in bytes.
 
         Raises:
-            BadSampleError: there is no index and none can be made.
+            BadSampleError: the index is missing and cannot be made.
         """
         if self.offsets is not None:
             return self.offsets or (0,)
@@ -72,11 +74,11 @@ class Shard:
 
 
 class Shards(Sequence[Shard]):
-    """Shards by number, made as they are asked for: a million objects would take seconds to make.
+    """A sequence of shards, created on access: a million objects would take seconds to make.
 
     Args:
-        counts: samples of each, where `known` does not say.
-        known: shards of which there is more to say, by number.
+        counts: samples of each shard that is not in `known`.
+        known: shards with an index path or offsets of their own, by number.
     """
 
     def __init__(self, urls: list[str], counts: np.ndarray, known: Mapping[int, Shard]):
@@ -113,7 +115,7 @@ class Shards(Sequence[Shard]):
 
 @dataclass(frozen=True)
 class Manifest:
-    """The shards in the order given, and what is wrong with those that are damaged."""
+    """The shards in the given order, and the faults of damaged shards."""
 
     shards: Sequence[Shard]
     faults: list[BadSampleError]
@@ -127,7 +129,7 @@ class Manifest:
 
     @property
     def counts(self) -> np.ndarray:
-        """Samples of each shard."""
+        """Number of samples of each shard."""
         return self._columns.counts
 
     @cached_property
@@ -136,14 +138,14 @@ class Manifest:
 
     @cached_property
     def in_order(self) -> np.ndarray:
-        """Which shards can only be read from their first byte on."""
+        """For each shard, whether it can only be read from its first byte on."""
         return np.fromiter((_is_pipe(url) for url in self.urls), bool, len(self.urls))
 
     def fingerprint(self) -> str:
-        """Says whether the shards are the same ones; their folder may move.
+        """Returns a hash that identifies the shards. It does not depend on their folder.
 
-        Over name, samples and end of each; of more than 4,096 shards that many ends, evenly
-        spread, because each is an index to open.
+        The hash covers the name, sample count and end of each shard. Each end needs an open
+        index, so for more than 4,096 shards it covers at most 4,096 ends, evenly spread.
         """
         hashed = hashlib.sha256()
         step = -(-len(self.shards) // _FINGERPRINTED) or 1
@@ -154,7 +156,7 @@ class Manifest:
 
 
 def join(manifests: Sequence[Manifest]) -> Manifest:
-    """One manifest of all shards, in turn."""
+    """Returns one manifest with the shards of all manifests, in order."""
     if len(manifests) == 1:
         return manifests[0]
     shards = [Shards.of(manifest.shards) for manifest in manifests]
@@ -170,7 +172,7 @@ def _is_pipe(url: str) -> bool:
 def _end_of(shard: Shard) -> int:
     try:
         return int(shard.read_offsets()[-1])
-    except BadSampleError:  # missing, unreadable: it differs from what it was
+    except BadSampleError:  # missing or unreadable: the fingerprint must change
         return -1
 
 
@@ -182,17 +184,17 @@ def read_manifest(
     Args:
         patterns: paths, folders, globs, urls (http, s3, gs and others of fsspec) and `pipe:`
             commands, all with {braces}.
-        cache: folder for indexes that cannot lie beside their shard; default
+        cache: folder for indexes that cannot be stored beside their shard; default
             `$XDG_CACHE_HOME/ropelab/index`.
 
     Raises:
-        ValueError: a pattern that names no shard.
+        ValueError: a pattern matches no shard.
     """
     urls = expand_urls(patterns)
     place = Path(cache) if cache else _default_cache()
     counts, folders = _find_counts(urls)
     unknown = np.flatnonzero(counts < 0).tolist()
-    with ThreadPoolExecutor(8) as pool:  # waits for storage, hardly computes
+    with ThreadPoolExecutor(8) as pool:  # threads mostly wait for storage
         opened = list(pool.map(lambda n: _open_shard(urls[n], timeout_s, place), unknown))
     known = {n: shard for n, (shard, _) in zip(unknown, opened, strict=True)}
     manifest = Manifest(Shards(urls, counts, known), [fault for _, fault in opened if fault])
@@ -202,7 +204,7 @@ def read_manifest(
 
 
 def _find_counts(urls: Sequence[str]) -> tuple[np.ndarray, set[str]]:
-    """Samples of each shard as its folder has them, or -1; and the folders without such."""
+    """Returns the counts stored in the shards' folders (-1: none), and the folders without them."""
     infos: dict[str, dict[str, int]] = {}
     counts = np.empty(len(urls), dtype=np.int64)
     for number, url in enumerate(urls):
@@ -221,7 +223,7 @@ def info_path(folder: str) -> Path:
 
 
 def read_counts(folder: str) -> dict[str, int]:
-    """Samples by name of shard as Energon has them, unless the folder changed since."""
+    """Returns samples by shard name from Energon's file; {} if the folder changed after it."""
     info = info_path(folder)
     try:
         if info.stat().st_mtime_ns < os.stat(folder or ".").st_mtime_ns:
@@ -238,7 +240,7 @@ def read_counts(folder: str) -> dict[str, int]:
 
 
 def _keep_counts(manifest: Manifest, folders: Iterable[str]) -> None:
-    """Writes the counts of folders with many shards that were all read."""
+    """Stores the counts of folders with many shards if all shards of the folder were read."""
     for folder in folders if len(manifest.shards) >= _MANY else []:
         split = [(*shard.url.rpartition("/")[::2], shard.count) for shard in manifest.shards]
         counts = {name: count for parent, name, count in split if parent == folder}
@@ -250,10 +252,10 @@ def _keep_counts(manifest: Manifest, folders: Iterable[str]) -> None:
 
 
 def expand_urls(patterns: str | Iterable[str]) -> list[str]:
-    """Braces, folders and globs -> one url a shard, sorted within each pattern.
+    """Expands braces, folders and globs into one url per shard, sorted within each pattern.
 
     Raises:
-        ValueError: nothing matches, unbalanced braces, or a scheme that cannot be read.
+        ValueError: nothing matches, braces are unbalanced, or a scheme cannot be read.
     """
     urls: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -305,7 +307,7 @@ def _open_shard(url: str, timeout_s: float, cache: Path) -> tuple[Shard, BadSamp
         index = write_index(offsets, _index_places(url, cache))
         if index is not None:
             return Shard(url, len(offsets) - 1, _unless_beside(url, index)), None
-    # Never keep the index of a damaged shard: it would hide what is missing.
+    # Never store the index of a damaged shard: it would hide the missing samples.
     return Shard(url, len(offsets) - 1, None, tuple(offsets)), fault
 
 
@@ -314,7 +316,7 @@ def _unless_beside(url: str, index: Path) -> Path | None:
 
 
 def index_shard(url: str, timeout_s: float = 30.0) -> tuple[list[int], BadSampleError | None]:
-    """Reads a shard's headers; a remote one goes by once as a whole."""
+    """Returns a shard's offsets and its fault. Reads the headers; a remote shard is read whole."""
     offsets: list[int] = [0]
     fault: BadSampleError | None = None
     try:
@@ -333,7 +335,7 @@ def index_shard(url: str, timeout_s: float = 30.0) -> tuple[list[int], BadSample
 
 
 def write_index(offsets: Sequence[int], places: Iterable[Path]) -> Path | None:
-    """Writes into the first place that can be written, whole or not at all."""
+    """Writes the index to the first writable path by an atomic write. Returns the path or None."""
     data = np.asarray(offsets, dtype=INDEX_DTYPE).tobytes()
     return next((place for place in places if write_whole(data, place)), None)
 
@@ -352,12 +354,12 @@ def write_whole(data: bytes, place: Path) -> bool:
 
 
 def index_path(shard: str | Path) -> Path:
-    """`a/b.tar` -> `a/b.tar.idx`"""
+    """Returns the index path of a shard: `a/b.tar` -> `a/b.tar.idx`."""
     return Path(f"{shard}.idx")
 
 
 def lengths_path(index: Path) -> Path:
-    """`a/b.tar.idx` -> `a/b.tar.len`, see `lengths.py`."""
+    """Returns the path of the lengths: `a/b.tar.idx` -> `a/b.tar.len`, see `lengths.py`."""
     return index.with_suffix(".len")
 
 
@@ -365,16 +367,16 @@ def _index_places(url: str, cache: Path) -> list[Path]:
     kept = cache / (hashlib.sha256(url.encode()).hexdigest()[:32] + ".tar.idx")
     if is_remote(url):
         return [kept]
-    # The cached name of a local shard is that of its place, whatever the folder of the run.
+    # The cache key of a local shard is its absolute path: it must not depend on the run's folder.
     absolute = hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:32]
     return [index_path(url), cache / (absolute + ".tar.idx")]
 
 
 def _is_current(url: str, index: Path) -> bool:
-    """Whether an index speaks of the shard as it is: the tar's end mark stands where it says.
+    """Returns True if the tar's end mark is at the offset that the index gives.
 
-    A shard that is now missing or shorter keeps its index, so that the order of all other samples
-    stays; its own samples are then reported one by one.
+    A shard that is now missing or shorter keeps its index, so the order of all other samples
+    stays the same. Its own samples are then reported one by one.
     """
     size = index.stat().st_size
     if size < 2 * INDEX_DTYPE.itemsize or size % INDEX_DTYPE.itemsize:

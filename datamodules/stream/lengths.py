@@ -1,13 +1,13 @@
-"""How long samples are, measured once and kept beside the index of their shard.
+"""The lengths of samples, measured once and stored beside the index of their shard.
 
-`shard.tar.len` is an .npz of plain arrays that hold facts and no settings of a model:
+`shard.tar.len` is an .npz of plain arrays. They hold facts that do not depend on a model:
 
-    text     (s)  int32    tokens of the conversation without its visuals, of s samples
-    visuals  (s)  int32    how many visuals it has
-    frames   (v)  int32    frames of each of the v visuals in turn; 0 is an image
-    seconds  (v)  float64  from its first frame to its last
+    text     (s)  int32    tokens of the conversation without visuals, for s samples
+    visuals  (s)  int32    number of visuals of each sample
+    frames   (v)  int32    frames of each of the v visuals in order; 0 for an image
+    seconds  (v)  float64  time from the first to the last frame of each visual
 
-What that makes in tokens of the LLM is told by the sampler of frames and the pooler's grid.
+The frame sampler and the tokens per frame turn them into LLM tokens.
 """
 
 import zipfile
@@ -25,12 +25,12 @@ from datamodules.stream.order import StreamOptions
 @runtime_checkable
 class Sampler(Protocol):
     def count(self, frames: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-        """How many frames are taken of each video."""
+        """Returns the number of frames sampled from each video."""
         ...
 
 
 class Lengths(NamedTuple):
-    """Of the samples of one shard; the columns as above."""
+    """The lengths of the samples of one shard, in the columns described above."""
 
     text: np.ndarray
     visuals: np.ndarray
@@ -40,7 +40,7 @@ class Lengths(NamedTuple):
     def tokens(
         self, sampler: Sampler, per_frame: float, per_image: float
     ) -> Int32[np.ndarray, " s"]:
-        """Tokens of each sample in the LLM, rounded up."""
+        """Returns the LLM tokens of each sample, rounded up."""
         taken = sampler.count(self.frames, self.seconds) * per_frame
         taken = np.where(self.frames == 0, per_image, taken)
         owner = np.repeat(np.arange(len(self.text)), self.visuals)
@@ -51,11 +51,11 @@ class Lengths(NamedTuple):
 def read_tokens(
     manifest: Manifest, sampler: object, options: StreamOptions
 ) -> Int32[np.ndarray, " s"]:
-    """Tokens of every sample of all shards, by what `ropelab-shards measure` has kept.
+    """Returns the LLM tokens of every sample, from the lengths of `ropelab-shards measure`.
 
     Raises:
-        ValueError: a shard was not measured, or is another one since; or a sampler of frames
-            without `count`.
+        ValueError: a shard was not measured, or changed after that; or the frame sampler has no
+            `count`.
     """
     if not isinstance(sampler, Sampler):
         raise ValueError(
@@ -68,15 +68,15 @@ def read_tokens(
     def read(shard: Shard) -> np.ndarray:
         return read_lengths(shard).tokens(sampler, per_frame, per_image)
 
-    with ThreadPoolExecutor(8) as pool:  # waits for storage, hardly computes
+    with ThreadPoolExecutor(8) as pool:  # threads mostly wait for storage
         return np.concatenate(list(pool.map(read, manifest.shards)))
 
 
 def read_lengths(shard: Shard) -> Lengths:
-    """What was measured of a shard.
+    """Loads the stored lengths of a shard.
 
     Raises:
-        ValueError: nothing, or of other samples than it has now.
+        ValueError: they are missing or unreadable, or the shard now has another number of samples.
     """
     advice = f"run: ropelab-shards measure {shard.url}"
     try:
@@ -97,5 +97,5 @@ def read_lengths(shard: Shard) -> Lengths:
 
 
 def place_of(shard: Shard) -> Path:
-    """Returns where the lengths of a shard are kept."""
+    """Returns the path of a shard's lengths."""
     return lengths_path(shard.index or index_path(shard.url))

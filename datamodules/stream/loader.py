@@ -1,21 +1,21 @@
-"""Manifest -> batches, in an order that belongs to the run and not to its workers.
+"""Manifest -> batches, in an order that does not depend on ranks or workers.
 
-    manifest     shards and how many samples each holds
+    manifest     shards and the number of samples in each
        |  shuffle chunks (runs of samples inside a shard), cut into V equal virtual streams
        v
     streams      each shuffled within windows of a fixed number of samples
        |  micro-batch m of the epoch comes from stream m mod V
        v
-    micro-batch  rank r takes m = r, r + world, ...; its DataLoader workers share these in turn.
+    micro-batch  rank r takes m = r, r + world, ...; its DataLoader workers take turns.
        |         global_batch_size / batch_size micro-batches in a row make one optimizer step
-       |  bytes by range, untar, decode; a bad sample gives its place to the next good one
+       |  read a byte range, untar, decode; the next good sample replaces a bad one
        v
     batch
 
 The order is a pure function of (manifest, seed, epoch, V, micro-batch size, window, chunk), and of
-the samples' lengths where `budget.py` cuts micro-batches by tokens: the same for every number of
-ranks and workers, and so are the samples of each optimizer step. Where a run stands is told from
-outside, as (epoch, micro-batches done by all ranks together); nothing here remembers it.
+the sample lengths if `budget.py` cuts micro-batches by tokens. The order, and the samples of each
+optimizer step, are the same for every number of ranks and workers. The caller gives the stream
+position as (epoch, micro-batches done by all ranks together); nothing here stores it.
 """
 
 import logging
@@ -48,12 +48,12 @@ _Lane = tuple[int, int]  # part of a mixture, stream
 
 
 class Faults:
-    """Bad samples: counted and skipped, or raised at once.
+    """Counts and skips bad samples, or raises them at once.
 
     Attributes:
-        new: by reason, those of this process that no other has heard of.
-        agreed: of all ranks together, and of the training before it was resumed.
-        shards: shards that are damaged as a whole, which all ranks see alike.
+        new: counts by reason in this process, not yet merged with other ranks.
+        agreed: counts of all ranks, including those before a resume.
+        shards: counts of damaged shards; every rank has the same.
     """
 
     def __init__(self, on_bad_sample: str, max_rate: float = 1.0):
@@ -68,7 +68,7 @@ class Faults:
         self._count(fault, self.new)
 
     def add_shards(self, faults: Iterable[BadSampleError], seen: int) -> None:
-        """What is wrong with whole shards, of so many.
+        """Counts the faults of whole shards, out of `seen` shards.
 
         Raises:
             BadSampleError: too_many_bad.
@@ -85,21 +85,21 @@ class Faults:
             logger.warning("skipped: %s", fault)
 
     def merge(self, ranks: Iterable[Mapping[str, int]]) -> None:
-        """Takes what each rank has in `new`, this one too."""
+        """Adds the `new` counts of all ranks, including this one, to `agreed`."""
         for counts in ranks:
             self.agreed.update(counts)
         self.new.clear()
 
     @property
     def counts(self) -> Counter[str]:
-        """Everything that is known here, by reason."""
+        """All counts that this process knows, by reason."""
         return self.shards + self.agreed + self.new
 
     def judge(self, seen: int) -> None:
-        """Stops where too many of the samples seen by all ranks were bad.
+        """Stops the training if too many of the samples seen by all ranks were bad.
 
         Raises:
-            BadSampleError: too_many_bad, with the commonest reasons.
+            BadSampleError: too_many_bad, with the most common reasons.
         """
         self._judge(self.agreed + self.new, seen, "samples")
 
@@ -112,7 +112,7 @@ class Faults:
             )
 
     def summary(self) -> str:
-        """`3 bad samples skipped: video_unreadable 2, missing_field 1`, or nothing."""
+        """Returns `3 bad samples skipped: video_unreadable 2, missing_field 1`, or ""."""
         counts = self.counts
         return f"{counts.total()} bad samples skipped: {_by_reason(counts)}" if counts else ""
 
@@ -122,14 +122,17 @@ def _by_reason(counts: Counter[str], most: int | None = None) -> str:
 
 
 class ShardReader:
-    """Samples of shards by number. Keeps the shards open that were read last, per process."""
+    """Reads samples by shard and number. Each process keeps its last used shards open."""
 
     def __init__(self, manifest: Manifest, timeout_s: float, keep_open: int = 64):
         self._shards, self._timeout_s, self._keep = manifest.shards, timeout_s, keep_open
         self._open: OrderedDict[tuple[int, _Lane], tuple[Source, Any]] = OrderedDict()
 
     def read(self, shard: int, sample: int, lane: _Lane = (0, 0)) -> bytes:
-        """Raw tar bytes. Readers of a pipe take a lane each, not to send each other back."""
+        """Returns the raw tar bytes of a sample.
+
+        Each lane opens a pipe of its own. Otherwise one lane could force another to restart it.
+        """
         key = (shard, lane if self._shards[shard].in_order else (0, 0))
         if key not in self._open:
             self._open[key] = self._open_shard(self._shards[shard])
@@ -152,7 +155,7 @@ class ShardReader:
 
 
 class EpochStream(Dataset):
-    """Micro-batch m of one epoch, by number. Lives in a DataLoader worker."""
+    """The micro-batches of one epoch, by number m. It runs in a DataLoader worker."""
 
     def __init__(
         self,
@@ -168,7 +171,10 @@ class EpochStream(Dataset):
         self._held: OrderedDict[tuple[_Lane, int, tuple[int, int]], dict] = OrderedDict()
 
     def __getitem__(self, m: int) -> tuple[Any, list[BadSampleError]]:
-        """The batch, and the bad samples whose places others took. `None`: none is good."""
+        """Returns the batch and the bad samples that were replaced.
+
+        The batch is None if no good sample was found for a row.
+        """
         samples, faults = [], []
         for row in self._order.rows(m % len(self._order)):
             sample, fault = self._first_good(row)
@@ -182,7 +188,10 @@ class EpochStream(Dataset):
         self._reader.close()
 
     def _first_good(self, at: Row) -> tuple[Any, BadSampleError | None]:
-        """The sample at a row, or the next good one of its stream: places never shift."""
+        """Returns the sample at a row, or the next good one of its stream.
+
+        All other samples keep their stream positions.
+        """
         fault, length = None, at.order.stream_length
         for step in range(min(_BAD_IN_A_ROW, length)):
             row = at._replace(row=(at.row + step) % length)
@@ -217,7 +226,7 @@ class EpochStream(Dataset):
 
     def _try_read(self, lane: _Lane, place: tuple[int, int]) -> bytes | BadSampleError | None:
         if not self._manifest.shards[place[0]].in_order:
-            return None  # of a window that also holds shards with a seek: read when wanted
+            return None  # a seekable shard in the same window; it is read only when needed
         try:
             return self._reader.read(*place, lane=lane)
         except BadSampleError as error:
@@ -226,7 +235,7 @@ class EpochStream(Dataset):
 
 @runtime_checkable
 class MicroBatches(Protocol):
-    """What a loader reads: micro-batch m of an epoch, by number, and what was bad in it."""
+    """A source of micro-batches by number m. Each comes with its bad samples."""
 
     def __getitem__(self, m: int) -> tuple[Any, list[BadSampleError]]: ...
 
@@ -236,18 +245,18 @@ class MicroBatches(Protocol):
 @runtime_checkable
 class Order(Protocol):
     def __len__(self) -> int:
-        """Micro-batches of an epoch, all ranks together."""
+        """Returns the number of micro-batches per epoch, over all ranks."""
         ...
 
     def check_world(self, world: int) -> None:
-        """Raises ValueError where so many ranks cannot share them."""
+        """Raises ValueError if `world` ranks cannot share the micro-batches."""
         ...
 
 
 def trained_on(trainer: Trainer | None) -> tuple[int, int]:
-    """(epoch, micro-batches that all ranks have trained on in it), as the trainer counts.
+    """Returns (epoch, micro-batches of all ranks trained on in it), as the trainer counts.
 
-    Where Lightning's `overfit_batches` asks for the same batches again and again, these stay.
+    Returns (0, 0) with Lightning's `overfit_batches`, which trains on the same batches each epoch.
     """
     if trainer is None or trainer.overfit_batches:  # pyright: ignore[reportAttributeAccessIssue]
         return 0, 0
@@ -257,10 +266,10 @@ def trained_on(trainer: Trainer | None) -> tuple[int, int]:
 
 
 class StreamLoader:
-    """The batches of one rank: an epoch each time it is iterated, `len()` of them.
+    """Loads the batches of one rank. Each iteration is one epoch of `len()` batches.
 
-    Not a DataLoader itself, so that Lightning puts no sampler of its own into it. `position` is
-    asked at the first batch and not before: a trainer that restores a checkpoint knows it late.
+    It is not a DataLoader, so Lightning does not replace its sampler. It calls `position` only at
+    the first batch, because a trainer that resumes knows the stream position late.
     """
 
     def __init__(
@@ -284,11 +293,11 @@ class StreamLoader:
         return self._batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty. That it is there tells Lightning that the loader can be resumed."""
+        """Returns an empty state. Lightning sees from this method that the loader can resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes nothing: `position` says where to go on."""
+        """Does nothing: `position` returns where to continue."""
 
     def __iter__(self) -> Iterator[Any]:
         epoch, done = self._position()
@@ -318,11 +327,11 @@ def _as_it_is(item: Any) -> Any:
 
 
 def outlive_stop_signals(worker_id: int) -> None:
-    """A DataLoader's `worker_init_fn`: only the training decides when its workers end.
+    """Makes a DataLoader worker ignore the stop signals of a job (a `worker_init_fn`).
 
-    Schedulers and terminals signal every process of a job. A worker that dies of it takes the
-    training with it, before that has saved. The first SIGTERM is taken for such a one; by a second
-    one, or where the training is gone, the worker ends.
+    Schedulers and terminals signal every process of a job. If a worker dies, the training fails
+    before it can save. So the worker ignores the first SIGTERM. It ends at the second one, or if
+    the training process no longer exists.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -1,12 +1,12 @@
-"""Several datasets in one order, by weight; nothing is drawn at random while it runs.
+"""Several datasets in one order, by weight. Nothing is drawn at random during the run.
 
-row R of the whole training = epoch * rows of an epoch + row in the epoch
+row R of the whole training = epoch * rows per epoch + row in the epoch
    |  a fixed pattern of P rows, shuffled once, holds q rows of each dataset
    v
 R = period * P + place     dataset d = pattern[place]
-   |  rows of d before R: period * q[d] + those of d before place in the pattern
+   |  rows of d before R: period * q[d] + rows of d before place in the pattern
    v
-row n of dataset d         its own epoch n // len(d), shuffled as if it were alone
+row n of dataset d         its own epoch n // len(d), shuffled independently
 """
 
 import copy
@@ -26,7 +26,7 @@ _PERIOD = 10_000
 
 
 class Part(NamedTuple):
-    """A dataset of a mixture. Without weights each counts by its samples."""
+    """A dataset of a mixture. Without weights, the number of samples is the weight."""
 
     name: str
     shards: Any
@@ -34,10 +34,10 @@ class Part(NamedTuple):
 
 
 def read_parts(train: Mapping[str, Any]) -> list[Part]:
-    """`{name: {shards: ..., weight: 2.0}}` -> the datasets, in the order given.
+    """Returns the datasets of `{name: {shards: ..., weight: 2.0}}`, in the given order.
 
     Raises:
-        ValueError: a key that is missing, unknown or makes no sense.
+        ValueError: a key is missing, unknown or has an invalid value.
     """
     parts = []
     for name, node in train.items():
@@ -59,9 +59,10 @@ def read_parts(train: Mapping[str, Any]) -> list[Part]:
 
 
 def count_quotas(weights: Sequence[float | int]) -> list[int]:
-    """Rows of each dataset in a period: exactly by weight where 10,000 rows or fewer can be.
+    """Returns the rows of each dataset in a period of the pattern.
 
-    Otherwise to a ten-thousandth, and never less than one row.
+    Weights are exact if at most 10,000 rows can represent them. Otherwise they are rounded to
+    1/10,000, but to at least one row.
     """
     exact = [Fraction(weight).limit_denominator(_PERIOD) for weight in weights]
     scale = lcm(*(share.denominator for share in exact))
@@ -71,7 +72,7 @@ def count_quotas(weights: Sequence[float | int]) -> list[int]:
         return [n * (_PERIOD // sum(whole)) for n in whole]
     shares = [_PERIOD * Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
     quotas = [max(1, int(share)) for share in shares]
-    # What rounding down has left over goes to the largest remainders.
+    # The rows left over by rounding down go to the largest remainders.
     by_remainder = sorted(range(len(shares)), key=lambda n: int(shares[n]) - shares[n])
     for n in by_remainder[: max(0, _PERIOD - sum(quotas))]:
         quotas[n] += 1
@@ -85,7 +86,7 @@ def mix(
     micro_batch: int,
     per_step: int,
 ) -> "MixtureOrder":
-    """One order over the shards of all manifests, which are counted on."""
+    """Returns one order over all manifests. Shards are numbered through all of them."""
     alone = replace(options, virtual_streams=None)
     orders, first = [], 0
     for number, manifest in enumerate(manifests):
@@ -100,19 +101,19 @@ def mix(
 
 
 class MixtureOrder:
-    """Rows of several orders by quota, each of which goes through epochs of its own.
+    """Takes rows from several orders by quota. Each order has its own epochs.
 
-    These go on from one epoch of the mixture to the next, so that each dataset shows all samples
-    (but its own tail) before one of them again. An epoch of the mixture has as many samples as
-    all datasets together; fewer than `per_step` micro-batches that would be left over belong to the
-    next. Any rank may get any row: shards in pipes are read whole by every rank, so name files.
+    These continue from one epoch of the mixture to the next. So a dataset shows all its samples
+    (except its remainder) before it repeats one. An epoch of the mixture has as many samples as all
+    datasets together. Micro-batches that do not fill its last optimizer step move to the next
+    epoch. Any rank may get any row, so every rank reads a pipe from start to end. Prefer files.
 
     Attributes:
-        described: what the order depends on, for a fingerprint.
+        described: the facts that the order depends on, as text for a fingerprint.
 
     Args:
-        orders: one a dataset, with micro-batches of one sample.
-        quotas: rows of each in a period, by the dataset's name.
+        orders: one order per dataset, with micro-batches of one sample.
+        quotas: rows of each dataset in a period, by name.
     """
 
     def __init__(
@@ -144,25 +145,25 @@ class MixtureOrder:
         self._epochs: dict[int, ShuffledOrder] = {}  # the newest of each dataset
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch, all ranks together."""
+        """Returns the number of micro-batches per epoch, over all ranks."""
         return self._batches
 
     def check_world(self, world: int) -> None:
         check_ranks(self.per_step, world)
 
     def epoch(self, number: int) -> "MixtureOrder":
-        """The order of one epoch."""
+        """Returns the order of one epoch."""
         order = copy.copy(self)
         order.number, order._epochs = number, {}
         return order
 
     def rows(self, m: int) -> list[Row]:
-        """The rows of micro-batch m."""
+        """Returns the rows of micro-batch m."""
         first = (self.number * self._batches + m) * self.micro_batch
         return [self._row(row) for row in range(first, first + self.micro_batch)]
 
     def numbers(self) -> Int64[np.ndarray, " s"]:
-        """As `ShuffledOrder.numbers`, the shards of each dataset counted on."""
+        """Returns sample numbers as `ShuffledOrder.numbers`, counted through all datasets."""
         size = self._batches * self.micro_batch
         period, place = np.divmod(self.number * size + np.arange(size), len(self._pattern))
         parts, found, first = self._pattern[place], np.empty(size, dtype=np.int64), 0

@@ -1,6 +1,6 @@
-"""Which samples make micro-batch m of an epoch: arithmetic over counts, no data is touched.
+"""The order of samples: computes the samples of micro-batch m from counts, without reading data.
 
-Kept by chunk and never by sample, so that a place is found fast in a set of any size.
+Orders store chunks, not samples, so lookup is fast in a data set of any size.
 """
 
 import copy
@@ -14,33 +14,33 @@ from jaxtyping import Int64
 
 from datamodules.stream.index import Manifest
 
-_MIXED_STREAMS = 48  # so many places of the set meet in neighbouring micro-batches, or a few more
-_MOST_CHUNKS = 2**21  # of an epoch: 30 MB a process
+_MIXED_STREAMS = 48  # default number of virtual streams; slightly more if steps do not divide it
+_MOST_CHUNKS = 2**21  # per epoch; 30 MB per process
 
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How samples are shuffled and read.
+    """Options for shuffling and reading samples.
 
     Attributes:
-        virtual_streams: V; the number of ranks must divide it. `None` takes the multiple of the
-            micro-batches of an optimizer step that is next to 48, or less where the set is small:
-            so that a twentieth or less is left over. A mixture needs none.
-        window: samples that are shuffled among each other inside a stream. Shards in a pipe are
-            held in memory for that long, others are not.
-        chunk: samples in a row inside a shard that the epoch's shuffle moves as one; doubled
-            until an epoch has two million of them or less.
-        num_workers: processes that read and decode, a rank.
-        timeout_s: after so many seconds without data a remote shard counts as stalled.
-        index_cache: folder for indexes that cannot lie beside their shard.
+        virtual_streams: V; the number of ranks must divide it. `None` chooses a multiple of the
+            micro-batches per optimizer step near 48. A small data set gets fewer, so that at most
+            5 % of the samples are left over. A mixture ignores it.
+        window: number of consecutive samples of a stream that are shuffled together. A window of
+            samples from a pipe is held in memory.
+        chunk: consecutive samples of a shard that the epoch's shuffle moves together; doubled
+            until an epoch has at most two million chunks.
+        num_workers: processes per rank that read and decode.
+        timeout_s: seconds without data after which a remote shard counts as stalled.
+        index_cache: folder for indexes that cannot be stored beside their shard.
         on_bad_sample: `skip` counts a bad sample and takes the next good one, `raise` stops;
             `None` skips in training and raises in evaluation.
-        max_bad_rate: the share of bad samples above which a training stops.
-        on_changed: `stop` refuses a checkpoint of other data or settings, `go_on` takes it.
-        max_tokens: of a micro-batch, by the lengths that `ropelab-shards measure` keeps; `None`
-            counts samples alone.
-        tokens_per_frame, tokens_per_image: what the pooler leaves of a video's frame on average,
-            and of an image (`None`: as of a frame).
+        max_bad_rate: the training stops if the fraction of bad samples is higher.
+        on_changed: `stop` refuses a checkpoint of other data or settings, `go_on` accepts it.
+        max_tokens: maximum tokens of a micro-batch, from the lengths that `ropelab-shards measure`
+            stores; `None`: micro-batches are cut by samples only.
+        tokens_per_frame, tokens_per_image: average tokens that the pooler keeps of a video frame
+            and of an image (`None`: the same as of a frame).
     """
 
     seed: int = 0
@@ -76,7 +76,7 @@ class StreamOptions:
 
 
 class Row(NamedTuple):
-    """Where one sample of a micro-batch stands: a row of a stream of some order."""
+    """The stream position of one sample: an order, a stream and a row in it."""
 
     order: "FileOrder"
     stream: int
@@ -84,11 +84,11 @@ class Row(NamedTuple):
 
 
 class FileOrder:
-    """One stream: every sample once, as it stands in the shards. The last micro-batch is short.
+    """One stream with every sample once, in shard order. The last micro-batch may be shorter.
 
     Attributes:
-        number: of the epoch.
-        part: of a mixture that this order is, its shards counting from `first_shard` on.
+        number: the epoch.
+        part: the index of this order in a mixture; its shards are numbered from `first_shard`.
     """
 
     streams, number, part, first_shard = 1, 0, 0, 0
@@ -109,7 +109,7 @@ class FileOrder:
         self._ends = np.cumsum(length, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch, all ranks together."""
+        """Returns the number of micro-batches per epoch, over all ranks."""
         return math.ceil(self.samples / self.micro_batch)
 
     @property
@@ -117,24 +117,24 @@ class FileOrder:
         return self.samples
 
     def check_world(self, world: int) -> None:
-        """Any number of ranks: those that would run out of batches repeat the first ones."""
+        """Accepts any number of ranks: a rank that runs out of batches repeats the first ones."""
 
     def epoch(self, number: int) -> "FileOrder":
-        """The order of one epoch."""
+        """Returns the order of one epoch."""
         return self
 
     def rows(self, m: int) -> list[Row]:
-        """The rows of micro-batch m."""
+        """Returns the rows of micro-batch m."""
         first = (m // self.streams) * self.micro_batch
         last = min(first + self.micro_batch, self.stream_length)
         return [Row(self, m % self.streams, row) for row in range(first, last)]
 
     def locate(self, stream: int, row: int) -> tuple[int, int]:
-        """(shard, sample in it) at a row of a stream."""
+        """Returns (shard, sample in it) at a row of a stream."""
         return self._at(row)
 
     def window_of(self, stream: int, row: int) -> list[tuple[int, int]]:
-        """All places of the window around a row, as they stand in the shards."""
+        """Returns (shard, sample) of all samples in the window of a row, before the shuffle."""
         return [self._at(row)]
 
     def _at(self, position: int) -> tuple[int, int]:
@@ -145,15 +145,15 @@ class FileOrder:
 
 
 class ShuffledOrder(FileOrder):
-    """Another order each epoch, in V virtual streams of the same length.
+    """A new random order each epoch, in V virtual streams of equal length.
 
-    The rest is left out, other samples each epoch: fewer than V micro-batches that do not fill
-    the streams, and fewer than `per_step` that do not fill an optimizer step (none where V is a
-    multiple of it, as by default). So every rank has the same number of batches and every step the
-    same samples, whatever the number of ranks.
+    The remainder is left out, with different samples each epoch: fewer than V micro-batches that
+    do not fill the streams, and fewer than `per_step` that do not fill an optimizer step (none if V
+    is a multiple of `per_step`, as by default). So every rank has the same number of batches, and
+    the samples of a step do not depend on the number of ranks.
 
     Args:
-        per_step: micro-batches of one optimizer step, all ranks together.
+        per_step: micro-batches per optimizer step, over all ranks.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class ShuffledOrder(FileOrder):
 
     @property
     def described(self) -> str:
-        """What the order depends on beside the options, for a fingerprint."""
+        """Text for a fingerprint: the facts that the order depends on, besides the options."""
         return f"streams {self.streams}"
 
     def check_world(self, world: int) -> None:
@@ -212,7 +212,7 @@ class ShuffledOrder(FileOrder):
         chunks = -(-self._counts // self._sizes)
         shard = np.repeat(np.arange(len(chunks), dtype=np.int32), chunks)
         nth = np.arange(len(shard)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-        # RandomState, unlike Generator, is frozen: a newer NumPy draws the same numbers
+        # RandomState draws the same numbers in every version of NumPy; Generator may not
         moved = np.random.RandomState([self._seed, self.part, number]).permutation(len(shard))
         shard, nth = shard[moved], nth[moved]
         sizes = self._sizes[shard]
@@ -234,15 +234,15 @@ class ShuffledOrder(FileOrder):
         return [self._at(position) for position in range(first, first + width)]
 
     def numbers(self) -> Int64[np.ndarray, " s"]:
-        """The samples of the epoch in the order of its micro-batches, each by its number.
+        """Returns the sample numbers of the epoch in the order of its micro-batches.
 
-        Numbers count on through all shards.
+        Samples are numbered consecutively through all shards.
         """
         counts, firsts = np.diff(self._ends, prepend=0), np.cumsum(self._counts) - self._counts
         at = np.repeat(firsts[self._shard] + self._start - (self._ends - counts), counts)
-        at += np.arange(len(at))  # by position in the epoch
+        at += np.arange(len(at))  # sample number at each stream position of the epoch
         rows = np.empty((self.streams, self._rows), dtype=np.int64)
-        draw = np.random.RandomState()  # seeded anew for each window; to make one takes far longer
+        draw = np.random.RandomState()  # reseeded for each window: much faster than a new object
         for stream, block in np.ndindex(self.streams, -(-self._rows // self._window)):
             first, width = block * self._window, self._block(block * self._window)[1]
             draw.seed((self._seed, self.part, self.number, stream, block))
@@ -256,13 +256,13 @@ class ShuffledOrder(FileOrder):
         return block, min(self._window, self.stream_length - block * self._window)
 
 
-@lru_cache(maxsize=1024)  # a stream comes back to its window after all others
+@lru_cache(maxsize=1024)  # a stream uses its window again only after all other streams
 def _shuffle(seed: tuple[int, ...], width: int) -> np.ndarray:
     return np.random.RandomState(seed).permutation(width)
 
 
 def _chunk_sizes(manifest: Manifest, chunk: int) -> np.ndarray:
-    """Samples of a chunk, for each shard; a shard that can only be read on is one chunk."""
+    """Returns the chunk size of each shard. A shard without seek is one chunk."""
     counts = manifest.counts
     while True:
         sizes = np.maximum(np.where(manifest.in_order, counts, chunk), 1)
@@ -284,7 +284,7 @@ def _count_streams(batches: int, per_step: int, asked: int | None) -> int:
 
 
 def check_ranks(per_step: int, world: int) -> None:
-    """Whether so many ranks can share the micro-batches of an optimizer step.
+    """Checks that `world` ranks can share the micro-batches of an optimizer step.
 
     Raises:
         ValueError: they cannot.
@@ -302,5 +302,5 @@ def divisors(n: int) -> list[int]:
 
 
 def listed(numbers: list[int]) -> str:
-    """`1, 2, 3`"""
+    """Returns the numbers as text: `1, 2, 3`."""
     return ", ".join(map(str, numbers))

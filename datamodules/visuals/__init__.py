@@ -1,4 +1,4 @@
-"""Pixels: images, videos and folders of frames become uint8 frames.
+"""Reads images, videos and folders of frames as uint8 frames.
 
-Here stands what a file may claim before it costs memory or time.
+The modules here also limit the memory and time that a file can cost.
 """

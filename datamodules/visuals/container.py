@@ -1,6 +1,6 @@
-"""Video bytes -> an open container, its video stream and errors in words.
+"""Video bytes -> an open container and its video stream, with readable errors.
 
-FFmpeg trusts what a file claims. Here stands what a video may claim before it costs memory.
+FFmpeg trusts the claims of a file. This module limits what a video may claim before memory is used.
 """
 
 import ctypes
@@ -24,24 +24,25 @@ from datamodules.errors import BadSampleError
 from datamodules.visuals.headers import check_claims
 from datamodules.visuals.images import MAX_PIXELS, is_image, kind_of
 
-#: Bytes that decoding one video may take. Kilobytes can claim any number of large frames.
+#: Maximum memory in bytes to decode one video. A tiny file can claim any number of large frames.
 MAX_BYTES = 2 << 30
 
-# One block of memory inside FFmpeg: a plane of a frame of 8K, or a table of five million samples.
+# Maximum size of one memory block in FFmpeg: a plane of an 8K frame, or a table of five million
+# samples.
 _MAX_BLOCK = 128 << 20
 
-# Frames that a decoder holds at once. H.264 and HEVC keep 16 for reference, and those in work.
+# Frames that a decoder holds at once. H.264 and HEVC keep 16 reference frames and current ones.
 _FRAMES_HELD, _FRAMES_HELD_INTRA = 20, 2
 
-# Formats that hold their own data. Others (playlists, concatenations, image sequences) name files
-# and addresses that the demuxer would open.
+# Formats that contain their own data. Others (playlists, concatenations, image sequences) name
+# files and addresses that the demuxer would open.
 _CONTAINER_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,gif",
     "protocol_whitelist": "",
 }
 
-# A forked process (a DataLoader's worker, a task of `ropelab-shards`) never frees what it inherits:
-# a scaler of FFmpeg would wait for its threads, which a fork does not copy, and hang for ever.
+# A forked process (a DataLoader worker, a task of `ropelab-shards`) never frees inherited objects:
+# an FFmpeg scaler would wait forever for its threads, which a fork does not copy.
 os.register_at_fork(after_in_child=gc.freeze)
 
 
@@ -49,15 +50,15 @@ os.register_at_fork(after_in_child=gc.freeze)
 def open_video(
     data: bytes, max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Opens a container and its video, the one that players choose.
+    """Opens a container and the video stream that players choose.
 
-    What fails inside becomes a `BadSampleError`.
+    Errors inside the `with` block become a `BadSampleError`.
     """
     if not data:
         raise BadSampleError("video_empty", "0 bytes")
     check_claims(data)
     _limit_blocks()
-    # Opening decodes a few frames too, so the limit has to be known before.
+    # Opening already decodes a few frames, so it needs the limit.
     options = {**_CONTAINER_OPTIONS, "max_pixels": str(max_pixels)}
     with (
         _as_bad_video(data),
@@ -74,15 +75,15 @@ def open_video(
             bits = codec.format.padded_bits_per_pixel
             check_memory(codec, codec.width, codec.height, bits)
         codec.thread_count = 1
-        codec.options = {"max_pixels": str(max_pixels)}  # as the size may change on the way
+        codec.options = {"max_pixels": str(max_pixels)}  # the size may change within the stream
         yield container, stream
 
 
 def _best_stream(container: InputContainer) -> VideoStream:
-    """The film among the video tracks: neither a cover picture nor a thumbnail beside it.
+    """Returns the main video track, not a cover picture or a thumbnail track.
 
-    FFmpeg's choice among those that are as long as the longest: it prefers the default track, then
-    the better one. A track of which no duration is known may be as long.
+    Candidates are the tracks of unknown duration, and those with at least half the duration of the
+    longest. FFmpeg chooses among them: the default track first, then the better one.
     """
     tracks = [
         stream
@@ -106,10 +107,10 @@ def _best_stream(container: InputContainer) -> VideoStream:
 
 
 def _seconds_of(stream: VideoStream) -> float | None:
-    """Duration of a track; None where the file does not tell it.
+    """Returns the duration of a track in seconds, or None if the file does not give it.
 
-    Matroska has none in the head of a track: libavformat estimates one, for some tracks. The tag
-    that writers leave at the end, "00:00:04.000000000", goes before it.
+    Matroska has no duration in the track header, and libavformat estimates it for some tracks. So
+    the tag that writers put at the end, "00:00:04.000000000", has priority.
     """
     tag = next((v for k, v in stream.metadata.items() if k.upper().startswith("DURATION")), "")
     if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d*)?)", tag.strip()):
@@ -118,7 +119,11 @@ def _seconds_of(stream: VideoStream) -> float | None:
 
 
 def check_memory(codec: VideoCodecContext, width: int, height: int, bits: int) -> None:
-    """Refuses frames of which a decoder would hold more than `MAX_BYTES`."""
+    """Refuses a frame size for which a decoder would hold more than `MAX_BYTES`.
+
+    Raises:
+        BadSampleError: video_too_large.
+    """
     held = _FRAMES_HELD_INTRA if codec.codec.intra_only else _FRAMES_HELD
     if held * width * height * bits > 8 * MAX_BYTES:
         what = f"frames of {width} x {height} pixels of {bits} bits"
@@ -127,10 +132,10 @@ def check_memory(codec: VideoCodecContext, width: int, height: int, bits: int) -
 
 @cache
 def _limit_blocks() -> None:
-    """Tells FFmpeg how much it may reserve at once; what else the process does is not limited.
+    """Sets FFmpeg's maximum size of one memory block. The rest of the process is not limited.
 
-    The function is FFmpeg's own, found through the libraries that a module of PyAV loads. Without
-    it the claims that `check_claims` knows are still refused.
+    It calls FFmpeg's own function, found through the libraries that a module of PyAV loads. If
+    this fails, `check_claims` still refuses the claims that it knows.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(av_frame.__file__).av_max_alloc(ctypes.c_size_t(_MAX_BLOCK))

@@ -1,11 +1,11 @@
-"""Video or image bytes -> sampled, resized frames. Normalising them is the encoder's part.
+"""Video or image bytes -> sampled, resized frames. The encoder normalises them.
 
 bytes of a video --(videos.py)--> frames --+
                                            +--> upright, `image_size` x `image_size`, uint8 RGB
 bytes of an image --(images.py)--> picture +
 
-The whole picture is squeezed into the square, so that a wide one looks narrow. What is outside the
-middle square is not lost, as it would be with the center crop of CLIP's own preprocessing.
+The whole picture is squeezed into the square, so a wide picture looks narrow. In contrast to the
+centre crop of CLIP's own preprocessing, nothing outside the middle square is lost.
 """
 
 import math
@@ -34,7 +34,7 @@ IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 
 
 class UniformSampler:
-    """`num_frames` evenly from the first frame to the last; a shorter video repeats frames."""
+    """Samples `num_frames` evenly from first to last frame. A shorter video repeats frames."""
 
     def __init__(self, num_frames: int):
         if num_frames < 1:
@@ -45,12 +45,15 @@ class UniformSampler:
         return np.linspace(0, len(times) - 1, self.num_frames).round().astype(int).tolist()
 
     def count(self, frames: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-        """How many it takes of videos of so many frames, of so long from the first to the last."""
+        """Returns the number of frames sampled from videos with these frame counts and durations.
+
+        A duration is the time from the first to the last frame, in seconds.
+        """
         return np.full(len(frames), self.num_frames)
 
 
 class FpsSampler:
-    """`fps` frames for each second of video, within `min_frames` and `max_frames`."""
+    """Samples `fps` frames per second of video, between `min_frames` and `max_frames` in total."""
 
     def __init__(self, fps: float, max_frames: int, min_frames: int = 1):
         if fps <= 0 or not 1 <= min_frames <= max_frames:
@@ -72,7 +75,7 @@ class FpsSampler:
         return (after - nearer).tolist()
 
     def count(self, frames: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-        """As `UniformSampler.count`."""
+        """Returns the same as `UniformSampler.count`, for this sampler."""
         wanted = np.floor(seconds * self.fps).astype(int) + 1
         return np.maximum(np.minimum(wanted, np.minimum(frames, self.max_frames)), self.min_frames)
 
@@ -81,11 +84,11 @@ class FrameReader:
     """Reads a visual as square RGB frames.
 
     Args:
-        image_size: side of a frame; the whole picture is squeezed into it.
-        sampler: takes the times of all frames, in seconds, and returns the numbers of those
-            wanted, not decreasing.
+        image_size: side of a frame in pixels; the whole picture is squeezed into it.
+        sampler: takes the times of all frames in seconds and returns the numbers of the wanted
+            frames, not decreasing.
         max_pixels: a larger picture is refused before it is decoded.
-        tiles: (rows, columns) of the grids that `picture` may cut an image into; None: none.
+        tiles: (rows, columns) of the grids that `picture` may cut an image into; None: no tiles.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class FrameReader:
         self.tiles = None if tiles is None else check_grids(tiles)
 
     def read(self, name: str, data: bytes) -> tuple[UInt8[Tensor, "n c h w"], Tiles | None]:
-        """Frames of a visual, by the ending of its name.
+        """Returns the frames of a visual. Its file name suffix decides between video and image.
 
         Raises:
             BadSampleError: as `video` and `picture`; the message begins with the name.
@@ -108,7 +111,7 @@ class FrameReader:
             return (self.video(data), None) if is_video(name) else self.picture(data)
 
     def video(self, data: bytes) -> UInt8[Tensor, "t c h w"]:
-        """Sampled frames.
+        """Returns the sampled frames of a video.
 
         Raises:
             BadSampleError: video_unreadable, video_empty, video_truncated, video_too_large,
@@ -118,7 +121,7 @@ class FrameReader:
         wanted = np.asarray(self.sampler(packets.times))
         check_work(packets, wanted.tolist(), len(data))
         frames: Tensor | None = None
-        scaler = VideoReformatter()  # kept for all frames, as making one costs more than its work
+        scaler = VideoReformatter()  # reused for all frames: creating one costs more than its work
 
         def keep(number: int, frame: VideoFrame) -> None:
             nonlocal frames
@@ -126,14 +129,14 @@ class FrameReader:
             if frames is None:
                 frames = pixels.new_empty(len(wanted), *pixels.shape)
             start, end = np.searchsorted(wanted, [number, number + 1])
-            frames[start:end] = pixels  # the only copy of a frame that stays
+            frames[start:end] = pixels  # the only copy of a frame that is kept
 
         decode_wanted(data, packets, wanted.tolist(), keep, self.max_pixels)
         assert frames is not None
         return frames
 
     def image(self, data: bytes) -> UInt8[Tensor, "t c h w"]:
-        """One frame.
+        """Returns an image as one frame.
 
         Raises:
             BadSampleError: image_unreadable, image_too_large.
@@ -144,20 +147,20 @@ class FrameReader:
         return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()  # h w c -> 1 c h w
 
     def picture(self, data: bytes) -> tuple[UInt8[Tensor, "n c h w"], Tiles | None]:
-        """An image as one frame, or as a thumbnail and tiles; raises as `image`."""
+        """Returns an image as one frame, or as a thumbnail and tiles. Raises as `image`."""
         if self.tiles is None:
             return self.image(data), None
         return cut_tiles(open_image(data, self.max_pixels), self.image_size, self.tiles)
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the frames made of a picture of this size, as it is shown.
+        """Returns the (height, width) of frames for a displayed picture of this size.
 
-        The one place that decides about it: all frames of a visual have the same size.
+        Only this method decides the size, so all frames of a visual have the same one.
         """
         return self.image_size, self.image_size
 
     def _shown(self, frame: VideoFrame, scaler: VideoReformatter) -> UInt8[np.ndarray, "h w c"]:
-        """A frame of a video as it is shown, resized."""
+        """Returns a video frame, rotated for display and resized."""
         turn = turn_of(frame)
         shown = (frame.width, frame.height) if turn.exchanged else (frame.height, frame.width)
         size = self._size(*shown)
@@ -172,7 +175,7 @@ def is_video(name: str) -> bool:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Puts the name of a file in front of what is wrong with it."""
+    """Adds a file name to the start of the messages of `BadSampleError`."""
     try:
         yield
     except BadSampleError as error:
@@ -182,7 +185,7 @@ def naming(name: str) -> Iterator[None]:
 
 @cache
 def one_thread() -> dict[str, Any]:
-    """The argument that keeps a scaler from starting threads, where this PyAV knows it."""
+    """Returns the argument that stops a scaler from starting threads, if this PyAV has it."""
     try:
         VideoReformatter().reformat(VideoFrame(2, 2, "gray"), 4, 4, threads=1)
     except TypeError:

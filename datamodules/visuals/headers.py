@@ -1,7 +1,7 @@
-"""What the headers of a video file claim, read without FFmpeg: bytes that must follow, and samples.
+"""Reads the sizes and sample counts that a video file's headers claim, without FFmpeg.
 
-FFmpeg believes these numbers. It reserves memory for every sample that a table of MP4 claims, and
-it reads a file that was cut as if it ended there.
+FFmpeg trusts these numbers. It reserves memory for every sample that an MP4 table claims, and it
+reads a cut file as if it ended there.
 """
 
 import zlib
@@ -13,20 +13,20 @@ from datamodules.errors import BadSampleError
 
 _MP4_STARTS = (b"ftyp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"styp", b"pnot")
 _MP4_CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf", b"cmov")
-_MOST_BOXES = 1_000_000  # a day of fragments of one second has fewer
-_MOST_HEADER = 64 << 20  # bytes that a compressed header may become
+_MOST_BOXES = 1_000_000  # a day of one-second fragments has fewer
+_MOST_HEADER = 64 << 20  # maximum bytes of a decompressed header
 
 
 class _Box(NamedTuple):
     kind: bytes
-    start: int  # of its content
-    end: int  # as its head claims, maybe beyond the data
+    start: int  # start of its content
+    end: int  # end as claimed by its header, maybe beyond the data
 
 
 def missing_bytes(data: bytes) -> int:
-    """Number of bytes that the head of a file promises beyond its end; 0 where it promises none.
+    """Returns the number of bytes that a file's headers claim beyond its end, or 0.
 
-    MP4, MOV, Matroska, WebM and AVI name the size of what follows; others do not.
+    MP4, MOV, Matroska, WebM and AVI headers give the size of the content; other formats do not.
     """
     if data[4:8] in _MP4_STARTS:
         end = max((box.end for box in islice(_boxes(data, 0, len(data)), _MOST_BOXES)), default=0)
@@ -34,7 +34,7 @@ def missing_bytes(data: bytes) -> int:
         end = _end_of_segment(data)
     elif data[:4] == b"RIFF":
         end = 0
-        while data[end : end + 4] == b"RIFF":  # a large AVI is several
+        while data[end : end + 4] == b"RIFF":  # a large AVI has several RIFF parts
             end += 8 + int.from_bytes(data[end + 4 : end + 8], "little")
     else:
         return 0
@@ -47,16 +47,16 @@ def check_claims(data: bytes) -> None:
     Raises:
         BadSampleError: video_too_large.
     """
-    claimed = _claimed(data)  # 0 where the bytes are no boxes
+    claimed = _claimed(data)  # 0 if the bytes are not MP4 boxes
     if claimed > len(data):
         raise BadSampleError("video_too_large", f"{claimed} samples claimed in {len(data)} bytes")
 
 
 def _claimed(data: bytes) -> int:
-    """Number of samples for which FFmpeg reserves memory, over all tracks and fragments."""
+    """Returns the samples that FFmpeg reserves memory for, over all tracks and fragments."""
     total = in_track = visited = 0
     kinds, uncompressed = set[bytes](), False
-    todo = [(0, len(data))]  # the boxes of these parts, in the order of the file
+    todo = [(0, len(data))]  # byte ranges whose boxes are to be read, in file order
     while todo:
         start, end = todo.pop()
         box = next(_boxes(data, start, end), None)
@@ -74,7 +74,7 @@ def _claimed(data: bytes) -> int:
             todo.append((box.start, min(box.end, end)))
         elif box.kind == b"hdlr":
             kinds.add(data[box.start + 8 : box.start + 12])
-        elif box.kind == b"stts":  # one entry: every sample lasts one unit
+        elif box.kind == b"stts":  # one entry, and every sample lasts one unit
             uncompressed = data[box.start + 4 : box.start + 8] == b"\0\0\0\1"
             uncompressed &= data[box.start + 12 : box.start + 16] == b"\0\0\0\1"
         elif box.kind == b"stsz":
@@ -82,7 +82,7 @@ def _claimed(data: bytes) -> int:
         elif box.kind == b"trun":
             total += _number(data, box.start + 4)
         if uncompressed and b"soun" in kinds and b"vide" not in kinds:
-            in_track = 0  # FFmpeg reads uncompressed sound by chunks, however many samples it has
+            in_track = 0  # FFmpeg reads uncompressed audio in chunks, so samples cost no memory
     return total + in_track
 
 
@@ -91,7 +91,7 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[_Box]:
         size, kind, head = _number(data, start), data[start + 4 : start + 8], 8
         if size == 1 and start + 16 <= end:
             size, head = int.from_bytes(data[start + 8 : start + 16], "big"), 16
-        elif size == 0:  # to the end
+        elif size == 0:  # the box extends to the end
             size = end - start
         if size < head:
             return
@@ -104,7 +104,7 @@ def _number(data: bytes, at: int) -> int:
 
 
 def _inflated(content: bytes) -> bytes:
-    """The header that QuickTime's `cmvd` holds: its size, then a zlib stream."""
+    """Decompresses the header in QuickTime's `cmvd` box: its size, then a zlib stream."""
     size = _number(content, 0)
     if size > _MOST_HEADER:
         raise BadSampleError("video_too_large", f"a compressed header of {size} bytes")
@@ -115,7 +115,7 @@ def _inflated(content: bytes) -> bytes:
 
 
 def _end_of_segment(data: bytes) -> int:
-    """Where Matroska's one segment ends, by its own word; 0 where it does not say."""
+    """Returns the end that Matroska's only segment claims, or 0 if it claims none."""
     start = 4
     size, length = _variable(data, start)
     start += length + size
@@ -127,7 +127,7 @@ def _end_of_segment(data: bytes) -> int:
 
 
 def _variable(data: bytes, at: int) -> tuple[int, int]:
-    """A number of EBML and its length in bytes, which its leading zero bits give."""
+    """Returns an EBML number and its length in bytes, which its leading zero bits give."""
     first = data[at] if at < len(data) else 0
     length = 9 - first.bit_length()
     value = int.from_bytes(data[at : at + length], "big")

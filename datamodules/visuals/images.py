@@ -1,4 +1,4 @@
-"""Image bytes -> an upright RGB picture of 8 bits a channel; transparent parts stand on white."""
+"""Image bytes -> an upright RGB picture with 8 bits per channel, on white where transparent."""
 
 import io
 import struct
@@ -9,13 +9,13 @@ from PIL import Image, ImageOps
 
 from datamodules.errors import BadSampleError
 
-#: Pixels of the largest picture or frame that is decoded: 8K video.
+#: Maximum pixels of a picture or frame to decode: 8K video.
 MAX_PIXELS = 7680 * 4320
 
-_JPEG_SCANS = 200  # a progressive picture has about ten, and each is a pass over all of it
+_JPEG_SCANS = 200  # a progressive JPEG has about ten; each scan is a pass over the whole picture
 _FORMATS = ("JPEG", "PNG", "WEBP")
 
-# How other files begin that are found under the name of a picture or a video.
+# First bytes of other files that occur under the name of a picture or a video.
 _BEGINNINGS = (
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"\x89PNG\r\n\x1a\n", "a PNG image"),
@@ -31,7 +31,7 @@ _BEGINNINGS = (
     (b"#EXTM3U", "a playlist"),
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself"),
 )
-# Of files that begin as MP4 does; `mif1` and `msf1` stand for either.
+# Brands of files that begin like MP4; `mif1` and `msf1` may be AVIF or HEIC.
 _BRANDS = {
     **dict.fromkeys([b"avif", b"avis"], "an AVIF image"),
     **dict.fromkeys([b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"], "a HEIC image"),
@@ -47,10 +47,10 @@ _TEXTS = (
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Returns a picture in mode RGB, turned as its Exif orientation says.
+    """Returns a picture in mode RGB, rotated by its Exif orientation.
 
     Args:
-        data: a JPEG, PNG or WebP file; of an animation the first picture is taken.
+        data: a JPEG, PNG or WebP file. Only the first picture of an animation is used.
         max_pixels: a larger picture is refused before it is decoded.
 
     Raises:
@@ -60,8 +60,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadSampleError("image_too_large", f"{scans} scans, the limit is {_JPEG_SCANS}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata; the size is checked here
-            # Named formats only: Pillow has others that start programs.
+            warnings.simplefilter("ignore")  # damaged metadata; this function checks the size
+            # Allow only these formats: Pillow has others that start programs.
             picture = Image.open(io.BytesIO(data), formats=_FORMATS)
             width, height = picture.size
             if width * height > max_pixels:
@@ -83,12 +83,12 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def is_image(data: bytes) -> bool:
-    """Whether the bytes begin as a format that `open_image` reads."""
+    """Returns True if the bytes begin like a format that `open_image` reads."""
     return kind_of(data) in ("a JPEG image", "a PNG image", "a WebP image")
 
 
 def kind_of(data: bytes) -> str | None:
-    """Says in words what a file is, by how it begins; None where nothing is known about it."""
+    """Returns the kind of a file in words, from its first bytes, or None if unknown."""
     if not data:
         return None
     if data[4:8] == b"ftyp":
@@ -104,7 +104,7 @@ def kind_of(data: bytes) -> str | None:
 
 
 def _turned(picture: Image.Image) -> Image.Image:
-    """The picture as its camera was held. Metadata that cannot be read leave it as it is."""
+    """Returns the picture upright, by its Exif data. Unreadable Exif data is ignored."""
     picture.load()
     try:
         return ImageOps.exif_transpose(picture)
@@ -117,7 +117,7 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
         picture = _from_16_bits(picture)
     if not picture.has_transparency_data:
         return picture.convert("RGB")
-    # Pixels that nobody was meant to see hold any colour, often black, as the text on them is.
+    # Transparent pixels may have any colour. It is often black, as is the text on them.
     shown = picture.convert("RGBA")
     on_white = Image.new("RGB", shown.size, "white")
     on_white.paste(shown, mask=shown.getchannel("A"))
@@ -125,10 +125,10 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(picture: Image.Image) -> Image.Image:
-    """A grey picture of 16 bits as one of 8; Pillow's own conversion cuts at 255."""
+    """Converts a grey picture from 16 to 8 bits. Pillow's own conversion clips at 255."""
     values = np.asarray(picture).clip(0, 65535).astype(np.uint32)
     grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    hidden = picture.info.get("transparency")  # one value stands for nothing at all
+    hidden = picture.info.get("transparency")  # this grey value means transparent
     if isinstance(hidden, int):
         grey.putalpha(Image.fromarray(((values != hidden) * 255).astype(np.uint8)))
     return grey

@@ -1,4 +1,4 @@
-"""Video bytes -> the list of its frames and their times, without decoding one."""
+"""Video bytes -> the list of frames with their times, without decoding."""
 
 from array import array
 from bisect import bisect_left, bisect_right
@@ -17,31 +17,31 @@ from datamodules.visuals.container import open_video
 from datamodules.visuals.headers import missing_bytes
 from datamodules.visuals.images import MAX_PIXELS
 
-# Pixels that may be decoded to reach the frames wanted: as many for any file, and more for each of
-# its bytes. Films stay far below; kilobytes that claim hours of large frames do not.
+# Maximum pixels decoded to reach the wanted frames: a constant per file, plus a number per byte.
+# Real films stay far below. A file of a few kilobytes that claims hours of large frames exceeds it.
 _PIXELS_ANY, _PIXELS_A_BYTE = 20_000_000_000, 5_000
 
 _NO_TIME = -(1 << 63)
 
-# A step of time between frames, beyond the duration of the first, that is no gap but a join of two
-# recordings. FFmpeg's own tools take the same number (-dts_delta_threshold), for formats of which
-# libavformat says that their times may begin anew (AVFMT_TS_DISCONT): MPEG-TS and MPEG-PS.
+# A larger time step between frames, beyond the duration of the first, is a join of two recordings
+# and not a gap. FFmpeg's tools use the same number (-dts_delta_threshold) for the formats whose
+# times may restart according to libavformat (AVFMT_TS_DISCONT): MPEG-TS and MPEG-PS.
 _JOIN_SECONDS, _MAY_BE_JOINED = 10, 0x200
 
 
 @dataclass(frozen=True)
 class Packets:
-    """The frames of a video as its container lists them, in the order in which they are shown.
+    """The frames of a video as listed by its container, in display order.
 
     Attributes:
-        times: seconds.
-        stamps: the same in units of the stream; None where the container's times do not tell
-            which frame is which, so that frames are counted as they come out of the decoder.
+        times: times of the frames in seconds.
+        stamps: the same in units of the stream. None if the container's times do not identify
+            frames; then frames are counted as the decoder returns them.
         keys: stamps at which decoding can start.
-        pixels: of one frame.
-        rate: frames per second, on average.
+        pixels: pixels of one frame.
+        rate: average frames per second.
         last: seconds for which the last frame is shown.
-        origin: the time at which the file begins, of the first frame or of a sound before it.
+        origin: start time of the file in seconds: of the first frame, or of audio before it.
             Players count from there.
     """
 
@@ -59,21 +59,21 @@ class Packets:
 
 
 def scan_packets(data: bytes, max_pixels: int = MAX_PIXELS) -> Packets:
-    """Lists the frames of a video without decoding one.
+    """Lists the frames of a video without decoding any.
 
     Raises:
         BadSampleError: video_unreadable, video_empty, video_truncated, video_too_large,
             not_a_video.
     """
     with open_video(data, max_pixels) as (container, stream):
-        # Numbers, not the packets themselves: these hold the whole file once more.
+        # Keep numbers, not the packets: these would hold a second copy of the whole file.
         pts, dts, lasts, keys = array("q"), array("q"), array("q"), array("b")
         hidden, cut = 0, False
         for packet in container.demux(stream):
             if not packet.size:
                 continue
             cut = packet.is_corrupt
-            if packet.is_discard or _is_hidden(packet, stream):  # decoded for others, never shown
+            if packet.is_discard or _is_hidden(packet, stream):  # only a reference, never shown
                 hidden += 1
             else:
                 pts.append(_NO_TIME if packet.pts is None else packet.pts)
@@ -92,16 +92,16 @@ def scan_packets(data: bytes, max_pixels: int = MAX_PIXELS) -> Packets:
         packets = replace(packets, last=last, origin=_origin(container, packets))
         if missing_bytes(data):
             _check_whole(container, stream, len(pts) + hidden, packets)
-        elif cut:  # all that other formats show of an early end
+        elif cut:  # the only sign of an early end in other formats
             raise BadSampleError("video_truncated", f"the last of {len(pts)} frames is cut")
         return packets
 
 
 def _is_hidden(packet: Packet, stream: VideoStream) -> bool:
-    """Whether a packet only holds a picture that others refer to (an alternate reference).
+    """Returns True if a packet holds only a hidden reference frame (an alternate reference).
 
-    VP8 gives it a packet of its own, which no container marks: a bit of its head says it (RFC 6386,
-    9.1, `show_frame`). VP9 and AV1 hide such pictures in the packet of a frame that is shown.
+    In VP8 it is a packet of its own that no container marks. A bit of its header shows it
+    (RFC 6386, 9.1, `show_frame`). VP9 and AV1 put such frames into the packet of a shown frame.
     """
     return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
 
@@ -109,9 +109,10 @@ def _is_hidden(packet: Packet, stream: VideoStream) -> bool:
 def _is_joined(
     dts: np.ndarray, durations: np.ndarray, container: InputContainer, stream: VideoStream
 ) -> bool:
-    """Whether the times begin anew within a file, as where recordings stand behind one another.
+    """Returns True if the times restart within a file, as in concatenated recordings.
 
-    A step back of 33-bit times may look like one forward: libavformat takes it for their overflow.
+    A step back may look like a step forward, because libavformat takes it for an overflow of the
+    33-bit times.
     """
     known = dts != _NO_TIME
     steps = np.diff(dts[known])
@@ -125,12 +126,12 @@ def _is_joined(
 def _in_order(
     pts: np.ndarray, keys: np.ndarray, stream: VideoStream, joined: bool, guessed: bool
 ) -> Packets:
-    """The list of frames, by their times where these can be trusted.
+    """Returns the list of frames, sorted by their times if these are reliable.
 
     Args:
-        joined: the times begin anew within the file.
-        guessed: the file keeps no times of frames that are shown in another order than decoded;
-            libavformat guesses them, and is wrong where frames are left out or packed in pairs.
+        joined: the times restart within the file.
+        guessed: the file has no display times, and display order differs from decoding order.
+            libavformat guesses the times, and is wrong if frames are dropped or packed in pairs.
     """
     codec, rate = stream.codec_context, stream.average_rate or Fraction(25)
     pixels = codec.width * codec.height
@@ -140,7 +141,7 @@ def _in_order(
         counted = (np.arange(len(pts)) / float(rate)).tolist()
         return Packets(counted, None, [], pixels, rate)
     times = (stamps * float(stream.time_base or 1)).tolist()
-    # Files that were copied out of such a container give times in the order of decoding.
+    # Files remuxed from such a container have their times in decoding order.
     not_sorted = codec.has_b_frames and len(pts) > 1 and bool((np.diff(pts) > 0).all())
     if guessed or not_sorted:
         return Packets(times, None, [], pixels, rate)
@@ -148,9 +149,9 @@ def _in_order(
 
 
 def _origin(container: InputContainer, packets: Packets) -> float:
-    """The time at which a file begins.
+    """Returns the start time of a file in seconds.
 
-    Where frames are counted, their times are not those of the container: the first one begins it.
+    Counted frames do not use the container's times, so the first frame starts the file.
     """
     if packets.stamps is None or container.start_time is None:
         return packets.times[0]
@@ -160,9 +161,9 @@ def _origin(container: InputContainer, packets: Packets) -> float:
 def _check_whole(
     container: InputContainer, stream: VideoStream, frames: int, packets: Packets
 ) -> None:
-    """Refuses a file that ends too early, where a tenth or more of its frames is missing.
+    """Refuses a file that ends too early: more than a tenth of its frames or time is missing.
 
-    A last frame may stay for long, and an edit list may hide frames: they are no loss.
+    A long last frame and frames hidden by an edit list do not count as missing.
     """
     declared, unit = stream.frames, float(stream.time_base or 1)
     if frames < 0.9 * declared:
@@ -174,18 +175,18 @@ def _check_whole(
 
 
 def frame_times(data: bytes) -> list[float]:
-    """Seconds of all frames of a video; decodes none, raises as `scan_packets`."""
+    """Returns the times of all frames in seconds, without decoding. Raises as `scan_packets`."""
     return scan_packets(data).times
 
 
 def check_work(packets: Packets, wanted: Sequence[int], size: int) -> None:
-    """Refuses what would take minutes, before it does.
+    """Refuses a video that would take minutes to decode.
 
-    Counted and not timed, so that the verdict is the same on every machine.
+    The limit counts pixels, not time, so the result is the same on every machine.
 
     Args:
-        wanted: numbers of frames.
-        size: bytes of the file.
+        wanted: numbers of the wanted frames.
+        size: size of the file in bytes.
 
     Raises:
         BadSampleError: video_too_large.

@@ -1,13 +1,13 @@
-"""Any-resolution images as LLaVA-NeXT lays them out: a thumbnail, then tiles row by row.
+"""Any-resolution images in LLaVA-NeXT's layout: a thumbnail, then tiles row by row.
 
 picture                    frames of the size that the encoder reads
 +-----------+   squeezed   +---+
 |           |  --------->  | 0 |   the thumbnail
 |           |              +---+
 +-----------+  fitted into +---+---+---+
-               the grid    | 1 | 2 | 3 |   tiles; what the picture leaves of them is black
-               that suits  +---+---+---+
-               it best     | 4 | 5 | 6 |
+               the best    | 1 | 2 | 3 |   tiles; parts outside the picture are black
+               grid        +---+---+---+
+                           | 4 | 5 | 6 |
                            +---+---+---+
 """
 
@@ -25,10 +25,10 @@ from datamodules.batch import Tiles
 
 
 def check_grids(grids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """(rows, columns) of each grid that a picture may be cut into.
+    """Returns (rows, columns) of each grid that a picture may be cut into.
 
     Raises:
-        ValueError: something is no grid.
+        ValueError: there is no grid, or an entry is not two numbers of 1 or more.
     """
     if not grids or any(len(grid) != 2 or min(grid) < 1 for grid in grids):
         raise ValueError(
@@ -41,7 +41,7 @@ def check_grids(grids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
 def cut_tiles(
     picture: Image.Image, side: int, grids: Sequence[tuple[int, int]]
 ) -> tuple[UInt8[Tensor, "n c h w"], Tiles]:
-    """Thumbnail and tiles of an RGB picture, `side` x `side` pixels each."""
+    """Returns the thumbnail and tiles of an RGB picture, `side` x `side` pixels each."""
     width, height = picture.size
     rows, columns = best_grid(height, width, side, grids)
     plane = Image.new("RGB", (columns * side, rows * side))
@@ -57,9 +57,10 @@ def cut_tiles(
 def best_grid(
     height: int, width: int, side: int, grids: Sequence[tuple[int, int]]
 ) -> tuple[int, int]:
-    """The (rows, columns) that show most of the picture's own pixels, then with the least waste.
+    """Returns the (rows, columns) that show most of the picture's pixels.
 
-    The first of those that are equal. A picture is never counted for more pixels than it has.
+    Ties go to the grid with the fewest unused pixels, then to the first one. Upscaling does not
+    count as showing more pixels.
     """
 
     def merit(grid: tuple[int, int]) -> tuple[int, int]:
@@ -72,7 +73,7 @@ def best_grid(
 
 
 def _fitted(height: int, width: int, most_height: int, most_width: int) -> tuple[int, int]:
-    """Height and width of the picture as large as fits, in its own aspect ratio."""
+    """Returns the largest (height, width) that fits, in the picture's aspect ratio."""
     by_width, by_height = most_width / width, most_height / height
     if by_width < by_height:
         return min(math.ceil(height * by_width), most_height), most_width

@@ -1,12 +1,12 @@
-"""Video bytes -> the decoded frames that are wanted, upright and in their order.
+"""Video bytes -> the wanted frames, decoded, upright and in order.
 
-Frames are chosen from the times of the packets before anything is decoded. The decoder then jumps
-where a keyframe lies between where it stands and the frame wanted, and leaves out frames that
-neither are wanted nor help to decode another. What comes out never depends on either: wherever a
-file is not as expected, it is decoded again in a plainer way.
+Frames are chosen by the packet times before decoding. The decoder jumps if a keyframe lies between
+the last decoded frame and the wanted one. It skips frames that are neither wanted nor a reference
+for others. Jumps and skips never change the result: if a file is not as expected, it is decoded
+again with fewer shortcuts.
 
-One thread a decoder: the DataLoader's workers are the parallelism, and threads inside them cost
-more than they give.
+Each decoder has one thread. The DataLoader workers already run in parallel, and threads inside
+them cost more than they gain.
 """
 
 import math
@@ -28,22 +28,22 @@ from datamodules.visuals.packets import Packets, check_work, scan_packets
 
 _T = TypeVar("_T")
 
-# Codecs that mark frames to which no other frame refers. (In HEVC such a frame may still be
-# referred to from a higher temporal layer.)
+# Codecs that mark frames without references from other frames. (In HEVC, a frame with this mark
+# may still be referenced from a higher temporal layer.)
 _MARKS_UNREFERENCED = frozenset({"h264", "mpeg1video", "mpeg2video", "mpeg4"})
 
-#: How frames are resized and converted, as flags of FFmpeg's swscale: the mean of the pixels that
-#: become one (SWS_AREA), and a colour of its own for every pixel (SWS_FULL_CHR_H_INT). Without the
-#: latter two neighbours share one, and all channels are two levels too dark.
+#: Flags of FFmpeg's swscale to resize and convert frames: area averaging (SWS_AREA), and full
+#: horizontal colour resolution (SWS_FULL_CHR_H_INT). Without the latter, two neighbouring pixels
+#: share a colour, and all channels are two levels too dark.
 AREA = 0x20 | 0x2000
 
 
 class _Way(NamedTuple):
-    """How a video is decoded: what may be left out, and how a frame is known."""
+    """A decoding strategy: its shortcuts, and its way to identify frames."""
 
-    skip: bool  # frames that no other refers to
-    jump: bool  # to keyframes
-    count: bool  # frames, instead of looking at their times
+    skip: bool  # skip frames without references from others
+    jump: bool  # jump to keyframes
+    count: bool  # identify frames by counting, not by their times
 
 
 _WAYS = (
@@ -55,7 +55,7 @@ _WAYS = (
 
 
 class _InexactError(Exception):
-    """This way does not show for certain which frame is which."""
+    """Raised if a decoding strategy cannot identify frames with certainty."""
 
 
 def decode_wanted(
@@ -65,12 +65,12 @@ def decode_wanted(
     keep: Callable[[int, VideoFrame], None],
     max_pixels: int = MAX_PIXELS,
 ) -> None:
-    """Decodes some frames.
+    """Decodes the wanted frames.
 
     Args:
         wanted: numbers of frames, not decreasing.
-        keep: is called with the number and the frame, once for every different number in turn;
-            where a video must be decoded again in a plainer way, from the first number on again.
+        keep: called with the number and the frame, once for each different number in order. If
+            the video must be decoded again with fewer shortcuts, it starts again at the first.
 
     Raises:
         BadSampleError: as `scan_packets`.
@@ -112,22 +112,22 @@ def _decoded(
             except FFmpegError:
                 raise _InexactError from None
             frames = enumerate(_frames_of(container, stream, few, needed), start=1)
-            whole = False  # of what was decoded from the first frame on, a part is missing
+            whole = False  # not all frames since the first one were decoded
         while jumped or at < stamp:
             number, following = next(frames, (seen, None))
             if following is None:
                 if way.jump:
                     raise _InexactError
                 _check_lost(len(packets.times) - seen, packets)
-                break  # the last frame stands for those that are lost behind it
+                break  # the last decoded frame replaces the lost frames after it
             before, at, frame, seen = at, following.pts if stamps else number - 1, following, number
-            if at is None or (at < before and not jumped):  # its times are those of other frames
+            if at is None or (at < before and not jumped):  # the times are wrong
                 raise _InexactError
-            if jumped and at > stamp:  # some formats seek only roughly
+            if jumped and at > stamp:  # seeking is not exact in some formats
                 raise _InexactError
             jumped = False
         assert frame is not None
-        # Of a frame of two fields, each in a packet of its own, one may have been left out.
+        # An interlaced frame may have its two fields in two packets; one may have been skipped.
         if needed is not None and (at != stamp or frame.interlaced_frame):
             raise _InexactError
         if stamps and whole and at > stamp and not frame.interlaced_frame:
@@ -136,7 +136,7 @@ def _decoded(
 
 
 def _check_lost(lost: int, packets: Packets) -> None:
-    """Refuses a video of which over a tenth of the frames cannot be decoded."""
+    """Refuses a video if more than a tenth of its frames cannot be decoded."""
     frames = len(packets.times)
     if lost > 0.1 * frames:
         raise BadSampleError("video_truncated", f"{frames - lost} of {frames} frames")
@@ -145,12 +145,11 @@ def _check_lost(lost: int, packets: Packets) -> None:
 def _frames_of(
     container: InputContainer, stream: VideoStream, few: int, needed: set[int] | None = None
 ) -> Iterator[VideoFrame]:
-    """All frames, or without some that nobody needs: neither a stamp of `needed` nor a frame that
-    another one refers to is left out.
+    """Yields all frames, or with `needed`, at least those stamps and all reference frames.
 
     Args:
-        few: number of packets that may fail to decode, and are passed over. None may where frames
-            are left out: what such a packet spoils is seen only if everything is decoded.
+        few: number of packets that may fail to decode; they are ignored. With `needed` no packet
+            may fail, because its damage is visible only if all frames are decoded.
     """
     codec, failed = stream.codec_context, 0
     for packet in container.demux(stream):
@@ -182,15 +181,15 @@ def with_every_frame(
     """Decodes a whole video.
 
     Args:
-        use: takes all frames in order with their seconds, which never go back. It is called once
-            more, with frames that are counted, where their times turn out to go back.
+        use: takes all frames in order with their times in seconds, which never decrease. If the
+            times in the file decrease, it is called again with counted frames.
 
     Returns:
-        What `use` returns.
+        The result of `use`.
 
     Raises:
-        BadSampleError: as `scan_packets`; video_truncated after the last frame, where over a
-            tenth of them cannot be decoded.
+        BadSampleError: as `scan_packets`; video_truncated after the last frame, if more than a
+            tenth of the frames cannot be decoded.
     """
     check_work(packets, [len(packets.times) - 1], len(data))
     try:
@@ -226,24 +225,24 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
 
 
 class Turn(NamedTuple):
-    """How a frame is turned to be shown: rows and columns are exchanged first, if at all."""
+    """The rotation of a frame for display. Rows and columns are exchanged first."""
 
     exchanged: bool = False
     mirrored: bool = False  # left and right
     flipped: bool = False  # top and bottom
 
     def __call__(self, pixels: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h2 w2 c"]:
-        """Returns a view of the pixels as they are shown."""
+        """Returns a view of the pixels as displayed."""
         turned = pixels.swapaxes(0, 1) if self.exchanged else pixels
         turned = turned[:, ::-1] if self.mirrored else turned
         return turned[::-1] if self.flipped else turned
 
 
 def turn_of(frame: VideoFrame) -> Turn:
-    """How players show a frame: phones record in the position of their sensor.
+    """Returns the rotation that players apply: phones record in the orientation of their sensor.
 
-    The display matrix takes column x and row y to (a x + c y, b x + d y). Of an angle between two
-    quarters of a turn, the nearer one is taken.
+    The display matrix maps column x and row y to (a x + c y, b x + d y). Angles are rounded to the
+    nearest quarter turn.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:

@@ -1,1 +1,1 @@
-"""Reads annotation files of many projects into the one form of shards."""
+"""Reads annotation files of many projects and converts them into the format of shards."""

@@ -1,7 +1,7 @@
-"""What the fields of an entry say that shards do not hold: it is refused by the field's name.
+"""Refuses entries with fields that shards cannot represent, and names the field.
 
-A sample would be learnt without its video, on the wrong part of it, or with an answer that its
-authors took out; nothing would show it.
+Otherwise the model would train on a sample without its video, on the wrong part of it, or on an
+answer that the authors excluded. No error would show this.
 """
 
 import re
@@ -11,26 +11,26 @@ from typing import Any
 from datamodules.errors import BadSampleError
 from datamodules.shards.annotations.media import suffix_of
 
-# Words of names, singular and in small letters.
+# Words in field names, singular and in lower case.
 _VISUAL = {"image", "img", "video", "vid", "visual", "frame", "picture", "pic", "photo", "clip"}
 _VISUAL |= {"media"}
-#: Beside such a word these say that the field is a fact about a visual: `video_fps`, `media_type`.
+#: With one of these words, the field is a fact about a visual: `video_fps`, `media_type`.
 _FACTS = {"type", "kind", "size", "fps", "rate", "width", "height", "duration", "length", "count"}
 _FACTS |= {"num", "category", "token"}
 _NO_PLURALS = {"s", "ms", "fps"}
 _IDS = {"id", "source", "url"}
-#: Endings of pictures and videos that are not read here.
+#: Suffixes of pictures and videos that cannot be read here.
 _UNREAD = {"3gp", "asf", "divx", "f4v", "flv", "m2ts", "m2v", "mts", "ogm", "ogv", "rmvb", "vob"}
 _UNREAD |= {"avif", "bmp", "heic", "heif", "jfif", "jp2", "jxl", "svg", "tif", "tiff", "wmv"}
 _SHOWN = 60  # characters of a value in a message
-#: Fields of a turn by which ms-swift and OpenAI take an answer out of the loss.
+#: Fields of a turn with which ms-swift and OpenAI exclude an answer from the loss.
 _UNLEARNT = ("loss", "loss_scale", "weight")
 _CONVERSATIONS = ("messages", "conversation", "conversations", "prompt", "completion")
 _OF_TURNS = ("role", "from", "content", "value", "human", "assistant")
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a field's name, singular and in small letters: `videoPaths` has video, path."""
+    """Returns the words of a field name, singular and in lower case: `videoPaths`: video, path."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)
     words = [word.lower() for word in words]
     return [word if word in _NO_PLURALS else word.removesuffix("s") for word in words]
@@ -39,17 +39,18 @@ def words_of(name: str) -> list[str]:
 def refuse_visuals(
     entry: dict[str, Any], seen: bool, read: Collection[str], ignored: Collection[str]
 ) -> None:
-    """Refuses a field that seems to name a visual, as the sample would be learnt without it.
+    """Refuses a field that seems to name a visual: the sample would be trained without it.
 
-    In an entry without visuals any text under a name that speaks of one is suspected, such as
-    `video_name`, and a file's name under any other but an id's. In an entry with visuals only
-    files are, under names that speak of a visual and are no id's: there `video_id` is a fact.
+    In an entry without visuals, two kinds of values are suspected: any text if the field name
+    contains a word for a visual, such as `video_name`, and a file name under any other field name,
+    except an id. In an entry with visuals, only file names are suspected, if the field name
+    contains a word for a visual and is not an id: there `video_id` is a fact.
 
     Args:
-        entry: as published; also the other fields of its turns are looked at.
-        seen: whether it has a visual that is read.
-        read: fields of the entry that are read; in its turns none is.
-        ignored: fields that name no visual that is wanted.
+        entry: the entry as published; extra fields of its turns are checked too.
+        seen: whether the entry has a visual that is read.
+        read: fields of the entry that are read; no extra field of a turn is read.
+        ignored: fields to skip in this check.
 
     Raises:
         BadSampleError: bad_field.
@@ -72,7 +73,7 @@ def _refuse_fields(
         an_id = bool(words) and words[-1] in ({"id"} if looks else _IDS)
         if name in ignored or (not looks and (seen or an_id)) or (seen and an_id):
             continue
-        # the value of `media_type` may be any text, but not a file or a url
+        # The value of `media_type` may be any text, but not a file or a url.
         bare = looks and not seen and _FACTS.isdisjoint(words)
         texts = list(_texts(value))
         suspected = [text for text in texts if is_file(text)]
@@ -94,7 +95,7 @@ def _turns(value: Any) -> list[dict[str, Any]]:
 
 
 def is_file(text: str) -> bool:
-    """Whether a text is the name of a picture's or a video's file, also of one not read here."""
+    """Returns True if a text is a picture or video file name, also of unsupported formats."""
     stem, dot, ending = text.rpartition("/")[2].rpartition(".")
     unread = bool(stem and dot) and ending.lower() in _UNREAD and len(text.split()) == 1
     return (unread or bool(suffix_of(text))) and "\n" not in text and "://" not in text
@@ -105,7 +106,7 @@ def _is_data(text: str) -> bool:
 
 
 def _texts(value: Any, depth: int = 3) -> Iterator[str]:
-    """The texts in a value that say anything."""
+    """Yields the texts in a value that are not empty."""
     if isinstance(value, str):
         if value.strip():
             yield value.strip()
@@ -115,12 +116,12 @@ def _texts(value: Any, depth: int = 3) -> Iterator[str]:
 
 
 def refuse_unlearnt(entry: dict[str, Any], ignored: Collection[str]) -> None:
-    """Refuses answers that are marked as not to be learnt, as shards have no such mark.
+    """Refuses answers that are marked as excluded from the loss, because shards have no such mark.
 
     Raises:
         BadSampleError: bad_field.
     """
-    for name in ("kto_tag", "label"):  # of LLaMA-Factory; of ms-swift and TRL
+    for name in ("kto_tag", "label"):  # kto_tag: LLaMA-Factory; label: ms-swift and TRL
         if entry.get(name) is False and name not in ignored:
             what = "marks a bad answer, which would be learnt"
             remedy = "leave the entry out, or pair it with a good one as chosen and rejected"
@@ -132,7 +133,7 @@ def refuse_unlearnt(entry: dict[str, Any], ignored: Collection[str]) -> None:
             if turn.get("role", turn.get("from")) not in ("assistant", "gpt"):
                 continue
             for name in _UNLEARNT:
-                # 0 and false are equal, and so are 1 and true
+                # In Python, True == 1 and False == 0.
                 if turn.get(name) in (None, 1) or name in ignored:
                     continue
                 where = f"{name!r} of {field} {number} is {turn[name]!r}"

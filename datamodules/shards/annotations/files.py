@@ -1,4 +1,4 @@
-"""Files of annotations -> their entries, with the place of each; what is no JSON is said."""
+"""Annotation files -> entries with their place in the file. Reports what is not JSON."""
 
 import json
 from collections import Counter
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from datamodules.errors import BadSampleError
 
-#: What other files begin with, by what they are.
+#: First bytes of other files, with their kind.
 _OTHER_FILES = {
     b"\x1f\x8b": "gzip data: unpack it with gunzip",
     b"PK\x03\x04": "a zip archive: unpack it",
@@ -22,21 +22,21 @@ _ANSWERS = {"prompt", "chosen", "caption"}
 
 
 class Annotation(NamedTuple):
-    """An entry and where in its file it stands, in words: `entry 3`, counted from 0, `line 4`."""
+    """An entry and its place in the file in words: `entry 3` (counted from 0) or `line 4`."""
 
     where: str
     entry: Any
-    fault: BadSampleError | None = None  # the line cannot be read, and `entry` is None
+    fault: BadSampleError | None = None  # set if the line cannot be read; then `entry` is None
 
 
 def read_annotations(path: Path) -> list[Annotation]:
-    """Entries of a JSON list, or of a file with one JSON object a line.
+    """Returns the entries of a JSON list, or of a file with one JSON object per line.
 
-    Either is known by what the file holds: its name may end in `.json` or `.jsonl`. A line that
-    is no JSON is one bad entry. UTF-8 and, by its mark at the start, UTF-16 or UTF-32 are read.
+    The content decides, not the name; a name may end in `.json` or `.jsonl`. A line that is not
+    JSON is one bad entry. The encoding is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 
     Raises:
-        ValueError: it is neither, or no line can be read; the message says where.
+        ValueError: the file is neither, or no line can be read; the message names the place.
     """
     try:
         data = path.read_bytes()
@@ -60,7 +60,7 @@ def read_annotations(path: Path) -> list[Annotation]:
 
 
 def _lines(data: bytes) -> Iterator[bytes]:
-    """Lines in UTF-8, which may hold what some take for the end of one, such as U+2028."""
+    r"""Yields the lines in UTF-8. Only "\n" ends a line, not other separators such as U+2028."""
     encoding = json.detect_encoding(data)
     if not encoding.startswith("utf-8"):
         data = data.decode(encoding).encode()
@@ -72,7 +72,7 @@ def _is_lines(path: Path) -> bool:
 
 
 def _may_be_whole(lines: Sequence[bytes], path: Path) -> bool:
-    """Whether the file is to be read at once: it is a list, or its lines are no entries."""
+    """Returns True if the file may be one JSON value: a list, or lines that are not entries."""
     filled = [line.strip() for line in lines if line.strip()]
     if not filled or filled[0].startswith(b"["):
         return bool(filled) or not _is_lines(path)
@@ -81,7 +81,7 @@ def _may_be_whole(lines: Sequence[bytes], path: Path) -> bool:
 
 
 def _whole(lines: Sequence[bytes], path: Path) -> list[Annotation] | None:
-    """Entries of a file that is one list, or one entry; None where lines have to be read."""
+    """Returns the entries of a file that is one list or one entry, or None if it has lines."""
     try:
         entries = parse_json(b"\n".join(lines))
     except BadSampleError as error:
@@ -110,10 +110,10 @@ def _read_line(where: str, line: bytes) -> Annotation:
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON as its standard has it, and NaN for a value that is missing, as pandas writes it.
+    """Parses standard JSON. Also reads NaN as a missing value, because pandas writes it.
 
     Raises:
-        BadSampleError: bad_json; a field that an object has twice with different values is such.
+        BadSampleError: bad_json, also for an object with two different values of one field.
     """
     try:
         return json.loads(data, parse_constant=_constant, object_pairs_hook=_without_twins)
@@ -124,7 +124,7 @@ def parse_json(data: bytes) -> Any:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         detail = f"{error.msg}: {line}character {error.colno}"
         raise BadSampleError("bad_json", detail) from None
-    except (ValueError, RecursionError) as error:  # absurd numbers, absurd nesting
+    except (ValueError, RecursionError) as error:  # too large numbers, too deep nesting
         raise BadSampleError("bad_json", str(error)) from None
 
 

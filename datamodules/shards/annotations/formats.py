@@ -1,19 +1,19 @@
-"""Annotations as their authors publish them -> the one form that shards hold.
+"""Converts published annotations into the format of shards.
 
     {"conversations": [{"from": "human", "value": "<video>\\nWhat is it?"},
                        {"from": "gpt", "value": "A bike."}], "video": "a.mp4"}
 
-or, of two answers to the same question, one that is preferred,
+or, for two answers to the same question, one of them preferred,
 
     {"conversations": [{"from": "human", "value": "<video>\\nWhat is it?"}],
      "chosen": "A bike.", "rejected": "A cat.", "video": "a.mp4"}
 
-A format is known by its fields, never by the name of its file; fields that mean nothing here are
-kept. LLaVA's own form (LLaVA-1.5, LLaVA-Video-178K, M4-Instruct, LLaVA-Hound's instructions) is
-that of shards already. Those of ms-swift, LLaMA-Factory, OpenAI and TRL are read where they mean
-the same: `messages`, `query` and `response`, `instruction` and `output`, `images`, `video_path`, …
-A field that seems to name a visual and is none of these is refused, not dropped; so is a mark
-that an answer is not to be learnt.
+The fields of an entry decide its format, not the file name. Fields without a meaning here are
+kept. LLaVA's format (LLaVA-1.5, LLaVA-Video-178K, M4-Instruct, LLaVA-Hound's instructions) is
+already the format of shards. The formats of ms-swift, LLaMA-Factory, OpenAI and TRL are read if
+they mean the same: `messages`, `query` and `response`, `instruction` and `output`, `images`,
+`video_path`, … Any other field that seems to name a visual is refused, not dropped. So is a mark
+that excludes an answer from the loss.
 """
 
 import re
@@ -40,20 +40,19 @@ _VISUALS = {
 }
 # (question, more of it, answer) of ms-swift and LLaMA-Factory
 _PAIRS = (("query", None, "response"), ("instruction", "input", "output"))
-# Fields that are read. One without a value is as one that is not there: so pandas writes a table
-# in which only some rows have it.
+# Fields that are read. A null counts as a missing field: pandas writes one in every row without
+# the field.
 _READ = {"conversations", "conversation", "messages", "prompt", "completion", "chosen", "rejected"}
 _READ |= {"rejected_response", "rejected_messages", "QA", "query", "response", "history", "system"}
 _READ |= {"instruction", "input", "output", "question"}
 
 
 def to_conversation(entry: Any, ignored: Collection[str] = ()) -> dict[str, Any]:
-    """One published entry in the form of shards.
+    """Converts one published entry into the format of shards.
 
     Args:
-        entry: as its authors have it.
-        ignored: fields that name visuals which are not wanted, or that mark answers not to be
-            learnt and are to be passed over.
+        entry: the entry as published.
+        ignored: fields to ignore: they name unwanted visuals, or exclude answers from the loss.
 
     Raises:
         BadSampleError: missing_field, bad_field, empty_conversation.
@@ -71,7 +70,7 @@ def to_conversation(entry: Any, ignored: Collection[str] = ()) -> dict[str, Any]
 
 
 def _with_tagged(entry: dict[str, Any]) -> dict[str, Any]:
-    """Files that stand in the questions, as in `<img>a.jpg</img>`, under `image` and `video`."""
+    """Moves files in questions, such as `<img>a.jpg</img>`, to the fields `image` and `video`."""
     turns = entry.get("conversations")
     if not isinstance(turns, list):
         return entry
@@ -82,7 +81,7 @@ def _with_tagged(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_own_visuals(entry: dict[str, Any], ignored: Collection[str]) -> dict[str, Any]:
-    """Files of other fields under `image` and `video`."""
+    """Moves files of other fields to the fields `image` and `video`."""
     for kind, others in _VISUALS.items():
         for other in others:
             if other in ignored or other not in entry:
@@ -94,7 +93,11 @@ def _with_own_visuals(entry: dict[str, Any], ignored: Collection[str]) -> dict[s
 
 
 def _with_files(entry: dict[str, Any], kind: str, names: list[str], where: str) -> dict[str, Any]:
-    """The entry with these files; those that it has already must be the same ones."""
+    """Returns the entry with these files.
+
+    Raises:
+        BadSampleError: bad_field: the entry already has different files.
+    """
     former = entry.get(kind)
     if not names:
         return entry
@@ -104,7 +107,10 @@ def _with_files(entry: dict[str, Any], kind: str, names: list[str], where: str) 
 
 
 def _read_turns(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry with its turns under `conversations`, of a pair those before the answers."""
+    """Returns the entry with its turns under `conversations`.
+
+    For a pair, these are the turns before the answers.
+    """
     names = ("messages", "conversation", "conversations")
     given = [name for name in names if entry.get(name) is not None]
     if len(given) > 1:
@@ -135,8 +141,12 @@ def _is_foreign(turns: Any) -> bool:
 
 
 def _from_pair(entry: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """`query` and `response`, or `instruction`, `input` and `output`, as messages; with those of
-    `history` before them."""
+    """Converts question and answer fields into messages, with the messages of `history` first.
+
+    These are `query` and `response`, `instruction`, `input` and `output`, or TRL's `prompt` and
+    `completion`. Returns the name of the field with the messages (None: there are none), and the
+    entry.
+    """
     if isinstance(entry.get("prompt"), list) or "completion" in entry:  # TRL
         asked = _messages(entry, "prompt", "user")
         answers = _messages(entry, "completion", "assistant") if "completion" in entry else []
@@ -166,14 +176,14 @@ def _from_pair(entry: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
 
 
 def _messages(entry: dict[str, Any], name: str, role: str) -> list[Any]:
-    """A field that holds messages, or the text of one."""
+    """Returns the messages of a field. A plain text becomes one message."""
     if isinstance(entry.get(name), list):
         return entry[name]
     return [{"role": role, "content": _text(entry, name)}]
 
 
 def _with_system(entry: dict[str, Any]) -> dict[str, Any]:
-    """The text of a field `system` as the first turn."""
+    """Makes the text of the field `system` the first turn."""
     system, turns = entry.get("system"), entry.get("conversations")
     if (
         not isinstance(system, str)
@@ -191,10 +201,10 @@ def _with_system(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_preference(entry: dict[str, Any]) -> dict[str, Any]:
-    """LLaVA-Hound's pairs: `prompt` (or turns), `chosen` and `rejected`, as texts or as turns.
+    """Reads LLaVA-Hound's pairs: `prompt` (or turns), `chosen` and `rejected`, as texts or turns.
 
-    The visual stands before the prompt, wherever its slot was: so LLaVA-Hound's and LLaVA-NeXT's
-    code read it. Its `answer`, of which both are variants, is left out.
+    The slot of the visual moves to the start of the prompt, as in LLaVA-Hound's and LLaVA-NeXT's
+    code. The field `answer` is dropped: both answers are variants of it.
     """
     kept = {name: value for name, value in entry.items() if name not in ("prompt", "answer")}
     if "conversations" not in entry:
@@ -215,11 +225,10 @@ def read_preference(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_videochat2(entry: dict[str, Any]) -> dict[str, Any]:
-    """VideoChat2-IT: `QA` holds instruction `i`, question `q` (captions have none), answer `a`.
+    """Reads VideoChat2-IT: `QA` holds instruction `i`, question `q` (not in captions), answer `a`.
 
-    The first instruction goes before the first question: VideoChat2 writes it once, before the
-    video, and guides its query by both. `start` and `end`, in seconds, say which part of the video
-    is meant.
+    The first instruction goes before the first question. VideoChat2 writes it once, before the
+    video, and its query reads both. `start` and `end` give the part of the video in seconds.
     """
     pairs = entry["QA"]
     if not isinstance(pairs, list) or not pairs:
@@ -240,7 +249,7 @@ def read_videochat2(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_answers(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """An entry with each of its answers as the last turn: of a pair both, of others itself."""
+    """Yields a pair once with each answer as the last turn, and any other entry unchanged."""
     if "chosen" not in entry:
         yield entry
         return
@@ -251,7 +260,7 @@ def with_answers(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _slots_of(entry: dict[str, Any]) -> list[str]:
-    """The word of each visual."""
+    """Returns the slot word of each visual: `image` or `video`."""
     slots = []
     for word in _VISUALS:
         value = entry.get(word) or []
@@ -260,7 +269,7 @@ def _slots_of(entry: dict[str, Any]) -> list[str]:
 
 
 def _slot(entry: dict[str, Any]) -> str:
-    """Slots of an entry whose text has none: one for each of its visuals."""
+    """Returns the slots for an entry without slots in its text: one per visual."""
     return "".join(f"<{word}>\n" for word in _slots_of(entry))
 
 

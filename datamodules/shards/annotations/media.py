@@ -1,4 +1,4 @@
-"""The folder that annotations name files of: where a name leads, and what lies there."""
+"""Finds and reads the files that annotations name, below one media folder."""
 
 import os
 import unicodedata
@@ -15,26 +15,26 @@ VISUALS = VIDEO_SUFFIXES | IMAGE_SUFFIXES
 
 
 def suffix_of(name: str) -> str:
-    """The ending of a file's name in small letters; "" where it is none of a visual."""
+    """Returns the suffix of a file name in lower case, or "" if it is not one of a visual."""
     suffix = name.rpartition("/")[2].rpartition(".")[2].lower()
     return suffix if suffix in VISUALS and "." in name.rpartition("/")[2] else ""
 
 
 @dataclass(frozen=True)
 class Media:
-    """Files below one folder.
+    """The files below one folder.
 
     Args:
         root: the folder.
-        follow_links: read symbolic links that lead out of it. Names that do, by `..` or from `/`,
-            are refused all the same.
+        follow_links: read symbolic links to files outside the folder. Names that leave it, by `..`
+            or an absolute path, are always refused.
     """
 
     root: Path
     follow_links: bool = False
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file.
+        """Returns the bytes of a file.
 
         Raises:
             BadSampleError: unsafe_path, file_missing, file_unreadable.
@@ -43,14 +43,14 @@ class Media:
             path = self.find(name)
             if path is None:
                 raise BadSampleError("file_missing", f"{name}{self._hint(name)}")
-            if not path.is_file():  # a named pipe would be waited for
+            if not path.is_file():  # for example a named pipe, which would block
                 raise BadSampleError("file_unreadable", f"{name}: no file")
             return path.read_bytes()
         except OSError as error:
             raise BadSampleError("file_unreadable", f"{name}: {error.strerror}") from None
 
     def frames(self, name: str) -> list[str] | None:
-        """Names of the pictures in a folder, as people count; None where there is no such folder.
+        """Returns the pictures of a folder in natural order, or None if there is no such folder.
 
         Raises:
             BadSampleError: unsafe_path, video_empty (no picture in it).
@@ -66,10 +66,14 @@ class Media:
         return [f"{name}/{file}" for file in in_order(frames)]
 
     def find(self, name: str) -> Path | None:
-        """Where a name leads. Accented letters may be written either way: macOS takes them apart.
+        """Returns the path of a name, or None if it does not exist.
+
+        Accented letters match in composed and decomposed Unicode form, because macOS decomposes
+        them.
 
         Raises:
-            BadSampleError: unsafe_path, file_unreadable (no name of a file).
+            BadSampleError: unsafe_path, file_missing (a link to no file), file_unreadable (not a
+                valid file name).
         """
         if "\0" in name or not name:
             raise BadSampleError("file_unreadable", f"{name!r} is no name of a file")
@@ -96,14 +100,14 @@ class Media:
         except FileNotFoundError:
             what = f"{name} is a symbolic link to {os.path.realpath(path)}, which is not there"
             raise BadSampleError("file_missing", what) from None
-        except (OSError, RuntimeError) as error:  # links in a circle
+        except (OSError, RuntimeError) as error:  # a loop of links
             raise BadSampleError("file_unreadable", f"{name}: {error}") from None
         if not self.follow_links and not target.is_relative_to(self.root.resolve()):
             what = f"{name} is a symbolic link to {target}, outside {self.root}"
             raise BadSampleError("unsafe_path", f"{what}: --follow-links reads it")
 
     def _hint(self, name: str) -> str:
-        """What lies there under nearly the same name."""
+        """Returns a hint about an existing file with a similar name, or ""."""
         folder, _, file = name.rpartition("/")
         try:
             place = self.find(folder) if folder else self.root
@@ -125,5 +129,5 @@ def _composed(name: str) -> str:
 
 
 def _loosely(name: str) -> str:
-    """Without difference of case and of `%20` and a space."""
+    """Returns a form of the name without case, and with `%20` as a space, for comparison."""
     return _composed(unquote(name)).casefold()

@@ -1,4 +1,4 @@
-"""The part of a video that an entry means: read where its fields say it in seconds, else refused.
+"""Reads the part of a video that an entry refers to. Refuses it if it is not in seconds.
 
 {"video": "a.mp4", "start": 0.5, "end": 2}        VideoChat2
 {"video": "a.mp4", "start_time": 0.5, "end_time": 2}
@@ -13,20 +13,21 @@ from typing import Any, NamedTuple
 from datamodules.errors import BadSampleError
 from datamodules.shards.annotations.fields import words_of
 
-# Words of the names of fields, as `words_of` has them. Of a start, an end, and of both in a list.
+# Words in field names, as returned by `words_of`: for a start, an end, and both in a list.
 _STARTS, _ENDS = {"start", "begin"}, {"end", "stop"}
 _BOTH = {"span", "timestamp"}
-_IF_RANGES = {"clip", "segment", "interval", "range"}  # not so `clip: "x"`, `frame_interval: 4`
+# These words mean a part only if the value is a range: not in `clip: "x"`, `frame_interval: 4`.
+_IF_RANGES = {"clip", "segment", "interval", "range"}
 _RANGE = re.compile(r"\s*[\d.:]+\s*s?\s*(?:[-–,~]|to)\s*[\d.:]+\s*s?\s*$")  # noqa: RUF001
 _PARTS = _STARTS | _ENDS | _BOTH | _IF_RANGES
-# Beside these a field's number is one of seconds; beside the others it may be anything.
+# With one of these words, the number is in seconds. With the others, its unit is unknown.
 _OF_SECONDS = {"video", "time", "sec", "second", "s"}
 _BESIDE = _OF_SECONDS | {"ms", "frame", "idx", "index"}
 _REMEDY = "give start and end in seconds, or --ignore-field"
 
 
 class Span(NamedTuple):
-    """Seconds of a part of a video; `end` may be infinite."""
+    """The start and end of a part of a video, in seconds. `end` may be infinite."""
 
     start: float
     end: float
@@ -35,9 +36,10 @@ class Span(NamedTuple):
 def take_span(
     entry: dict[str, Any], ignored: Collection[str] = ()
 ) -> tuple[dict[str, Any], Span | None, list[str]]:
-    """(the entry without the fields of the part, the part or None for all of it, those fields).
+    """Returns (entry without the fields of the part, the part or None, names of those fields).
 
-    Without an end the part ends with the video, without a start it begins with it.
+    None means the whole video. A part without a start begins with the video, and a part without
+    an end ends with it.
 
     Raises:
         BadSampleError: bad_field.
@@ -69,7 +71,7 @@ def _names_part(name: str, value: Any) -> bool:
 
 
 def _ends_of(name: str, entry: dict[str, Any]) -> tuple[float | None, float | None]:
-    """The start and the end that a field says; None for one that it says nothing of."""
+    """Returns the (start, end) that a field gives, with None for a missing one."""
     value, video = entry[name], entry["video"]
     one_video = not isinstance(video, list) or len(video) == 1
     kinds = set(words_of(name)) - _OF_SECONDS
@@ -95,7 +97,11 @@ def _seconds(value: Any) -> float | None:
 
 
 def _agreed(said: list[tuple[str, float | None]]) -> float | None:
-    """The one value that fields give to an end of the part."""
+    """Returns the value that all fields give for one end of the part, or None.
+
+    Raises:
+        BadSampleError: bad_field: two fields differ.
+    """
     given = [(name, value) for name, value in said if value is not None]
     for name, value in given[1:]:
         if value != given[0][1]:

@@ -1,4 +1,4 @@
-"""Turns as other programs write them -> turns as shards hold them, with the visuals in them.
+"""Converts turns of other programs into turns of shards, with the visuals that they contain.
 
 {"role": "user", "content": "What is it?"}                         OpenAI, ms-swift, TRL
 {"role": "user", "content": [{"type": "image", "image": "a.jpg"},  Qwen, OpenAI
@@ -17,17 +17,17 @@ from datamodules.shards.annotations.media import suffix_of
 from datamodules.visuals.frames import is_video
 
 _KINDS = ("image", "video")
-# How Qwen's processor is to sample and resize: here `data.frames` says so for all samples.
+# Sampling and resizing options of Qwen's processor. They are ignored: `data.frames` sets them.
 _READING = {"detail", "fps", "nframes", "min_frames", "max_frames", "total_pixels"}
 _READING |= {"min_pixels", "max_pixels", "resized_height", "resized_width"}
-# A file between tags. `<video>` alone is a slot; behind it a text may quote HTML.
+# A file name between tags. `<video>` alone is a slot; the text after it may quote HTML.
 _TAGGED = re.compile(r"<(img|image|video)>[ \t]*([^<>\n]*?)[ \t]*</\1>")
 
 
 def to_turns(messages: Any, where: str) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
-    """Turns with `from` and `value`; and by kind the visuals that stand in them, in their order.
+    """Returns turns with `from` and `value`, and the visuals in them by kind, in order.
 
-    `where` names the field for messages about it.
+    `where` is the field name for error messages.
 
     Raises:
         BadSampleError: empty_conversation, missing_field, bad_field.
@@ -64,7 +64,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _refuse_shown(parts: Sequence[Any], where: str) -> None:
-    """Refuses a visual in an answer, whose slot would be learnt as a word."""
+    """Refuses a visual in an answer: the model would be trained to write its slot as a word."""
     for part in parts:
         if isinstance(part, dict) and _kind_of(part) != "text":
             raise BadSampleError(
@@ -77,7 +77,7 @@ def _kind_of(part: dict[str, Any]) -> str:
 
 
 def take_tags(turns: Sequence[Any], where: str) -> tuple[list[Any], dict[str, list[str]]]:
-    """Turns with a slot for each file that stands between tags; and these files by kind.
+    """Replaces each file between tags by a slot. Returns the turns, and the files by kind.
 
     Raises:
         BadSampleError: bad_field (a file in an answer, a url).
@@ -113,7 +113,10 @@ def _names_file(text: str) -> bool:
 
 
 def _read_part(part: Any, visuals: dict[str, list[str]], where: str) -> str:
-    """The text of one part of a content; a visual is a slot, and its file goes into `visuals`."""
+    """Returns the text of one part of a message.
+
+    A visual becomes a slot, and its file is added to `visuals`.
+    """
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
@@ -138,7 +141,7 @@ def _read_part(part: Any, visuals: dict[str, list[str]], where: str) -> str:
 
 
 def file_names(value: Any, where: str) -> list[str]:
-    """The file names of a field: a name, an object that has one (`path`, `url`), or a list of them.
+    """Returns the file names of a field: a name, an object with `path` or `url`, or a list of them.
 
     Raises:
         BadSampleError: bad_field.
@@ -162,7 +165,7 @@ def file_names(value: Any, where: str) -> list[str]:
 
 
 def with_slots(turns: Sequence[dict[str, Any]], slots: Sequence[str]) -> list[dict[str, Any]]:
-    """The turns with slots before the first question, where no text has any, as ms-swift does."""
+    """Puts the slots before the first question if no text has a slot, as ms-swift does."""
     asked = [turn["value"] for turn in turns if turn["from"] != "gpt"]
     if any(f"<{kind}>" in text for text in asked for kind in _KINDS) or any(
         _names_file(match[2]) for text in asked for match in _TAGGED.finditer(text)

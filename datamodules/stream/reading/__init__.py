@@ -1,1 +1,1 @@
-"""Bytes of samples: from files, HTTP servers, pipes and stores, and out of a tar."""
+"""Reads the bytes of samples from files, HTTP servers, pipes and stores, and unpacks tars."""

@@ -1,4 +1,4 @@
-"""How long a source of data is waited for: no read hangs, whatever its server or store does."""
+"""Timeouts and retries of reads: no read hangs, even if a server or store does."""
 
 import threading
 import time
@@ -7,14 +7,14 @@ from typing import TypeVar, cast
 
 from datamodules.errors import BadSampleError
 
-SLOWEST = 64 * 1024  # bytes a second; a source that dribbles below it counts as stalled
+SLOWEST = 64 * 1024  # bytes per second; a slower source counts as stalled
 _TRIES = 3
 
 T = TypeVar("T")
 
 
 class Patience:
-    """How long a source may be waited for: `timeout_s`, and longer by what it gives meanwhile."""
+    """A timeout of `timeout_s` seconds that grows with the bytes received."""
 
     def __init__(self, timeout_s: float):
         self._timeout_s, self._lag_s = timeout_s, 0.0
@@ -29,10 +29,10 @@ class Patience:
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns or raises, where it knows no timeout of its own.
+    """Runs `call` with a timeout and returns or raises what it does.
 
     Raises:
-        BadSampleError: shard_stalled; the call is left behind in its thread.
+        BadSampleError: shard_stalled; the call continues in its thread.
     """
     outcome: list[tuple[T | None, BaseException | None]] = []
 
@@ -54,7 +54,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def persistently(read: Callable[[], bytes]) -> bytes:
-    """Tries three times where the reason may pass."""
+    """Calls `read`, with up to three attempts if the error may be temporary."""
     for attempt in range(_TRIES):
         try:
             return read()

@@ -1,7 +1,7 @@
-"""Bytes a..b of one shard: by seek, by range over HTTP or fsspec, or by reading a pipe on.
+"""Reads bytes a..b of a shard: by seek, by an HTTP or fsspec range, or by reading a pipe forward.
 
-Whatever goes wrong is a `BadSampleError` with one of six reasons: shard_missing,
-shard_unreadable, shard_stalled, shard_cut, tar_truncated, index_stale. Nothing waits for ever.
+Every failure is a `BadSampleError` with one of six reasons: shard_missing, shard_unreadable,
+shard_stalled, shard_cut, tar_truncated, index_stale. Every wait has a timeout.
 """
 
 import json
@@ -24,8 +24,9 @@ from datamodules.errors import BadSampleError
 from datamodules.stream.reading.patience import SLOWEST, Patience, persistently, within
 from datamodules.stream.reading.tar import TarBytes
 
-#: Variable of the environment, for this process and its workers: the urls and schemes that may be
-#: opened beside those of `_STORES`, as JSON. Set while what somebody's run directory says is read.
+#: Environment variable for this process and its workers: JSON list of urls and schemes that may be
+#: opened in addition to `_STORES`. It is set while a run directory is replayed, because that may
+#: come from another user.
 REPLAYED = "ROPELAB_REPLAYED"
 
 #: Schemes that only fetch bytes.
@@ -34,18 +35,18 @@ _STORES = {"file", "local", "memory", "http", "https", "ftp", "sftp", "ssh", "sm
 }
 
 _PIECE = 1 << 16
-_RANGE = 4 << 20  # a request where a remote shard is read as a whole
+_RANGE = 4 << 20  # bytes per request when a whole remote shard is read
 
 T = TypeVar("T")
 
 
 class Source(ABC):
-    """One shard, opened for reading. `in_order`: going back means to start again."""
+    """One shard, opened for reading. If `in_order`, reading backwards restarts the shard."""
 
     in_order = False
 
     def read(self, start: int, end: int) -> bytes:
-        """Exactly the bytes from `start` to `end`."""
+        """Returns exactly the bytes from `start` to `end`."""
         if not 0 <= start < end:
             raise BadSampleError("index_stale", f"it asks for bytes {start} to {end}: delete it")
         data = self._read(start, end)
@@ -56,19 +57,19 @@ class Source(ABC):
 
     @abstractmethod
     def _read(self, start: int, end: int) -> bytes:
-        """The same, or fewer where the shard ends."""
+        """Returns the bytes from `start` to `end`, or fewer if the shard ends before `end`."""
 
     @abstractmethod
     def whole(self) -> TarBytes:
-        """The shard from its first byte, to be read once."""
+        """Returns the shard from its first byte, for one pass."""
 
     @abstractmethod
     def close(self) -> None:
-        """Lets go of what is open."""
+        """Closes open files, connections and processes."""
 
 
 class ForwardFile:
-    """A file that can only be read on, over pieces that arrive. `position` counts bytes given."""
+    """A forward-only file over a stream of byte pieces. `position` counts the returned bytes."""
 
     def __init__(self, pieces: Iterator[bytes]):
         self._pieces = pieces
@@ -107,11 +108,11 @@ class ForwardFile:
 class LocalFile(Source):
     def __init__(self, path: str):
         try:
-            # A named pipe would wait here for its writer.
+            # O_NONBLOCK: opening a named pipe would otherwise wait for its writer.
             self._file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
         except FileNotFoundError:
             raise BadSampleError("shard_missing", "no such file", shard=path) from None
-        except (OSError, ValueError) as error:  # a name with a zero byte
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
             text = getattr(error, "strerror", None) or str(error)
             raise BadSampleError("shard_unreadable", text, shard=path) from None
         if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
@@ -120,7 +121,7 @@ class LocalFile(Source):
 
     def _read(self, start: int, end: int) -> bytes:
         try:
-            size = os.fstat(self._file.fileno()).st_size  # before memory is asked for
+            size = os.fstat(self._file.fileno()).st_size  # so that read() allocates no more
             self._file.seek(min(start, size))
             return self._file.read(min(end, size) - min(start, size))
         except OSError as error:
@@ -134,9 +135,10 @@ class LocalFile(Source):
 
 
 class HttpFile(Source):
-    """Range requests over kept-alive connections; a server without ranges is read from its start.
+    """Reads a shard by HTTP range requests over keep-alive connections.
 
-    A request that fails for a reason that may pass is tried three times.
+    A server without ranges is read from the start of the shard. A request with a temporary error
+    is tried three times.
     """
 
     def __init__(self, url: str, timeout_s: float):
@@ -158,7 +160,7 @@ class HttpFile(Source):
     def _pieces(self, start: int, end: int | None) -> Iterator[bytes]:
         patience = Patience(self._timeout_s)
         try:
-            # requests counts its timeout anew at every byte of the head
+            # The timeout of requests restarts at every byte of the response header.
             with within(2 * self._timeout_s, lambda: self._request(start, end)) as response:
                 skip = _bytes_before(response, start)
                 while True:
@@ -174,7 +176,7 @@ class HttpFile(Source):
             raise _http_fault(error, patience) from None
 
     def _request(self, start: int, end: int | None) -> requests.Response:
-        headers = {"Accept-Encoding": "identity"}  # offsets are those of the stored bytes
+        headers = {"Accept-Encoding": "identity"}  # offsets refer to uncompressed bytes
         if end is not None:
             headers["Range"] = f"bytes={start}-{end - 1}"
         return self._session.get(self._url, headers=headers, stream=True, timeout=self._timeout_s)
@@ -184,7 +186,7 @@ class HttpFile(Source):
 
 
 def _bytes_before(response: requests.Response, start: int) -> int:
-    """How many bytes a good response gives before those from `start`."""
+    """Returns the number of bytes in a response before `start`. Raises for a bad response."""
     code = response.status_code
     if code in (404, 410):
         raise BadSampleError("shard_missing", f"status {code}")
@@ -208,7 +210,7 @@ def _http_fault(error: Exception, patience: Patience) -> BadSampleError:
 
 
 class PipeFile(Source):
-    """The standard output of a shell command, as in webdataset's `pipe:` URLs."""
+    """Reads a shard from the standard output of a shell command, like webdataset's `pipe:` URLs."""
 
     in_order = True
 
@@ -238,7 +240,7 @@ class PipeFile(Source):
         )
         assert process.stdout is not None
         patience = Patience(self._timeout_s)
-        arrival = select.poll()  # select() ends at 1024 open files
+        arrival = select.poll()  # select() fails above 1024 open files
         arrival.register(process.stdout, select.POLLIN)
         while True:
             began = time.monotonic()
@@ -269,7 +271,7 @@ class PipeFile(Source):
 
 
 class FsspecFile(Source):
-    """A file of any store that fsspec knows: s3://, gs://, az://, hdfs://, sftp://, memory://."""
+    """A shard in any store of fsspec: s3://, gs://, az://, hdfs://, sftp://, memory://."""
 
     def __init__(self, url: str, timeout_s: float):
         self._url, self._timeout_s = url, timeout_s
@@ -282,7 +284,7 @@ class FsspecFile(Source):
             try:
                 return self._ask(cat, end - start)
             except BadSampleError as error:
-                # Stores refuse a range behind the end, each in its own words.
+                # Each store has its own error for a range after the end of the file.
                 if error.reason == "shard_unreadable" and self._size() <= start:
                     return b""
                 raise
@@ -303,7 +305,7 @@ class FsspecFile(Source):
     def _ask(self, call: Callable[[AbstractFileSystem, str], T], size: int = 0) -> T:
         try:
             seconds = self._timeout_s + size / SLOWEST
-            # The file system is made where it is used: most cannot be taken along by a fork.
+            # Make the file system where it is used: most do not survive a fork.
             return within(seconds, lambda: call(*fsspec.url_to_fs(self._url)))
         except BadSampleError:
             raise
@@ -316,14 +318,15 @@ class FsspecFile(Source):
             raise BadSampleError("shard_unreadable", what) from None
 
     def close(self) -> None:
-        """Connections belong to fsspec, which keeps them for the next shard."""
+        """Does nothing: fsspec owns the connections and reuses them for the next shard."""
 
 
 def find_remote(url: str, timeout_s: float = 30.0) -> list[str]:
-    """The shards of a url with `*` or of a folder `…/`, sorted; any other url is one shard.
+    """Returns the sorted shards of a url with `*` or of a folder `…/`. Other urls are one shard.
 
     Raises:
-        ValueError: no such scheme, its package is missing, nothing matches, or no answer.
+        ValueError: the scheme is unknown, its package is missing, nothing matches, or the store
+            does not answer.
     """
     check_url(url)
     if url.startswith(("pipe:", "http://", "https://")):
@@ -348,10 +351,10 @@ def find_remote(url: str, timeout_s: float = 30.0) -> list[str]:
 
 
 def open_source(url: str, timeout_s: float) -> Source:
-    """Opens a shard. A local file is opened at once, the others at their first read.
+    """Opens a shard. A local file is opened at once, all others at their first read.
 
     Raises:
-        ValueError: a run directory that is replayed may not ask for it.
+        ValueError: the replayed run directory may not open this url.
     """
     check_url(url)
     if url.startswith("pipe:"):
@@ -364,10 +367,11 @@ def open_source(url: str, timeout_s: float) -> Source:
 
 
 def check_url(url: str) -> None:
-    """Lets through what may be opened while a run directory is replayed.
+    """Checks that a replayed run directory may open this url.
 
     Raises:
-        ValueError: a shell command that nobody typed, or a scheme that does more than fetch.
+        ValueError: a shell command that the user did not allow, or a scheme that may do more than
+            fetch bytes.
     """
     if REPLAYED not in os.environ or not is_remote(url):
         return

@@ -1,11 +1,11 @@
-"""Tar bytes -> samples. Strict where `tarfile` is silent: a cut or damaged header is an error.
+"""Tar bytes -> samples. Unlike `tarfile`, it raises an error for a cut or damaged header.
 
-Behind damage the next whole header is sought, so that what stands there is not lost. Nothing is
-ever written to disk, decompressed or unpickled, and links, devices and folders are never
-followed; links and devices are reported. A sample is the run of members that share a key,
-`a/b.0.jpg` being member `0.jpg` of key `a/b`; grouping is webdataset's own. (Its untarring is not:
-it takes a member whose name begins with gzip's magic number for a compressed archive, and stops
-without a word at a broken header.) Files that macOS and Windows put beside others are no members.
+After damage, the reader searches for the next whole header, so later samples are not lost.
+Nothing is written to disk, decompressed or unpickled. Links, devices and folders are never
+followed; links and devices are reported. A sample is a run of members with the same key:
+`a/b.0.jpg` is member `0.jpg` of key `a/b`. webdataset does the grouping, but not the untarring: it
+takes a member whose name begins with gzip's magic number for a compressed archive, and it stops
+silently at a broken header. Sidecar files of macOS and Windows are ignored.
 """
 
 import io
@@ -20,21 +20,24 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 from datamodules.errors import BadSampleError
 from datamodules.file_names import is_sidecar
 
-_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset and Energon both pass over
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset and Energon both ignore
 _END = bytes(2 * tarfile.BLOCKSIZE)
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _PIECE = 1 << 16
 
-# Headers that hold a long name or attributes for the next one; they are read into memory.
+# Headers that hold a long name or attributes of the next header. They are read into memory.
 _EXTENSIONS = (b"x", b"g", b"X", b"L", b"K")
 _LARGEST_EXTENSION = 1 << 20
-_MOST_EXTENSIONS = 8  # of one member
+_MOST_EXTENSIONS = 8  # per member
 
 
 @runtime_checkable
 class TarBytes(Protocol):
-    """A shard from its first byte on. Where it is not seekable, `seek` only goes on, and what was
-    read too far is given back by `push_back`."""
+    """A shard from its first byte on.
+
+    If it is not seekable, `seek` only moves forward, and `push_back` returns bytes that were read
+    too far.
+    """
 
     def read(self, size: int, /) -> bytes: ...
     def seek(self, position: int, /) -> int: ...
@@ -43,7 +46,7 @@ class TarBytes(Protocol):
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """Raises where `tarfile` would take a broken header for the end of the archive."""
+    """A tar header that raises an error where `tarfile` would silently end the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "StrictTarInfo":
@@ -56,15 +59,15 @@ class StrictTarInfo(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "StrictTarInfo":
         start = tarfile_.offset == 0
-        depth = getattr(tarfile_, "extensions", 0)  # `tarfile` comes here again for what follows
+        depth = getattr(tarfile_, "extensions", 0)  # `tarfile` recurses for extension headers
         tarfile_.extensions = depth + 1  # pyright: ignore[reportAttributeAccessIssue]
         try:
             if depth > _MOST_EXTENSIONS:
                 raise tarfile.InvalidHeaderError("a chain of long names")  # pyright: ignore
             info = super().fromtarfile(tarfile_)
-            _check_size(info)  # again, as attributes may say otherwise than the header itself
+            _check_size(info)  # again: extended attributes may change the size
             return info
-        except tarfile.EOFHeaderError:  # pyright: ignore - the regular end: a block of zeros
+        except tarfile.EOFHeaderError:  # pyright: ignore - the normal end: a block of zeros
             raise
         except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:  # pyright: ignore
             empty = start and isinstance(error, tarfile.EmptyHeaderError)  # pyright: ignore
@@ -78,22 +81,26 @@ class StrictTarInfo(tarfile.TarInfo):
 
 
 def _check_size(info: tarfile.TarInfo) -> None:
-    """A negative size would send the reader backwards for ever, a huge one beyond any file."""
+    """Refuses a bad size: a negative one would make the reader loop, a huge one exceeds any file.
+
+    Raises:
+        tarfile.InvalidHeaderError: the size is negative, or 2^60 or more.
+    """
     if not 0 <= info.size < 1 << 60:
         raise tarfile.InvalidHeaderError(f"a size of {info.size}")  # pyright: ignore
 
 
 def sample_offsets(file: TarBytes) -> tuple[list[int], BadSampleError | None]:
-    """Where each sample starts, and where the last one ends: n + 1 offsets for n samples.
+    """Returns the start of each sample and the end of the last one, and the shard's fault or None.
 
-    The samples that are whole stay usable: what is wrong with the rest is returned, not raised.
-    Damage in the middle takes a place of its own, and reading it tells the reason. (Where damage
-    follows a member that is a tar itself, that one's members are taken for samples too.)
-    Entries are those of `energon prepare` (Megatron-Energon, `WebdatasetPreparator`), which takes
-    sidecars such as `._a.json` for samples, however; here they are passed over.
+    For n samples there are n + 1 offsets. Whole samples stay usable, so a fault is returned, not
+    raised. Damage in the middle is an entry of its own; reading it raises the reason. (If damage
+    follows a member that is itself a tar, the members of that tar also count as samples.)
+    The offsets are those of `energon prepare` (Megatron-Energon, `WebdatasetPreparator`), except
+    that Energon counts sidecars such as `._a.json` as samples. Here they are ignored.
 
-    Faults of a shard whose headers are whole: tar_unsorted (the members of a key do not stand
-    together), link_member (a link or device, whose data is not in the shard).
+    Faults of a shard with whole headers: tar_unsorted (the members of a key are not consecutive),
+    link_member (a link or device, whose data is not in the shard).
     """
     walk, fault = _Walk(), None
     while True:
@@ -102,7 +109,7 @@ def sample_offsets(file: TarBytes) -> tuple[list[int], BadSampleError | None]:
             break
         except BadSampleError as error:
             found = _next_header(file, walk.payload)
-            if found == walk.end:  # whole, but not what it announces
+            if found == walk.end:  # the header is whole, but its content does not match it
                 found = _next_header(file, walk.end + 1)
             if found is None:
                 fault = fault or error
@@ -115,22 +122,22 @@ def sample_offsets(file: TarBytes) -> tuple[list[int], BadSampleError | None]:
 
 
 class _Walk:
-    """From header to header through a shard."""
+    """Walks through a shard from header to header."""
 
     def __init__(self) -> None:
         self.offsets: list[int] = []
-        self.end = 0  # of the last member that is whole
-        self.payload = 0  # of the last member, where it starts: damage is behind that
+        self.end = 0  # end of the last whole member
+        self.payload = 0  # start of the last member's data: damage can only be after it
         self._key: str | None = None
-        self._damaged = False  # since the last whole member
-        self._suffixes: dict[str, frozenset[str]] = {}  # of each key that has been left
-        self._run: set[str] = set()  # suffixes of the key that is being read
-        self._scattered: list[str] = []  # where members of one key stand apart: what was found
+        self._damaged = False  # damage was found after the last whole member
+        self._suffixes: dict[str, frozenset[str]] = {}  # suffixes of each finished key
+        self._run: set[str] = set()  # suffixes of the current key
+        self._scattered: list[str] = []  # keys whose members are not consecutive, with suffixes
         self._links: list[str] = []
         self._led: tuple[str, int] | None = None  # key and offset of links since the last file
 
     def fault(self) -> BadSampleError | None:
-        """What is wrong with a shard that could be read to its end."""
+        """Returns the fault of a shard that was read to its end, or None."""
         if not self.offsets and not self._links:
             return BadSampleError("tar_empty", "no sample in it")
         self._leave()
@@ -145,19 +152,23 @@ class _Walk:
         return None
 
     def go(self, file: TarBytes) -> None:
-        """To the end of the archive, or to what is wrong with it."""
+        """Walks to the end of the archive.
+
+        Raises:
+            BadSampleError: the archive is damaged at this point.
+        """
         member = None
         try:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo) as tar:  # pyright: ignore
                 while (member := tar.next()) is not None:
-                    tar.members = []  # pyright: ignore - forget it, as webdataset does
+                    tar.members = []  # pyright: ignore - saves memory, as in webdataset
                     self._take(member)
                     self.payload, self.end = member.offset_data, tar.offset
                     self._damaged = False
                 if not _only_zeros(tar.fileobj):
                     raise BadSampleError("tar_corrupt", f"data after the end at byte {self.end}")
         except (tarfile.TarError, EOFError) as error:
-            # The payload of the last member is cut: its sample is lost and the rest ends with it.
+            # The data of the last member is cut: its sample is lost, and the archive ends there.
             self.end = self.offsets.pop() if self.offsets else 0
             raise BadSampleError("tar_truncated", str(error)) from None
 
@@ -172,7 +183,7 @@ class _Walk:
             return
         if key != self._key:
             self._leave()
-            # with the links before it, so that reading the sample tells what it lacks
+            # Include the links before it, so that reading the sample reports the missing member.
             led = self._led if self._led and self._led[0] == key else None
             self.offsets.append(led[1] if led else member.offset)
             self._key = key
@@ -180,8 +191,11 @@ class _Walk:
         self._run.add(suffix.lower())
 
     def _leave(self) -> None:
-        """Notes the suffixes of the key that ends here. If it was left before with other suffixes,
-        its members stand apart; with the same ones it is another sample of the same name."""
+        """Stores the suffixes of the key that ends here.
+
+        If the key was already stored with other suffixes, its members are not consecutive. With a
+        suffix in common, it is another sample of the same name.
+        """
         if self._key is None:
             return
         run, self._run = frozenset(self._run), set()
@@ -191,7 +205,7 @@ class _Walk:
             self._scattered.append(f"{self._key!r} ({', '.join(found)})")
 
     def go_on_at(self, found: int) -> None:
-        """Leaves a gap for damage; a member that reaches beyond `found` is part of it."""
+        """Continues at `found`, after damage. A member that extends past `found` is damaged too."""
         if self.end < found and not self._damaged and self.offsets[-1:] != [self.end]:
             self.offsets.append(self.end)
         self._leave()
@@ -217,7 +231,10 @@ def _described(member: tarfile.TarInfo) -> str:
 
 
 def _next_header(file: TarBytes, start: int) -> int | None:
-    """Goes to the first whole header behind `start`, or behind where a pipe stands."""
+    """Moves to the first whole header after `start` and returns its offset, or None.
+
+    A pipe cannot go back, so there the search starts at the current offset.
+    """
     if file.seekable():
         file.seek(start)
     at, data = file.tell(), b""
@@ -244,7 +261,7 @@ def _go_back(file: TarBytes, data: bytes) -> None:
 
 def _is_header(block: bytes) -> bool:
     try:
-        # A header that slid into the zeros before it keeps its checksum, but not its name.
+        # A header read too early, with zeros before it, has a valid checksum but an empty name.
         return StrictTarInfo.frombuf(block, "utf-8", "surrogateescape").name != ""
     except (tarfile.HeaderError, ValueError):
         return False
@@ -259,7 +276,7 @@ def _only_zeros(file: Any) -> bool:
 
 
 def untar_sample(data: bytes, url: str) -> dict[str, Any]:
-    """One sample from the bytes between two offsets: `__key__`, `__url__`, bytes by suffix.
+    """Returns the sample between two offsets: `__key__`, `__url__`, and the bytes by suffix.
 
     Raises:
         BadSampleError: tar_corrupt, unsafe_member (absolute or parent path, or a sparse file, which
@@ -270,7 +287,7 @@ def untar_sample(data: bytes, url: str) -> dict[str, Any]:
     try:
         samples = list(group_by_keys(files))
     except ValueError:
-        # capitals of suffixes are the same, so that two names may differ
+        # Suffixes ignore case, so the two names may differ in case.
         shown = ", ".join(file["fname"] for file in files)
         raise BadSampleError("duplicate_member", f"a name stands twice in {shown}") from None
     if not samples and data:
@@ -283,8 +300,10 @@ def untar_sample(data: bytes, url: str) -> dict[str, Any]:
 
 
 def _files(data: bytes, url: str, links: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """The regular files of a sample as webdataset groups them; the first link of each key goes
-    into `links`."""
+    """Yields the regular files of a sample in the form that webdataset groups.
+
+    Puts the first link of each key into `links`.
+    """
     file = io.BytesIO(data + _END)
     try:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo) as tar:
@@ -298,7 +317,7 @@ def _files(data: bytes, url: str, links: dict[str, str]) -> Iterator[dict[str, A
                     links.setdefault(base_plus_ext(member.name)[0] or "", _described(member))
                 else:
                     content = data[member.offset_data : member.offset_data + member.size]
-                    # names of old archives may be in any encoding, and land in logs
+                    # Names in old archives may have any encoding, and they are written to logs.
                     name = member.name.encode("utf-8", "surrogateescape")
                     yield {
                         "fname": name.decode(errors="backslashreplace"),
