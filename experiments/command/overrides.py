@@ -50,7 +50,7 @@ def read_overrides(words: Iterable[str]) -> dict[str, Any]:
 
 
 def read_value(text: str) -> Any:
-    """Returns the value that Hydra reads from the text after `key=`. Invalid text stays a string."""
+    """Returns the value that Hydra reads from text after `key=`. Invalid text stays a string."""
     if text.lower() in _NAMED:
         return _NAMED[text.lower()]
     if _INTEGER.fullmatch(text):

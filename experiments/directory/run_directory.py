@@ -195,7 +195,7 @@ def find_original(folder: Path, recorded: str) -> Path | None:
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
-    """Returns `done.json` of a finished run (steps, samples, metrics, weights_sha256, …), or None."""
+    """Returns `done.json` (steps, samples, metrics, …) of a finished run, else None."""
     path = folder / "done.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
