@@ -2,7 +2,7 @@
 
 Encodes 512 frames of 336 pixels without gradients. The tower has CLIP's architecture but is small
 (36 patches of width 96, three layers), so that the frames fill the memory, as in an hour of video.
-All at once, they are copied twice in float32.
+All at once, there are two float32 copies of them.
 """
 
 import torch

@@ -1,8 +1,9 @@
 """The same model, run as the published code runs it. It is the baseline for our shortcuts.
 
-It works as in LLaVA, PPLLaVA and VideoRoPE. CLIP runs all layers and keeps every hidden state, and
-the last but one is read. The projector applies both linears to every patch before the windows are
-cut. The LLM's head reads every token in float32, and the loss then ignores tokens without a label.
+It works as in LLaVA, PPLLaVA and VideoRoPE. CLIP runs all layers and keeps every hidden state, of
+which the second to last is read. The projector applies both linears to every patch before the
+windows are cut. The LLM's head reads every token in float32, and the loss then ignores tokens
+without a label.
 """
 
 from collections.abc import Mapping, Sequence

@@ -4,11 +4,11 @@ The published way is in `published.py`. A step is forward, backward, clipping an
 projector and the LLM are trained, and CLIP is frozen.
 
 `make bench` uses the size `small` on the CPU: 8 frames of 576 patches, which prompt-guided pooling
-reduces to 256 tokens, 64 words of a question, and 64 of its answer (a sixth of all tokens). CLIP has
-24 layers as in CLIP-L, so its unread layer has the same share. The head is 30 % of the LLM, as in
-Qwen2-0.5B. It is 7 % of Qwen2-7B and 2 % of Vicuna-7B, where a step gains less time. So the rows of
-Vicuna-7B show the gain at its real size: one device, bfloat16, activation checkpointing, 32 frames.
-They are computed from fake tensors by `ropelab-plan`'s rehearsal of a step.
+reduces to 256 tokens, 64 words of a question, and 64 of its answer (a sixth of all tokens). CLIP
+has 24 layers as in CLIP-L, so its unread layer has the same share. The head is 30 % of the LLM, as
+in Qwen2-0.5B. It is 7 % of Qwen2-7B and 2 % of Vicuna-7B, where a step gains less time. So the rows
+of Vicuna-7B show the gain at its real size: one device, bfloat16, activation checkpointing, 32
+frames. They are computed from fake tensors by `ropelab-plan`'s rehearsal of a step.
 
 This prints a table of steps by attention and compilation on a GPU:
 

@@ -1,4 +1,4 @@
-"""ropelab-evaluate: tests a trained model with its own components, if asked on another grid.
+"""ropelab-evaluate: tests a trained model with its own components and, if asked, another grid.
 
 The data decides the test: needle tests for data with needles, scores for data with questions. An
 encoder that was trained alone (module=clip_context) is tested on recall.

@@ -103,7 +103,7 @@ def is_sharded(config: DictConfig) -> bool:
 
 
 def _without_reading(config: DictConfig) -> DictConfig:
-    """Returns the recipe with model sizes in place of model sources, and without data and `init`."""
+    """Returns the recipe with model sizes in place of model sources, without data and `init`."""
     config = config.copy()
     with open_dict(config):
         for stage in config.model.values():
@@ -112,10 +112,10 @@ def _without_reading(config: DictConfig) -> DictConfig:
                 if stage.get("dtype"):
                     sizes["dtype"] = stage.dtype
                 stage.source, stage.config = None, sizes
-            # Flash and flex kernels may be missing here. They keep for the backward what sdpa keeps.
+            # Flash and flex kernels may be missing here. sdpa keeps as much for the backward.
             if isinstance(stage, DictConfig) and stage.get("attention") not in (None, "eager"):
                 stage.attention = "sdpa"
-        config.data.conversation.tokenizer = None  # only its special tokens are read: any will do
+        config.data.conversation.tokenizer = None  # only special tokens are read: any will do
         config.data.conversation.prompt_tokenizer = None
         if OmegaConf.is_missing(config.data, "train"):
             config.data.train = None

@@ -43,7 +43,7 @@ class Rehearsal:
         flops: forward and backward FLOPs of the trained network, by component.
         computed: all FLOPs, with activation checkpointing and other networks.
         samples: samples of the micro-batch.
-        tokens: tokens that the LLM reads; without an LLM, tokens of the captions.
+        tokens: tokens that the LLM is trained on; without an LLM, tokens of the captions.
     """
 
     memory: dict[str, int]
@@ -92,7 +92,7 @@ def rehearse(
             module._device_mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=names)
         with module.precision.tensor_init_context(), torch.device("meta"):
             module.configure_model()
-            module.precision.convert_module(module)  # before the weights are fake: those cannot be
+            module.precision.convert_module(module)  # now, as fake weights cannot be converted
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake:
             for held in (module, *module.beside()):

@@ -35,7 +35,7 @@ class Needle:
     rotary: str
     seed: int
     step: int
-    train_frames: tuple[int, int]  # least and most frames of a training sample
+    train_frames: tuple[int, int]  # fewest and most frames of a training sample
     cells: dict[str, list[Cell]]  # by condition: plain, periodic, single
     blind: MeanInterval
     ceiling: MeanInterval
