@@ -57,8 +57,8 @@ _GONE = State("gone")
 class SlurmLauncher(ProcessLauncher):
     """Submits one batch job for each job of the multirun, or one array of all, with submitit.
 
-    The launcher waits for the batch jobs unless `wait` is false. They do not need it and survive
-    its kill. The same command finds queued and running jobs again.
+    The launcher waits for the batch jobs unless `wait` is false. They do not need it: if it is
+    killed, they continue, and the same command finds queued and running jobs again.
 
     `options` are those of submitit's `SlurmExecutor.update_parameters`, such as `partition`, `time`
     in minutes, `nodes`, `gpus_per_node` or `setup`. null means the default of the cluster.
