@@ -1,8 +1,7 @@
-"""Reading frames of videos as they are published: frames that nobody wants are not decoded.
+"""Benchmarks reading frames of videos: unwanted frames are not decoded.
 
-Clips of x264's defaults, two of three of whose frames no other frame refers to. The baseline
-decodes every frame on the way to the next one that is wanted, and jumps to keyframes in the same
-way.
+The clips use x264's defaults, so no other frame refers to two thirds of their frames. The baseline
+jumps to keyframes in the same way, but decodes every frame up to the next wanted one.
 """
 
 import io
@@ -26,7 +25,7 @@ def run() -> list[Row]:
 
 
 def encode(seed: int) -> bytes:
-    """A moving square over noise that drifts, with x264's own settings."""
+    """Returns a video of a moving square over drifting noise, with x264's default settings."""
     shift = torch.Generator().manual_seed(seed)
     ground = torch.randint(0, 60, (HEIGHT, WIDTH, 3), generator=shift, dtype=torch.uint8)
     file = io.BytesIO()

@@ -1,8 +1,8 @@
-"""An encoder that runs frames a few at a time, against one that takes them all at once.
+"""Benchmarks an encoder that runs frames in chunks, against one that takes all frames at once.
 
-512 frames of 336 pixels, no gradient. The tower has CLIP's shape and few numbers (36 patches of
-width 96 in three layers), so that it is the frames themselves that fill the memory, as they do in
-an hour of video: all at once there are two copies of them in float32.
+Encodes 512 frames of 336 pixels without gradients. The tower has CLIP's architecture but is small
+(36 patches of width 96, three layers), so that the frames fill the memory, as in an hour of video.
+All at once, there are two float32 copies of them.
 """
 
 import torch

@@ -1,6 +1,6 @@
-"""Times a shortcut against the long way round, in turn and in one process.
+"""Times our code against a baseline, in turn and in one process.
 
-In turn, because a shared machine slows down and speeds up: both ways meet the same weather.
+The two take turns because the speed of a shared machine changes, and should change for both.
 """
 
 import statistics
@@ -35,10 +35,10 @@ def compare(
     repeats: int = 3,
     tolerance: float = 1e-5,
 ) -> Row:
-    """Times `ours` and `baseline`, after one unmeasured run of each.
+    """Times `ours` and `baseline`, after one unmeasured call of each.
 
-    The gain is the ratio of the fastest runs, which other load disturbs least; medians stand in
-    brackets. The difference is the largest between the results, and has to stay in `tolerance`.
+    The gain is the ratio of the fastest calls, because other load disturbs them least. Medians are
+    in brackets. The largest difference between the results must not exceed `tolerance`.
     """
     difference = largest_difference(ours(), baseline())
     times: tuple[list[float], list[float]] = ([], [])
@@ -60,7 +60,7 @@ def compare(
 
 
 def at_most(name: str, ours: float, baseline: float, share: float, unit: str) -> Row:
-    """A count or a size of ours that is to stay within `share` of the baseline's."""
+    """Returns a row for a count or size of ours that must not exceed `share` of the baseline's."""
     return Row(
         name,
         f"{ours:,.0f} {unit}",
@@ -73,17 +73,17 @@ def at_most(name: str, ours: float, baseline: float, share: float, unit: str) ->
 
 
 def largest_difference(ours: Any, baseline: Any) -> float:
-    """Between two tensors, or two equally long sequences of them."""
+    """Returns the largest difference between two tensors, or two equally long sequences of them."""
     if isinstance(ours, Tensor):
         return (ours.double() - baseline.double()).abs().max().item()
     differences = [largest_difference(*pair) for pair in zip(ours, baseline, strict=True)]
-    return torch.tensor(differences).max().item()  # where Python's own max would lose a NaN
+    return torch.tensor(differences).max().item()  # Python's own max could lose a NaN
 
 
 def peak_memory(run: Callable[[], Any]) -> int:
-    """Bytes that `run` holds at most at once, above what stood before.
+    """Returns the peak bytes that `run` allocates, beyond the memory in use before.
 
-    Counted at torch's allocator, so it is the same on every run and every machine.
+    Counted at torch's allocator, so the number is the same in every call and on every machine.
     """
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -98,7 +98,7 @@ def peak_memory(run: Callable[[], Any]) -> int:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
+    """Returns the rows as a Markdown table."""
     head = ["benchmark", "ours", "baseline", "gain", "largest difference", "target", ""]
     lines = [head, ["---"] * len(head)]
     lines += [

@@ -1,11 +1,11 @@
-"""V-NIAH's grid with the haystack's prefix kept, against reading every cell from its start.
+"""Benchmarks V-NIAH's grid with a cached prefix of the haystack, against reading each cell anew.
 
-The tiny model of the demo with random weights: 12 needles at 6 depths of a haystack of 192
-frames, without distractors. Such rows are short and share much. With distractors, and against the
-loop that VideoRoPE published, the kept prefix is slower (0.80 x) and takes four times the memory.
+Uses the demo's tiny model with random weights, and 12 needles at 6 depths of a haystack of 192
+frames without distractors. Such rows are short and share much. With distractors, and against
+VideoRoPE's published loop, the cached prefix is slower (0.80 x) and takes four times the memory.
 
-Frames are encoded once for both ways, before the clock starts; what pools and projects them (a
-fifth of the long way's time here) is in both.
+The frames are encoded once for both ways, before the clock starts. Both ways pool and project them
+(a fifth of the baseline's time here).
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def demo_model() -> VideoLanguageModel:
 
 
 def needle_rows() -> tuple[list[NeedleRow], Tensor]:
-    """Rows without distractors, and the frames that they show."""
+    """Returns the rows without distractors, and the frames that they show."""
     encode_turns = ConversationEncoder()
 
     def pictures(count: int) -> Tensor:
@@ -62,7 +62,7 @@ def needle_rows() -> tuple[list[NeedleRow], Tensor]:
 def score(
     model: VideoLanguageModel, inputs: LanguageInputs, hidden: Tensor, start: int
 ) -> list[Tensor]:
-    """Where an answer stands: the token with the highest logit, the log-probability of its own."""
+    """Returns, at each answer token, the predicted token and the answer's log-probability."""
     targets = inputs.labels[:, start + 1 :]
     labelled = targets != IGNORE_INDEX
     log_probs = model.llm.head(hidden[:, :-1][labelled]).log_softmax(-1)

@@ -1,9 +1,9 @@
-"""Samples that share rows against one padded row each, forward and backward through the LLM.
+"""Benchmarks packed rows against one padded row per sample, forward and backward of the LLM.
 
-Sixteen samples as instruction data mix them: text, images of 64 tokens, two videos of 1,024. Both
-ways read the same real tokens, so the ratio of the times is that of the tokens a second. The LLM is
-`llm=tiny`; in a larger one attention, in which a packed row also computes what its mask takes away,
-is a smaller share of the work.
+The sixteen samples are mixed as in instruction data: text, images of 64 tokens, and two videos of
+1,024. Both ways read the same real tokens, so the ratio of times is the ratio of tokens per second.
+The LLM is `llm=tiny`. In a larger LLM, attention is a smaller share of the work. Packed rows waste
+time only in attention, which also computes the masked pairs.
 """
 
 import torch

@@ -1,7 +1,8 @@
-"""PPLLaVA's pooler with its projector: second linear after pooling, in chunks, without unfolding.
+"""Benchmarks PPLLaVA's pooler with its projector.
 
-The long way projects every patch by both linears and unfolds the windows, as the published code
-(ppllava/models/llava_projector.py) does. Real size: 32 x 24 x 24 patches of width 1024 become
+Ours applies the second linear after pooling, in chunks, and does not unfold windows. The baseline
+projects every patch by both linears and unfolds the windows, as the published code does
+(ppllava/models/llava_projector.py). The size is real: 32 x 24 x 24 patches of width 1024 become
 1024 tokens of width 4096.
 """
 

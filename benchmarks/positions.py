@@ -1,12 +1,12 @@
-"""Position ids of a long row in a few tensor operations, against a loop over its tokens.
+"""Benchmarks position ids of a long row in a few tensor operations, against a loop over tokens.
 
-The loop is there to check the results; no training runs it, and its time is no published code's.
-VideoRoPE's own functions are tensor operations: against them the gain at this length is 6.5 to
-14 x.
+The loop serves to check the results. No training runs it, and its time is not that of published
+code. VideoRoPE's published functions are tensor operations, too. Against them the gain at this
+length is 6.5 to 14 x.
 
-The loop is written from the papers' formulas, and from the published code where that differs
-(docs/schemes.md says where); it knows nothing of `place` and `advance`. 100,000 tokens: five
-videos, an image and text between them.
+The loop follows the papers' formulas, and the published code where it differs (see
+docs/schemes.md). It does not use `place` and `advance`. The row has 100,000 tokens: five videos, an
+image, and text between them.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ SPACING = 2
 
 
 def vanilla(layout: Layout) -> Tensor:
-    """The number of the token."""
+    """Returns positions that are the number of the token."""
     ids = []
     for segment in layout:
         for _ in range(segment.size if isinstance(segment, Grid) else segment):
@@ -37,7 +37,7 @@ def vanilla(layout: Layout) -> Tensor:
 
 
 def tad(layout: Layout) -> Tensor:
-    """The number of the token plus that of its frame, every text token a frame of its own."""
+    """Returns the number of the token plus that of its frame. Each text token counts as a frame."""
     ids, frame = [], 0
     for segment in layout:
         t, h, w = segment if isinstance(segment, Grid) else (segment, 1, 1)
@@ -49,7 +49,10 @@ def tad(layout: Layout) -> Tensor:
 
 
 def mrope(layout: Layout) -> Tensor:
-    """Text: one more than the largest id so far. Visuals: time, row and column, counted from it."""
+    """Returns M-RoPE's positions.
+
+    Text continues from the largest position so far. Visuals count time, row and column from there.
+    """
     ids, start = [], 0
     for segment in layout:
         if isinstance(segment, int):
@@ -64,7 +67,7 @@ def mrope(layout: Layout) -> Tensor:
 
 
 def videorope(layout: Layout) -> Tensor:
-    """Frames `SPACING` apart on the diagonal, rows and columns centred on their frame."""
+    """Returns frames `SPACING` apart on the diagonal, with rows and columns centred on them."""
     ids, start = [], 0
     for segment in layout:
         if isinstance(segment, int):

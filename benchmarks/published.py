@@ -1,9 +1,9 @@
-"""The same model the way that the published code runs it: what our shortcuts are measured against.
+"""The same model, run as the published code runs it. It is the baseline for our shortcuts.
 
-As LLaVA's, PPLLaVA's and VideoRoPE's programs do it: CLIP keeps every hidden state and runs to its
-end, of which one before the last is read; both linears of the projector see every patch before
-windows are cut out of them; the LLM's head reads every token, in float32, and the loss then leaves
-out those without a label.
+It works as in LLaVA, PPLLaVA and VideoRoPE. CLIP runs all layers and keeps every hidden state, of
+which the second to last is read. The projector applies both linears to every patch before the
+windows are cut. The LLM's head reads every token in float32, and the loss then ignores tokens
+without a label.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ from lightning_modules.splice.tiles import Piece
 
 
 class PublishedModel(VideoLanguageModel):
-    """Has the weights of a `VideoLanguageModel`, and CLIP's last layers besides.
+    """A model with the weights of a `VideoLanguageModel` and also CLIP's last layer.
 
-    For a prompt-guided pooler without stride, and CLIP without BT-Adapter.
+    It supports a prompt-guided pooler without stride, and CLIP without BT-Adapter.
     """
 
     @staticmethod
     def spec(spec: Mapping[str, Any]) -> dict[str, Any]:
-        """The spec of ours, with the whole tower."""
+        """Returns the spec of our model, changed to use the whole CLIP tower."""
         return {**spec, "encoder": {**spec["encoder"], "feature_layer": -1}}
 
     def forward(self, batch: VideoBatch, packing: int | None = None) -> Output:

@@ -1,6 +1,6 @@
 """Runs every benchmark of this folder and writes one table, `RESULTS.md`.
 
-Ends with status 1 where a target is missed.
+Ends with status 1 if a target is missed.
 """
 
 import os
@@ -14,8 +14,8 @@ from harness import Row, table
 FOLDER = Path(__file__).parent
 NOT_BENCHMARKS = {"harness", "published", "run"}
 
-#: What the table alone would not say. The numbers against published code were measured beside it,
-#: unchanged, on the same machine with one thread.
+#: Notes below the table. The published code was measured unchanged, on the same machine, with one
+#: thread.
 NOTES = """\
 ## How to read two of the lines
 

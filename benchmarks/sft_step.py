@@ -1,15 +1,16 @@
-"""A step of instruction tuning against the same step written the published way (`published.py`).
+"""Benchmarks a step of instruction tuning against the same step of the published way.
 
-Forward, backward, clipping and AdamW; the projector and the LLM are trained, CLIP is frozen.
+The published way is in `published.py`. A step is forward, backward, clipping and AdamW. The
+projector and the LLM are trained, and CLIP is frozen.
 
-`make bench` takes the size `small` on the CPU: 8 frames of 576 patches, of which prompt-guided
-pooling leaves 256 tokens, 64 words of a question and 64 of its answer, a sixth of all. CLIP has the
-24 layers of CLIP-L, so the one that nobody reads is as large a share. The head is 30 % of the LLM
-here, as in Qwen2-0.5B; of Qwen2-7B it is 7 %, of Vicuna-7B 2 %, where a step gains less time. So
-the rows of Vicuna-7B say what it would gain at its own size: one device, bfloat16, blocks run again
-in the backward, 32 frames, reckoned from fake tensors by `ropelab-plan`'s rehearsal of a step.
+`make bench` uses the size `small` on the CPU: 8 frames of 576 patches, which prompt-guided pooling
+reduces to 256 tokens, 64 words of a question, and 64 of its answer (a sixth of all tokens). CLIP
+has 24 layers as in CLIP-L, so its unread layer has the same share. The head is 30 % of the LLM, as
+in Qwen2-0.5B. It is 7 % of Qwen2-7B and 2 % of Vicuna-7B, where a step gains less time. So the rows
+of Vicuna-7B show the gain at its real size: one device, bfloat16, activation checkpointing, 32
+frames. They are computed from fake tensors by `ropelab-plan`'s rehearsal of a step.
 
-On a GPU, a table of steps by attention and compilation:
+This prints a table of steps by attention and compilation on a GPU:
 
     python benchmarks/sft_step.py --device cuda --size 7b --checkpointing --compile off on \
         --attention sdpa flash_attention_2 flex_attention
@@ -41,7 +42,7 @@ from lightning_modules.training.instruct import VideoLLMModule
 from lightning_modules.training.tuning import Tuning
 
 GIB = 2**30
-#: transformers' configs of the published models, as ropelab-plan has them.
+#: transformers' configs of the published models, from ropelab-plan.
 KNOWN: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "plan.yaml").sizes)
 FROZEN_CLIP = Tuning(freeze=["encoder"])
 CLIP_L = KNOWN["openai/clip-vit-large-patch14-336"]
@@ -49,13 +50,13 @@ CLIP_L = KNOWN["openai/clip-vit-large-patch14-336"]
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model, and of the samples that it reads."""
+    """The size of a model and of the samples that it reads."""
 
     llm: Mapping[str, Any]
     clip: Mapping[str, Any]
-    frames: int  # of each sample's video
-    words: int  # of its question
-    answer: int
+    frames: int  # frames of a sample's video
+    words: int  # words of its question
+    answer: int  # words of its answer
 
 
 def llama(width: int, layers: int, vocabulary: int) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def make_batch(size: Size) -> VideoBatch:
 
 
 class Step:
-    """One way to take a step, with a model and an optimizer of its own."""
+    """A training step with its own model and optimizer."""
 
     def __init__(self, model: VideoLanguageModel, batch: VideoBatch, tuning: Tuning = FROZEN_CLIP):
         self.model, self.batch = model.train(), batch
@@ -159,7 +160,7 @@ class Step:
         return loss.detach()
 
     def gradients(self) -> list[Tensor]:
-        """In shares of the largest number among them."""
+        """Returns the gradients divided by the largest absolute value among them."""
         self.backward()
         found = [p.grad for p in self.trained.values() if p.grad is not None]
         self.optimizer.zero_grad()
@@ -178,11 +179,11 @@ def small_step() -> list[Row]:
     batch = make_batch(size)
     model = build(VideoLanguageModel, specs(size))
     published = build(PublishedModel, PublishedModel.spec(specs(size)))
-    published.load_state_dict(model.state_dict(), strict=False)  # CLIP has a layer more
+    published.load_state_dict(model.state_dict(), strict=False)  # its CLIP has one more layer
     ways = Step(model, batch), Step(published, batch)
     apart = largest_difference(*(way.gradients() for way in ways))
     name = "step of tuning (LLM of width 512, vocabulary 32,000; CLIP of 24 layers, 8 frames)"
-    row = compare(name, *ways, at_least=1.15, repeats=10)  # three gave 1.02 to 1.33
+    row = compare(name, *ways, at_least=1.15, repeats=10)  # repeats=3 gave gains of 1.02 to 1.33
     row = replace(row, difference=f"{apart:.0e} of gradients", met=row.met and apart <= 1e-5)
     memory = [peak_memory(way) / 2**20 for way in ways]
     return [row, at_most(f"{name}, peak memory", *memory, share=0.8, unit="MiB")]
@@ -194,7 +195,7 @@ class Published(VideoLLMModule):
 
 
 def reckon(way: type[VideoLLMModule], size: Size) -> Rehearsal:
-    """In bfloat16 on one device, blocks run again in the backward as in the recipes."""
+    """Forecasts a step in bfloat16 on one device, with activation checkpointing as in recipes."""
 
     def fake_batch(network: Any, fake: Any) -> VideoBatch:
         batch = make_batch(size)
@@ -227,7 +228,7 @@ def run() -> list[Row]:
 
 @dataclass(frozen=True)
 class Variant:
-    """What one line of the table on a device is measured with."""
+    """The settings for one line of the device table."""
 
     attention: str
     compiled: bool
@@ -239,7 +240,7 @@ class Variant:
 
 
 def measure(variant: Variant, options: argparse.Namespace) -> list[str]:
-    """Loss, milliseconds, tokens/s, MFU and peak memory of a step, or why there is none."""
+    """Returns the table cells of a step: loss, milliseconds, tokens/s, MFU and peak memory."""
     size, cuda = SIZES[options.size], options.device == "cuda"
     spec = specs(size, variant.attention)
     spec = PublishedModel.spec(spec) if variant.way is PublishedModel else spec
@@ -279,7 +280,7 @@ def timed(step: Step, cuda: bool) -> float:
 
 
 def peak_of(step: Step, cuda: bool) -> int:
-    """Bytes, weights and the optimizer's state included."""
+    """Returns the peak bytes of a step, including weights and the optimizer's state."""
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -291,7 +292,7 @@ def peak_of(step: Step, cuda: bool) -> int:
 
 @cache
 def work_of(size: str) -> tuple[int, int]:
-    """FLOPs of a step by `flops.py`, the same for both ways, and the tokens that it learns from."""
+    """Returns (FLOPs, tokens) of a step as `flops.py` counts them, the same for both ways."""
     rehearsal = reckon(VideoLLMModule, SIZES[size])
     return sum(rehearsal.flops.values()), rehearsal.tokens
 

@@ -1,8 +1,8 @@
-"""The stream against plain webdataset and against bare decoding; starting against going on.
+"""Benchmarks the stream against plain webdataset and bare decoding, and resuming against starting.
 
-The same clips, decoded by the same function, a batch of each way in turn and in one process: its
-CPU time is then the whole cost, and the rest of the machine counts little. (With workers the clock
-has to do.) The large set has little to decode and much to skip.
+All ways decode the same clips with the same function. They take turns batch by batch in one
+process, so that its CPU time is the whole cost and other load matters little. With workers, wall
+time is measured instead. The large set has little to decode and much to skip.
 """
 
 import io
@@ -40,7 +40,7 @@ OPTIONS = StreamOptions(virtual_streams=1)
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is read; `python benchmarks/stream.py 20 5` sets the first two."""
+    """The amount of data. `python benchmarks/stream.py 20 5` sets the first two fields."""
 
     gigabytes: float = 1.0
     repeats: int = 5
@@ -57,7 +57,7 @@ def run(scale: Scale = Scale()) -> list[Row]:
         return [*throughput(small, scale), *first_batches(large, scale), index_time(large, scale)]
 
 
-# --- what is read --------------------------------------------------------------------------------
+# --- data ----------------------------------------------------------------------------------------
 
 
 def write_clips(folder: Path, scale: Scale) -> None:
@@ -71,7 +71,7 @@ def write_clips(folder: Path, scale: Scale) -> None:
 
 
 def write_large(folder: Path, scale: Scale, filler: int = 2 << 20, each: int = 32) -> None:
-    """A small clip and 2 MiB that nothing asks for, in every sample."""
+    """Writes shards whose samples have a small clip and 2 MiB of data that is never read."""
     members = {**make_sample(0), "bin": os.urandom(filler)}
     for shard in range(max(1, round(scale.gigabytes * 2**30 / filler / each))):
         numbers = range(shard * each, (shard + 1) * each)
@@ -79,7 +79,7 @@ def write_large(folder: Path, scale: Scale, filler: int = 2 << 20, each: int = 3
 
 
 def decoders(image: int = IMAGE, frames: int = 8) -> tuple[Callable, Callable]:
-    """How all ways decode a sample, and make a batch of some."""
+    """Returns the functions that decode a sample and collate a batch, the same for all ways."""
     conversation = ConversationEncoder()
     read = FrameReader(image, UniformSampler(frames))
     return (
@@ -109,7 +109,7 @@ def plain_loader(folder: Path, decode: Callable, batch: Callable, workers: int) 
     return DataLoader(dataset, batch_size=None, num_workers=workers)
 
 
-# --- samples a second ----------------------------------------------------------------------------
+# --- samples per second --------------------------------------------------------------------------
 
 
 def throughput(folder: Path, scale: Scale) -> list[Row]:
@@ -137,7 +137,7 @@ def throughput(folder: Path, scale: Scale) -> list[Row]:
 
 
 def checksum(batches: Iterable[VideoBatch]) -> int:
-    """Of all frames and labels, in whatever order they come."""
+    """Returns a checksum of all frames and labels that does not depend on their order."""
     return sum(
         int(batch.frames.sum(dtype=torch.int64)) + int(batch.labels.sum()) for batch in batches
     )
@@ -145,7 +145,7 @@ def checksum(batches: Iterable[VideoBatch]) -> int:
 
 @dataclass
 class Passes:
-    """What some passes over the samples took, and what came out."""
+    """Time and checksum of passes over the samples."""
 
     samples: int = 0
     wall_s: float = 0.0
@@ -154,7 +154,7 @@ class Passes:
 
 
 def side_by_side(ways: Sequence[Callable[[], Iterator]], repeats: int) -> list[Passes]:
-    """A batch of each way in turn: what disturbs one disturbs the others as much."""
+    """Times the ways batch by batch in turn, so that other load disturbs all of them equally."""
     totals = [Passes() for _ in ways]
     for _ in range(repeats):
         running = [(way(), total) for way, total in zip(ways, totals, strict=True)]
@@ -173,7 +173,7 @@ def side_by_side(ways: Sequence[Callable[[], Iterator]], repeats: int) -> list[P
 
 
 def race(ways: Sequence[Callable[[], int]], repeats: int) -> list[tuple[float, int]]:
-    """Runs the ways in turn, once unmeasured; the best time of each, and its result."""
+    """Runs the ways in turn, first once unmeasured. Returns (best time, result) of each."""
     results = [way() for way in ways]
     times: list[list[float]] = [[] for _ in ways]
     for _ in range(repeats):
@@ -185,7 +185,7 @@ def race(ways: Sequence[Callable[[], int]], repeats: int) -> list[tuple[float, i
 
 
 def rates(name: str, ours: Passes, baseline: Passes, at_least: float) -> Row:
-    """Samples a second of CPU time, and by the clock in brackets."""
+    """Returns a row of samples per second of CPU time, with those of wall time in brackets."""
     shown = (
         f"{p.samples / p.cpu_s:.1f} /s CPU ({p.samples / p.wall_s:.1f} /s)"
         for p in (ours, baseline)
@@ -219,13 +219,13 @@ def _row(name: str, ours: str, baseline: str, gain: float, same: bool, at_least:
 
 
 def first_batches(folder: Path, scale: Scale) -> list[Row]:
-    """From a manifest to the first batch, at the start of an epoch and at 90 % of it."""
+    """Times the first batch after reading a manifest, at 90 % of an epoch and at its start."""
     cache = folder / "cache"
     pairs = 3 * scale.repeats
     with range_server(folder) as (url, served):
         count = len(list(folder.glob("*.tar")))
         remote = f"{url}/{{0000..{count - 1:04d}}}.tar"
-        read_manifest(remote, cache=cache)  # indexes are kept
+        read_manifest(remote, cache=cache)  # fills the cache of indexes
         rows, bytes_served = [], []
         for name, patterns in (("files", str(folder)), ("HTTP", remote)):
             times: tuple[list[float], list[float]] = ([], [])
@@ -258,7 +258,7 @@ def time_to_first(patterns: str, share: float, cache: Path) -> float:
 
 @contextmanager
 def range_server(folder: Path) -> Iterator[tuple[str, Callable[[], int]]]:
-    """Serves a folder from a process of its own; (url, bytes served so far)."""
+    """Serves a folder from another process. Yields (url, function for the bytes served so far)."""
     context = get_context("fork")
     count = context.Value("q", 0)
 
@@ -298,7 +298,7 @@ def range_server(folder: Path) -> Iterator[tuple[str, Callable[[], int]]]:
 
 
 def index_time(folder: Path, scale: Scale) -> Row:
-    """Making the index of files, against one pass of webdataset over the same."""
+    """Times indexing files against one pass of webdataset over the same files."""
     paths = sorted(map(str, folder.glob("*.tar")))
     assert all(index_path(path).is_file() for path in paths)
 

@@ -3,11 +3,11 @@ import gc
 import os
 from pathlib import Path
 
-#: Absolute, because Hydra turns a relative path of a console script into an import name.
+#: An absolute path: Hydra turns the relative path of a console script into an import name.
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
-# Before torch is imported anywhere: threads that spin while they wait made a model 8 times slower
-# where cores are shared with other processes.
+# Set before any import of torch. Threads that spin while they wait made a model 8 times slower on
+# cores that are shared with other processes.
 for _name, _value in {
     "OMP_WAIT_POLICY": "PASSIVE",
     "KMP_BLOCKTIME": "0",
@@ -15,7 +15,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-# Python looks for garbage once more when a program ends: among the objects of PyTorch that takes
-# over a second, and the system frees the memory anyway. The handlers that are registered later,
-# those of W&B, PyTorch and multiprocessing among them, run before this one.
+# Python collects garbage once more when a program ends. With PyTorch's objects that takes over a
+# second, and the system frees the memory anyway. Handlers that are registered later (W&B, PyTorch,
+# multiprocessing) run before this one.
 atexit.register(gc.freeze)

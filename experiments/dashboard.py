@@ -1,9 +1,9 @@
-"""ropelab-dashboard: a W&B workspace for an ablation, from the runs of a folder.
+"""ropelab-dashboard: makes a W&B workspace for an ablation from the runs in a folder.
 
 ropelab-dashboard runs/vniah_d_tiny --metric needle/periodic --save
 
-Written as JSON beside the runs, without a network; --save makes it a view of the project and prints
-where that is. Started again, it changes the same view.
+The workspace is written as JSON beside the runs, without a network. --save also makes it a view of
+the W&B project and prints its URL. A second start updates the same view.
 """
 
 import argparse
@@ -30,7 +30,7 @@ except ModuleNotFoundError:
 
 _STEP = "trainer/global_step"
 
-#: What runs are ranked by, unless a metric is named: the first of these that was logged.
+#: Default metrics for the ranking. The first one that was logged is used.
 _HEADLINES = ("needle/periodic", "needle/plain", "val/accuracy", "val/loss", "train/loss")
 
 _SYSTEM = {
@@ -45,19 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run_alone("ropelab-dashboard")
     options = _parser().parse_args(arguments)
     try:
-        # 1. What ran, and what of it was logged
+        # 1. The runs and their logged metrics
         runs = read_runs([options.folder])
         logged = read_logged(runs)
         axes = choose_axes(runs, options.axis)
         metric = choose_metric(logged, options.metric)
 
-        # 2. The workspace, checked as it is built
+        # 2. The workspace. Building it checks it.
         workspace = make_workspace(runs, axes, metric, logged)
         workspace.entity, workspace.project = place(runs[0], options.entity, options.project)
         output = options.output or inside(options.folder, "dashboard.json")
         same_view(workspace, output)
 
-        # 3. Where it is to be seen
+        # 3. The output: a view of the W&B project, and a file
         if options.save:
             workspace.save()
             print(workspace.url)
@@ -72,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_workspace(
     runs: list[RunState], axes: list[str], metric: str, logged: list[str]
 ) -> ws.Workspace:
-    """Ranking, curves, heatmaps, generations, throughput and the machine, grouped by `axes`.
+    """Builds the workspace, grouped by the factors `axes`.
+
+    Its sections are the ranking, curves, heatmaps, generations, throughput and system metrics.
 
     Args:
         logged: metrics and media that at least one run has.
@@ -107,10 +109,10 @@ def make_workspace(
 
 
 def read_logged(runs: list[RunState]) -> list[str]:
-    """Metrics of all runs, after the heads of their `metrics.csv`.
+    """Returns the metrics of all runs, read from the header lines of their `metrics.csv`.
 
     Raises:
-        ValueError: nothing was logged yet.
+        ValueError: no run has logged anything yet.
     """
     names: dict[str, None] = {}
     for run in runs:
@@ -126,10 +128,10 @@ def read_logged(runs: list[RunState]) -> list[str]:
 
 
 def choose_metric(logged: list[str], name: str | None) -> str:
-    """The metric that runs are ranked by.
+    """Returns the metric that ranks the runs: `name`, or a default.
 
     Raises:
-        ValueError: it was never logged.
+        ValueError: no run has logged `name`.
     """
     if name is not None and name not in logged:
         raise ValueError(f"no run has logged {name!r}; there are: {', '.join(logged)}")
@@ -137,10 +139,10 @@ def choose_metric(logged: list[str], name: str | None) -> str:
 
 
 def choose_axes(runs: list[RunState], names: list[str] | None) -> list[str]:
-    """Those that are named, or else all in which the runs differ.
+    """Returns the named factors, or all factors in which the runs differ.
 
     Raises:
-        ValueError: the runs do not differ in an axis that was named.
+        ValueError: the runs do not differ in a named factor.
     """
     differing = list(differing_axes(runs))
     for name in names or []:
@@ -151,7 +153,7 @@ def choose_axes(runs: list[RunState], names: list[str] | None) -> list[str]:
 
 
 def place(run: RunState, entity: str | None, project: str | None) -> tuple[str, str]:
-    """Entity and project of the runs; the entity may be left to the key of whoever saves."""
+    """Returns the entity and project of the runs. An empty entity means that of the user's key."""
     return (
         entity or _setting(run, "logger.wandb.entity") or os.environ.get("WANDB_ENTITY", ""),
         project or _setting(run, "logger.wandb.project") or "ropelab",
@@ -159,7 +161,7 @@ def place(run: RunState, entity: str | None, project: str | None) -> tuple[str, 
 
 
 def same_view(workspace: ws.Workspace, output: Path) -> None:
-    """Takes the identity of the view that `output` was saved as."""
+    """Gives `workspace` the name and id of the view in `output`, so that it replaces that view."""
     if output.is_file():
         saved = json.loads(output.read_text())
         workspace._internal_name, workspace._internal_id = saved["name"], saved["id"]
@@ -168,7 +170,10 @@ def same_view(workspace: ws.Workspace, output: Path) -> None:
 def _ranking(
     runs: list[RunState], settings: list[str], metric: str, best: dict[str, str]
 ) -> list[Any]:
-    """A bar a value of each axis, with the spread over seeds and the other axes; then all axes."""
+    """Returns one bar plot for each factor, then plots of all factors together.
+
+    A bar is the mean for one value; its error bar is the deviation over seeds and other factors.
+    """
     name = _summary(metric, best)
     spread: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
     bars: list[Any] = [
@@ -180,7 +185,7 @@ def _ranking(
         )
         for axis in settings
     ]
-    if len(settings) != 1:  # groups of the run table: every combination, or every run
+    if len(settings) != 1:  # one bar for each combination, or for each run without factors
         bars.append(panels.BarPlot(title=name, metrics=[name], **spread))
     if len(settings) > 1:
         keys = [panels.Config(_config_key(runs[0], axis)) for axis in settings]
@@ -209,7 +214,7 @@ def _generations() -> Any:
 
 
 def _filters(runs: list[RunState]) -> Any:
-    """The group of the runs in W&B, and the kind of its runs that the folder shows."""
+    """Returns W&B filters for the group of the runs, and for their job type if all share one."""
     group = _setting(runs[0], "logger.wandb.group") or _setting(runs[0], "name")
     kinds = {_setting(run, "job_type") for run in runs} - {None}
     filters = [ws.Metric("Group") == str(group)] if group else []
@@ -218,7 +223,7 @@ def _filters(runs: list[RunState]) -> Any:
 
 
 def _config_key(run: RunState, axis: str) -> str:
-    """Where W&B has an axis: options of groups and the seed lie under `choice`."""
+    """Returns the W&B config key of a factor. Group options and the seed are under `choice`."""
     return f"choice.{axis}" if axis == "seed" or axis in run.choices else axis
 
 

@@ -1,7 +1,7 @@
-"""ropelab-evaluate: tests a trained model, with its own stages and another grid if one likes.
+"""ropelab-evaluate: tests a trained model with its own components and, if asked, another grid.
 
-Needles where the data hides some, scores where it has questions; of an encoder that was trained
-alone (module=clip_context), its recall.
+The data decides the test: needle tests for data with needles, scores for data with questions. An
+encoder that was trained alone (module=clip_context) is tested on recall.
 
 ropelab-evaluate run=runs/vniah_d_tiny/videorope-seed0 data.grid.frames=[24,512]
 ropelab-evaluate run=runs/run/videorope-seed0 data.val=held-out/ scores=[mc,hallucer]
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """A checkpoint runs with the rotary scheme it was trained with, unless one is named here."""
+    """Evaluates a run with the rotary scheme it was trained with, unless the user names another."""
     typed = sys.argv[1:]
     asking = any(word.startswith("-") and word not in ("-m", "--multirun") for word in typed)
     if not asking and not any(word.startswith("run=") for word in typed):
@@ -51,7 +51,7 @@ def main() -> None:
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="evaluate")
     @user_errors_in_one_line
     def evaluate(config: DictConfig) -> float | None:
-        # 1. The model as it was trained; of what its directory names only what may be built
+        # 1. The trained model. Of the classes that its directory names, only allowed ones are built
         replay.check(config)
         check_values(config)
         run = Path(config.run)
@@ -74,7 +74,7 @@ def main() -> None:
             for made in trainer.loggers:
                 made.log_hyperparams(plain(config))
 
-            # 3. The test: needles where the data hides some, scores where it has questions; recall
+            # 3. The test: recall of an encoder; else needle tests and scores, as the data has them
             if model is None:
                 score = measure_recall(config, trainer, stage, datamodule)
             else:
@@ -90,12 +90,15 @@ def main() -> None:
 def load(
     run: Path, rotary: dict[str, Any] | None, name: str | None = None
 ) -> tuple[VideoLanguageModel, int]:
-    """The trained model and its steps; `rotary` takes the place of the scheme it has learnt.
+    """Returns the trained model and its number of training steps.
 
-    `name` is that of a checkpoint, by default the newest one that is whole.
+    Args:
+        run: a run directory, or a folder that `from_pretrained` opens.
+        rotary: spec of a rotary scheme that replaces the trained one.
+        name: file name of the checkpoint; by default the newest complete one.
 
     Raises:
-        ValueError: there is no checkpoint, or its weights are not those of its stages.
+        ValueError: there is no checkpoint, or its weights do not fit its components.
     """
     if (run / "config.json").is_file():
         named: dict[str, Any] = {"rotary": rotary} if rotary else {}
@@ -117,10 +120,10 @@ def load(
 
 
 def load_encoder(run: Path, stage: ClipContextModule) -> int:
-    """Gives `stage` the encoder that was trained in `run`; returns its steps.
+    """Loads the encoder that was trained in `run` into `stage`; returns its training steps.
 
     Raises:
-        ValueError: there is no checkpoint, or it is that of another stage of training.
+        ValueError: there is no checkpoint, or it comes from another stage of training.
     """
     path, checkpoint = _read(run, None)
     stage.on_load_checkpoint(checkpoint)  # refuses others
@@ -132,7 +135,7 @@ def load_encoder(run: Path, stage: ClipContextModule) -> int:
 def measure_recall(
     config: DictConfig, trainer: Trainer, stage: ClipContextModule, datamodule: LightningDataModule
 ) -> float:
-    """Share of the captions of `data.val` whose own visual is the most similar one."""
+    """Returns the share of captions in `data.val` whose own visual is the most similar one."""
     if not config.data.get("val"):
         raise ValueError("no captions to find visuals by: set data.val to shards that have some")
     (metrics,) = trainer.validate(stage, datamodule=datamodule, verbose=False)

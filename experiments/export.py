@@ -1,4 +1,4 @@
-"""ropelab-export: a trained model as a folder that `from_pretrained` opens.
+"""ropelab-export: writes a trained model as a folder that `from_pretrained` opens.
 
 ropelab-export runs/ppllava_vicuna7b_video/vanilla-seed0 models/ppllava --dtype bfloat16
 """
@@ -54,13 +54,13 @@ def export(
     lora: str = "merged",
     dtype: str | None = None,
 ) -> VideoLanguageModel:
-    """Writes `out` whole or not at all. The arguments are those of the program.
+    """Writes the folder `out` atomically. The arguments are those of the program.
 
     Returns:
         The model that was written.
 
     Raises:
-        ValueError: `out` is there already, or `run` is no run directory with a checkpoint.
+        ValueError: `out` exists, or `run` is not a run directory with a checkpoint.
     """
     if out.exists():
         raise ValueError(f"{out} is there already: name another folder, or remove it")
@@ -77,7 +77,7 @@ def export(
         merge_lora(model)
 
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a kill has left
+    shutil.rmtree(partial, ignore_errors=True)  # left over from a killed export
     model.save_pretrained(partial, max_shard_size="5GB")
     if apart:
         save_adapter(model, partial / "adapter")
@@ -89,7 +89,7 @@ def export(
 
 
 def model_card(run: Path, config: dict[str, Any], model: VideoLanguageModel, steps: int) -> str:
-    """How the model was made and what it scored, in Markdown with the hub's metadata."""
+    """Returns the model card: training and scores in Markdown, with metadata for the hub."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -118,7 +118,7 @@ def model_card(run: Path, config: dict[str, Any], model: VideoLanguageModel, ste
 
 
 def describe(spec: dict[str, Any]) -> str:
-    """`CausalLM (qwen2, 3 layers)`"""
+    """Returns a short description of a component, such as `CausalLM (qwen2, 3 layers)`."""
     name = spec["_target_"].rpartition(".")[2]
     sizes = spec.get("config", {})
     facts = [sizes.get("model_type"), *_layers(sizes), *_layers(sizes.get("vision", {}))]

@@ -1,4 +1,4 @@
-"""ropelab-import: published weights become a folder that every other program opens.
+"""ropelab-import: converts published weights to a folder that every other program opens.
 
 ropelab-import llava-hf/llava-v1.6-vicuna-7b-hf weights/llava-next
 ropelab-train init=weights/llava-next experiment=…
@@ -19,7 +19,7 @@ from lightning_modules.importers import IMPORTERS, Importer, detect
 from lightning_modules.importers.base import REPORT, import_folder
 from lightning_modules.importers.match import Allowed
 
-#: Never code: what a repository may bring as `.py` is not even fetched.
+#: File patterns to download. They never match code: `.py` files are not fetched at all.
 _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -27,21 +27,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run_alone("ropelab-import")
     options = _parser().parse_args(arguments)
     try:
-        # 1. Where the source lies, and which layout it has
+        # 1. The source folder and its layout
         folder = fetch(options.source)
         if options.out.exists() and any(options.out.iterdir()):
             raise ValueError(f"{options.out} is not empty: choose another folder to write into")
         config = read_config(folder)
         importer = choose(options.format, config)(config, options.clip)
 
-        # 2. Every tensor to its place, or one line that says what is left over
+        # 2. Puts every tensor in its place, or reports the tensors that are left over in one line
         allowed = Allowed(options.allow_unused, options.allow_unfilled, "--allow-{}")
         report = import_folder(importer, folder, options.out, allowed, options.dtype)
-    except (ValueError, OSError) as error:  # what the user can put right, in one line
+    except (ValueError, OSError) as error:  # errors that the user can fix, in one line
         print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
 
-    # 3. What became of it
+    # 3. The summary
     left = len(report["unused_on_purpose"]) + len(report["unused"])
     print(
         f"{options.out}: {len(report['used'])} tensors of {report['format']} in "
@@ -51,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def fetch(source: str) -> Path:
-    """The folder itself, or a hub id's files in the cache.
+    """Returns the folder `source`, or downloads a hub id and returns its folder in the cache.
 
     Raises:
-        ValueError: neither a folder nor a hub id that can be read.
+        ValueError: `source` is neither a folder nor a readable hub id.
     """
     if Path(source).expanduser().is_dir():
         return Path(source).expanduser()
@@ -71,10 +71,10 @@ def fetch(source: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json`.
+    """Reads `config.json` of a folder.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: the file is missing or damaged.
     """
     try:
         return json.loads((folder / "config.json").read_text())
@@ -85,7 +85,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def choose(name: str, config: dict[str, Any]) -> type[Importer]:
-    """The importer of that name; `auto`: the one that `config.json` asks for."""
+    """Returns the importer called `name`. For `auto`, `config.json` decides."""
     if name == "auto":
         return detect(config)
     return next(importer for importer in IMPORTERS if importer.name == name)

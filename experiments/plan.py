@@ -1,10 +1,10 @@
-"""ropelab-plan: what a recipe takes on so many ranks, before anything is rented.
+"""ropelab-plan: predicts memory, time and cost of a recipe on N ranks before you rent machines.
 
 ropelab-plan experiment=vniah_d_tiny ranks=1,4 device=h100 mfu=0.4
 ropelab-plan experiment=ppllava_dpo ranks=8,64,512 data.global_batch_size=512
 ropelab-plan experiment=ppllava_vicuna7b_multi_image tiles=llava_next videos=0 images=4
 
-It takes what ropelab-train takes, reads no weights and no data, and needs no GPU.
+It takes the same words as ropelab-train, reads no weights and no data, and needs no GPU.
 """
 
 import re
@@ -31,7 +31,7 @@ _KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "tempo
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="plan")
 @user_errors_in_one_line
 def plan(config: DictConfig) -> None:
-    # 1. Every world size on its own: the recipe, its model, one step of it
+    # 1. A forecast for each world size: builds the recipe and its model, and takes one step
     check_values(config)
     device = config.device
     usable = (1 - config.headroom) * device.memory_gib
@@ -50,7 +50,7 @@ def plan(config: DictConfig) -> None:
     if not forecasts:
         raise ValueError(f"none of ranks={plain(config.ranks)} can train it; see above")
 
-    # 2. Where it does not fit: what would, planned in the same way
+    # 2. If it does not fit: advises changes, each with a forecast of its own
     for tight in forecasts:
         if config.advise and tight.gib > usable:
             print(f"\n{tight.ranks} ranks need {tight.gib:.3g} GiB each, {usable:.3g} are there:")
@@ -58,7 +58,7 @@ def plan(config: DictConfig) -> None:
 
 
 def main() -> None:
-    """Hydra takes `ranks=8,64` for a sweep; here it is one plan of two lines."""
+    """Plans all values of `ranks=8,64` in one table. Hydra alone would read them as a sweep."""
     process.run_alone("ropelab-plan")
     sys.argv[1:] = [re.sub(r"^ranks=(\d+(,\d+)*)$", r"ranks=[\1]", word) for word in sys.argv[1:]]
     plan()
@@ -102,7 +102,13 @@ def _row(found: Forecast, usable: float) -> str:
 
 
 class Change(NamedTuple):
-    """Something to try: words of the command line by key, what they set, on how many ranks."""
+    """A change to try.
+
+    Attributes:
+        words: words of the command line by key.
+        settings: config values that the words set, by dotted key.
+        ranks: number of ranks.
+    """
 
     words: dict[str, Any]
     settings: dict[str, Any]
@@ -110,9 +116,9 @@ class Change(NamedTuple):
 
 
 def _advise(config: DictConfig, tight: Forecast, usable: float) -> None:
-    """Takes one change after the other, each on top of those that helped, until it fits."""
+    """Tries changes one after another and keeps those that help, until the recipe fits."""
     changed, best = config.copy(), tight
-    taken: dict[str, Any] = {}  # by key, as a later word may replace an earlier one
+    taken: dict[str, Any] = {}  # by key, because a later word may replace an earlier one
     for change in _changes(config, tight.ranks):
         attempt = changed.copy()
         with open_dict(attempt):
@@ -121,7 +127,7 @@ def _advise(config: DictConfig, tight: Forecast, usable: float) -> None:
         try:
             found = forecast(attempt, max(best.ranks, change.ranks))
         except ValueError:
-            continue  # not with this stage of training
+            continue  # this stage of training does not allow the change
         if found.gib >= best.gib:
             continue
         changed, best = attempt, found
@@ -138,7 +144,7 @@ def _advise(config: DictConfig, tight: Forecast, usable: float) -> None:
 
 
 def _changes(config: DictConfig, ranks: int) -> Iterator[Change]:
-    """Cheapest first."""
+    """Yields possible changes, the cheapest first."""
     tuning, size = config.get("tuning"), config.data.batch_size
     reference = OmegaConf.select(config, "module.reference._target_")
     if tuning is not None:
@@ -166,7 +172,11 @@ def _changes(config: DictConfig, ranks: int) -> Iterator[Change]:
 
 
 def _option(group: str, name: str, nodes: dict[str, str], ranks: int) -> Change:
-    """Another option of a group; `nodes`: where in the config what of its file goes."""
+    """Returns the change to option `name` of a config group.
+
+    Args:
+        nodes: key of the config -> part of the option's file that goes there; "" is the whole file.
+    """
     file: Any = OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")
     settings = {key: OmegaConf.select(file, part) if part else file for key, part in nodes.items()}
     return Change({group: name}, settings, ranks)

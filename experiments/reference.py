@@ -1,10 +1,10 @@
-"""ropelab-reference: shards of pairs -> the same shards with a model's log-probabilities in them.
+"""ropelab-reference: copies shards of pairs and adds a reference model's log-probabilities.
 
 ropelab-reference experiment=ppllava_dpo run=runs/tuned data.train=pairs/ output=judged/
 ropelab-train experiment=ppllava_dpo module/reference=streamed data.train=judged/train
 
-The model, and how it reads videos and text, are those of the training to come: give the same words
-to both. A shard is there as a whole or not at all, so the same command goes on after a kill.
+The model and its processing of videos and text must be those of the later training, so give both
+commands the same words. Each shard is written atomically. After a kill, the same command continues.
 """
 
 import json
@@ -41,7 +41,7 @@ def main(config: DictConfig) -> None:
     print_config(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
 
-    # 1. The model: that of a run, or the one that the training would start from
+    # 1. The model: from a run, or the one that the training would start from
     where = config.trainer
     fabric = Fabric(accelerator=where.accelerator, devices=1, precision=where.precision)
     if config.run:
@@ -53,14 +53,14 @@ def main(config: DictConfig) -> None:
     model: Any = fabric.setup_module(network.requires_grad_(False).eval())
     model.mark_forward_method("log_probs")
 
-    # 2. The data, and what the log-probabilities depend on
+    # 2. The data, and the settings that the log-probabilities depend on
     build(config.prepare, "prepare")
     datamodule = build(config.data, "data")
     settings = model_settings(network.config) | datamodule.settings()
     output = Path(config.output)
     claim(output, {"weights_sha256": weights, "settings": settings})
 
-    # 3. Shard by shard, those that are there already left as they are
+    # 3. Shard by shard. Existing shards are skipped.
     for split, shards in datamodule.shards().items():
         for number, shard in enumerate(shards):
             path = output / split / f"shard-{number:06d}.tar"
@@ -76,7 +76,7 @@ def main(config: DictConfig) -> None:
 def judged(
     batches: Any, model: Any, fabric: Fabric, settings: dict[str, str]
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, members) of all samples; one that cannot be read goes on as it is."""
+    """Yields (key, members) of every sample. An unreadable sample is passed on unchanged."""
     for raws, good, batch in batches:
         with torch.inference_mode():
             sums = model.log_probs(batch.to(fabric.device)).sums.tolist() if good else []
@@ -87,10 +87,10 @@ def judged(
 
 
 def claim(output: Path, made_with: dict[str, Any]) -> None:
-    """Says in `reference.json` what the shards of a folder are made with.
+    """Records in `reference.json` which weights and settings the shards of a folder are made with.
 
     Raises:
-        ValueError: there are some that were made with something else.
+        ValueError: the folder has shards that were made with others.
     """
     path = output / "reference.json"
     former = json.loads(path.read_text()) if path.is_file() else made_with

@@ -1,4 +1,4 @@
-"""ropelab-report: one page that says which setting finds the needle, and how far to believe it."""
+"""ropelab-report: writes one page on which setting finds the needle, and how reliable that is."""
 
 import argparse
 import re
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write_report(runs: list[Run], output: Path) -> list[Path]:
-    """Writes report.html, which holds everything, and report.md with its pictures beside it."""
+    """Writes report.html with everything in it, and report.md with its pictures in a folder."""
     pages = {suffix: inside(output, f"report.{suffix}") for suffix in ("html", "md")}
     folder = inside(output, "report_files")
 
@@ -68,7 +68,7 @@ def write_report(runs: list[Run], output: Path) -> list[Path]:
 
 
 def file_names(pictures: Iterable[str]) -> dict[str, str]:
-    """A file name for each picture; the name of a condition may hold anything, `/` too."""
+    """Returns a file name for each picture. Condition names may have any character, even `/`."""
     names = {name: re.sub(r"[^\w-]+", "_", name) for name in pictures}
     return {
         name: f"{safe}.svg" if safe == name else f"{safe}-{number}.svg"
@@ -77,7 +77,7 @@ def file_names(pictures: Iterable[str]) -> dict[str, str]:
 
 
 def describe_stages(runs: list[Run]) -> str:
-    """A Markdown table of runs that started from one another: each from its first step to its last.
+    """Returns a Markdown table of runs that continue one another, each from first to last step.
 
     Raises:
         ValueError: a run has no loss yet.
@@ -103,7 +103,7 @@ def _span(points: list[tuple[int, float]] | None) -> str:
 
 
 def describe(runs: list[Run], groups: list[tables.Group], axes: list[str]) -> dict:
-    """Everything the templates name, apart from the pictures."""
+    """Returns all variables of the templates except the pictures."""
     rows = tables.rank(groups)
     return {
         "title": title(runs, groups, axes),
@@ -124,7 +124,7 @@ def describe(runs: list[Run], groups: list[tables.Group], axes: list[str]) -> di
 
 
 def versions(runs: list[Run]) -> dict[str, str]:
-    """What the runs ran with; all that differ, where runs do."""
+    """Returns package versions by name. If the runs differ, all of their versions are listed."""
     seen: dict[str, dict[str, None]] = {}
     for run in runs:
         for name, number in run.versions.items():
@@ -142,7 +142,7 @@ def title(runs: list[Run], groups: list[tables.Group], axes: list[str]) -> str:
 
 
 def generations(groups: list[tables.Group]) -> list[dict]:
-    """The same samples for every group, each answered by the group's first run that has any."""
+    """Returns samples with each group's answer, from the group's first run that has answers."""
     answers = {g.label: next((r.generations for r in g.runs if r.generations), []) for g in groups}
     samples = {row["key"]: row for rows in answers.values() for row in rows}
     generated = {label: {r["key"]: r["generated"] for r in rows} for label, rows in answers.items()}
@@ -153,7 +153,7 @@ def generations(groups: list[tables.Group]) -> list[dict]:
 
 
 def commands(runs: list[Run]) -> dict[str, list[Run]]:
-    """Each command line with the runs that it started: a multirun starts several."""
+    """Maps each command line to the runs that it started. A multirun starts several."""
     started: dict[str, list[Run]] = {}
     for run in runs:
         started.setdefault(run.command or "command.txt is missing", []).append(run)
@@ -165,13 +165,13 @@ def data_uri(svg: str) -> str:
 
 
 def table_cell(text: object) -> str:
-    """Text that cannot break out of a line or a cell of a Markdown table, nor become a link."""
+    """Escapes text so that it stays in its Markdown table cell and cannot become a link."""
     safe = re.sub(r"([|`\\])", r"\\\1", str(text)).replace("](", "]\\(").replace("<", "&lt;")
     return " ".join(safe.split())
 
 
 def fenced(text: str) -> str:
-    """A block of code in Markdown, which ends where the text does."""
+    """Returns a Markdown code block. Its fence is longer than any run of backticks in `text`."""
     longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{text}\n{fence}"

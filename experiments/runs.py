@@ -1,4 +1,4 @@
-"""ropelab-runs: what has become of the runs below some folders, and what a sweep still lacks.
+"""ropelab-runs: lists the runs below some folders with their states, and what a sweep still lacks.
 
 ropelab-runs runs/vniah_d_tiny
 """
@@ -32,10 +32,10 @@ _COLOURS = {
     "not started": "dim",
 }
 
-#: States that starting the same command again changes.
+#: States of runs that the same command would run again.
 _TO_GO = ("not started", "stopped", "failed", "damaged")
 
-#: The metric that is shown, unless one is named: the first of these that a run has.
+#: Default metrics. The first one that a run has is shown.
 _METRICS = ("score", "val/loss", "train/loss")
 
 
@@ -60,10 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def choose_metric(runs: list[RunState], name: str | None) -> str:
-    """The metric that is shown.
+    """Returns the metric to show: `name`, or a default.
 
     Raises:
-        ValueError: no run has the one that was named.
+        ValueError: no run has the metric `name`.
     """
     known = dict.fromkeys(key for run in runs for key in run.metrics)
     if name is not None and name not in known:
@@ -113,7 +113,7 @@ def make_table(runs: list[RunState], axes: dict[str, list[str | None]], metric: 
 
 
 def what_is_missing(runs: list[RunState]) -> list[str]:
-    """A line for every folder of several runs, and one on all together where that is none."""
+    """Returns one line for each folder of several runs: how many are done or still to run."""
     sweeps: dict[Path, list[RunState]] = {}
     for run in runs:
         sweeps.setdefault(run.folder.parent, []).append(run)

@@ -37,7 +37,7 @@ from datamodules.shards.pack import (
 from datamodules.stream.index import expand_urls, read_manifest
 from experiments.run.process import run_alone
 
-_screen = Console(stderr=True)  # so that --json leaves standard output to the JSON
+_screen = Console(stderr=True)  # with --json, standard output has only the JSON
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome = options.run(options)
         if outcome is None:
             return 0
-    except (ValueError, OSError) as error:  # what the user can put right, in one line
+    except (ValueError, OSError) as error:  # errors that the user can fix, in one line
         print(f"error: {error}", file=sys.stderr)
         return 2
     if getattr(options, "json", False):
@@ -60,17 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def pack(options: argparse.Namespace) -> Outcome:
     if not options.videos.is_dir():
         raise ValueError(f"no folder {str(options.videos)!r}; set --videos to that of the files")
-    # 1. What is to be packed
+    # 1. The entries to pack
     entries = read_annotations(options.annotations)
     if not entries:
         raise ValueError(f"no entry in {str(options.annotations)!r}")
-    # 2. Where to: never beside shards of another run, which would be read with ours
+    # 2. The output folder. Old shards must not stay there: they would be read with the new ones.
     older = sorted(options.output.glob("shard-*.tar*"))
     if older and not options.overwrite:
         raise ValueError(f"{options.output} holds shards; choose another folder or --overwrite")
     for path in older:
         path.unlink()
-    # 3. One task a shard
+    # 3. One task per shard
     tasks = plan_shards(entries, options.output, options.shard_size)
     media = Media(options.videos, options.follow_links)
     job = partial(
@@ -101,7 +101,7 @@ def demo(options: argparse.Namespace) -> None:
 def in_parallel(
     job: Callable[[Any], Outcome], tasks: Sequence[Any], workers: int, word: str
 ) -> Outcome:
-    """Runs all tasks behind a progress bar; what comes out has the order of what went in."""
+    """Runs all tasks with a progress bar and adds up the outcomes in the order of the tasks."""
     columns = (word, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     if workers == 1 or len(tasks) == 1:
         with Progress(*columns, console=_screen) as bar:
@@ -133,7 +133,7 @@ def as_json(outcome: Outcome) -> dict:
 
 
 def show(outcome: Outcome, most: int = 50) -> None:
-    """Totals by reason, and the first bad items."""
+    """Prints the totals by reason, and the first `most` bad items."""
     console = Console()
     table = Table("samples", "number", title="shards")
     table.add_row("good", str(outcome.good))

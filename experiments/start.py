@@ -1,7 +1,7 @@
-"""ropelab-train: where the program begins, before the seconds that importing PyTorch takes.
+"""Entry point of ropelab-train. It runs before PyTorch is imported, which takes seconds.
 
-A multirun only needs Hydra here, since every job is a process of its own. A run that is told to go
-while it starts has nothing to save, and leaves like one that has.
+A multirun needs only Hydra here, because every job is a process of its own. A run that receives a
+stop signal while it starts has nothing to save. It exits as a run that has saved does.
 """
 
 import os
@@ -28,10 +28,10 @@ def main() -> None:
 
 
 def leave_terminal_to_the_foreground() -> None:
-    """Takes the terminal away from a process in the background (`ropelab-train … &`).
+    """Detaches standard input from the terminal in a background process (`ropelab-train … &`).
 
-    Whoever asks there, as W&B does for a key, would be stopped until somebody notices. So it is
-    told in one line instead that there is no key.
+    The system stops a background process that reads from the terminal, and nobody may notice. W&B
+    reads a key there. Without the terminal it reports the missing key in one line instead.
     """
     if sys.stdin is not None and sys.stdin.isatty() and os.tcgetpgrp(0) != os.getpgrp():
         sys.stdin = open(os.devnull)  # noqa: SIM115 - as long as the process lives

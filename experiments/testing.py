@@ -25,15 +25,15 @@ def test_needles(
     datamodule: LightningDataModule,
     step: int,
 ) -> float | None:
-    """Runs the needle test; returns the share of needles found without distractors.
+    """Runs the needle test and returns the share of needles found without distractors.
 
     Writes needle.json and needle.png, and logs both. The share is over all lengths and depths.
 
     Args:
-        step: what the model was trained to.
+        step: number of steps that the model was trained for.
 
     Returns:
-        None where the datamodule has no test, or no cell without distractors.
+        The share, or None if the datamodule has no test or no cell without distractors.
     """
     if "grid" not in config.data:
         return None
@@ -44,7 +44,7 @@ def test_needles(
     if trainer.is_global_zero:
         needle = read_needle(folder / "needle.json")
         assert needle is not None
-        # Here, as it imports matplotlib, which no training needs before its end.
+        # Imported here because it imports matplotlib, which a training needs only at its end.
         from experiments.reporting.plots import save_heatmap
 
         picture = save_heatmap(needle, folder / "needle.png")
@@ -61,16 +61,16 @@ def score_answers(
     datamodule: LightningDataModule,
     step: int,
 ) -> dict[str, float]:
-    """Scores the answers to held-out questions; returns the scores by name.
+    """Scores the answers to held-out questions and returns the scores by name.
 
-    Writes scores.json, and logs them under val/. There are none where no scores are chosen, or
-    where the data has nothing held out.
+    Writes scores.json, and logs the scores under val/. The result is empty if no scores are chosen
+    or the data has no held-out part.
 
     Args:
-        step: what the model was trained to.
+        step: number of steps that the model was trained for.
 
     Raises:
-        ValueError: what is held out are pairs of answers.
+        ValueError: the held-out data are pairs of answers.
     """
     if not config.scores or not config.data.get("val"):
         return {}
@@ -92,7 +92,7 @@ def score_answers(
 
 
 def describe(config: DictConfig, model: VideoLanguageModel, step: int) -> dict[str, Any]:
-    """Returns what a reader of the numbers must know about how they came about."""
+    """Returns the settings that a reader needs to understand the numbers."""
     data = plain(config.data)
     # Distractors need not be periodic.
     periods = [c["period"] for c in data["grid"]["conditions"].values() if c and "period" in c]
@@ -112,7 +112,7 @@ def describe(config: DictConfig, model: VideoLanguageModel, step: int) -> dict[s
 
 
 def _rotary(config: DictConfig, model: VideoLanguageModel) -> str:
-    """Returns the option's name, or the class where the model runs another scheme."""
+    """Returns the name of the chosen option, or the class name if the model has another scheme."""
     spec = model.config.rotary or {}
     if spec == plain(config.model.rotary):
         return HydraConfig.get().runtime.choices["rotary"]

@@ -1,4 +1,4 @@
-"""ropelab-train: composes a run out of one word per stage, trains it and tests it.
+"""ropelab-train: composes a run from one word per component, then trains and tests the model.
 
 ropelab-train experiment=vniah_d_tiny rotary=mrope
 ropelab-train -m experiment=vniah_d_tiny rotary=vanilla,tad,mrope,videorope seed=0,1
@@ -29,8 +29,7 @@ from lightning_modules.checkpoint import weights
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
 @user_errors_in_one_line
 def main(config: DictConfig) -> float | None:
-    # 1. Where everything of this run goes, unless it is all there; and from which seed it comes.
-    # Nothing is written there before step 5.
+    # 1. The run directory and the seed. A finished run ends here. Nothing is written before step 5.
     check_values(config)
     folder = RunDirectory(config)
     if done := folder.finished():
@@ -39,7 +38,7 @@ def main(config: DictConfig) -> float | None:
     print_config(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
 
-    # 2. The model: stages are specs until the strategy asks for them; mistakes in them show here
+    # 2. The model: components stay specs until the strategy builds them, but are checked here
     module = build(config.module, "module")(model=plain(config.model))
     checkpoint = folder.checkpoint
     module.resumed = checkpoint is not None
@@ -49,7 +48,7 @@ def main(config: DictConfig) -> float | None:
     # 3. The data
     datamodule = build(config.data, "data")
 
-    # 4. The trainer with its callbacks and loggers; the global batch decides the accumulation
+    # 4. The trainer, callbacks and loggers. The global batch size sets the gradient accumulation.
     loggers = build_all(config.logger, "logger")
     callbacks = [AfterFirstStep(folder.keep), *build_all(config.callbacks, "callbacks")]
     trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
@@ -57,18 +56,18 @@ def main(config: DictConfig) -> float | None:
     share_steps(trainer, datamodule)
     module.check_sharing(datamodule, trainer.world_size, trainer.accumulate_grad_batches)
 
-    # 5. The data is made where the recipe makes its own, and must be that of the checkpoint; then
-    # nothing is left that could refuse this run
+    # 5. Makes the data if the recipe does so, and checks that it is the checkpoint's data. This is
+    # the last check that can refuse the run.
     build(config.prepare, "prepare")
     check_place(checkpoint, trainer, datamodule)
     with folder.claim():
         for logger in trainer.loggers:
             logger.log_hyperparams(plain(config) | {"choice": axes(config)})
 
-        # 6. Training, from where the run directory says it stands
+        # 6. Training, resumed from the checkpoint if there is one
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
 
-    # 7. The test, and the number that a sweep compares
+    # 7. The test. A sweep compares its score.
     steps = trainer.global_step
     score = None
     if config.test:

@@ -1,6 +1,6 @@
-"""Small runs: shards made here, the shipped configs at sizes that train in a second."""
+"""Fixtures for small runs: synthetic shards, and shipped configs that train in a second."""
 
-# ruff: noqa: E402 - warnings.warn is replaced before libraries are imported, which may keep it
+# ruff: noqa: E402 - replaces warnings.warn before imports, because libraries may keep a reference
 from tests.helpers import deprecations
 
 deprecations.blame_callers()
@@ -37,7 +37,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-#: The demo's recipe at a size that trains in a second: 12 steps.
+#: The demo's recipe at a size that trains in a second, 12 steps.
 TINY = [
     "experiment=vniah_d_tiny",
     "model.encoder.image_size=32",
@@ -78,7 +78,7 @@ def one_thread() -> None:
 
 
 def write_needle_shards(folder: Path) -> Path:
-    """`vniah/` as the demo lays it out, of clips and cards that no other split shares."""
+    """Writes the demo's `vniah/` folder. The splits share no clips and no cards."""
     (folder / "vniah").mkdir(parents=True)
     for offset, split in enumerate(("train", "test")):
         clips = [
@@ -103,12 +103,12 @@ def make_needle(seed: int) -> tuple[str, dict[str, bytes]]:
 
 @pytest.fixture(scope="session")
 def needle_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `paths.data` is set to."""
+    """The folder for `paths.data`, with needle shards."""
     return write_needle_shards(tmp_path_factory.mktemp("data"))
 
 
 def compose(overrides: Sequence[str], folder: Path, config_name: str = "train") -> DictConfig:
-    """The config of a program that runs in `folder`, as Hydra hands it over."""
+    """Returns the config of a program that runs in `folder`, as Hydra passes it."""
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = hydra.compose(config_name, list(overrides), return_hydra_config=True)
     OmegaConf.set_readonly(config.hydra, False)
@@ -123,7 +123,7 @@ def compose(overrides: Sequence[str], folder: Path, config_name: str = "train") 
 
 @pytest.fixture(scope="session")
 def tiny(needle_shards: Path) -> list[str]:
-    """Overrides of a tiny run."""
+    """Returns overrides of a tiny run."""
     return [*TINY, f"paths.data={needle_shards}"]
 
 
@@ -134,7 +134,7 @@ def compose_fixture() -> Callable[..., DictConfig]:
 
 @pytest.fixture(scope="session")
 def run_train(tiny: list[str]) -> Callable[..., float | None]:
-    """`run_train(folder, *overrides)`: ropelab-train in this process, tiny, metrics.csv alone."""
+    """`run_train(folder, *overrides)` runs a tiny ropelab-train here, with only the CSV logger."""
 
     def run(folder: Path, *overrides: str) -> float | None:
         config = compose([*tiny, "logger=csv", *overrides], folder)
@@ -143,17 +143,17 @@ def run_train(tiny: list[str]) -> Callable[..., float | None]:
     return run
 
 
-#: Seconds after which ranks that wait for one another are ended.
+#: Timeout in seconds for ranks that wait for one another.
 HANG = 240
 
 
 def run_ranks(world: int, function: Callable[[int], Any]) -> list[Any]:
-    """`function(rank)` in as many processes as torchrun would have started; what each returns.
+    """Runs `function(rank)` in `world` processes, as torchrun would, and returns their results.
 
-    They are forked from the test, so that nothing is imported again.
+    The processes are forked from the test, so that nothing is imported again.
 
     Raises:
-        RuntimeError: the tracebacks of ranks that failed, or that some never came back.
+        RuntimeError: a rank failed, hangs or died. The message has the tracebacks.
     """
     context = multiprocessing.get_context("fork")
     with socket.socket() as free:
@@ -167,7 +167,7 @@ def run_ranks(world: int, function: Callable[[int], Any]) -> list[Any]:
     for process in ranks:
         process.start()
     for _, writing in pipes:
-        writing.close()  # here, so that a rank that dies is heard of
+        writing.close()  # closed in the parent, so that the death of a rank ends its pipe
     try:
         results = [_receive(process, pipe) for process, (pipe, _) in zip(ranks, pipes, strict=True)]
     finally:
@@ -201,11 +201,11 @@ def _rank(rank: int, world: int, port: int, function: Callable, pipe: Connection
     rank_zero_only.rank = fabric_rank_zero_only.rank = rank
     try:
         outcome = (False, function(rank))
-    except BaseException:  # whatever ends a rank is told to the test
+    except BaseException:  # any end of a rank is reported to the test
         outcome = (True, f"rank {rank}: {traceback.format_exc()}")
     pipe.send_bytes(pickle.dumps(outcome))  # tensors by value: this process ends here
-    time.sleep(HANG)  # rank 0 keeps the store that others may still read; the parent ends all
-    os._exit(0)  # what the test runner does at its end is not for this process
+    time.sleep(HANG)  # others may still read rank 0's store; the parent kills all ranks
+    os._exit(0)  # skips the test runner's exit handlers
 
 
 @pytest.fixture(scope="session", name="run_ranks")
@@ -215,7 +215,7 @@ def run_ranks_fixture() -> Callable[[int, Callable[[int], Any]], list[Any]]:
 
 @pytest.fixture
 def uncompiled_flex(monkeypatch):
-    """flex_attention by PyTorch's own reference; what it compiles otherwise takes a minute."""
+    """Runs flex_attention by PyTorch's eager reference, because compiling it takes a minute."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
     with warnings.catch_warnings():

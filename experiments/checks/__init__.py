@@ -1,1 +1,1 @@
-"""What is checked of a command before anything is written."""
+"""Checks of a command before anything is written."""

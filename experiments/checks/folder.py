@@ -1,4 +1,4 @@
-"""What Hydra is told to do before it makes a directory."""
+"""A Hydra callback that creates and checks the directory of a run before Hydra does."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from experiments.run.process import fail, process_rank
 
 
 class MakeFolder(Callback):
-    """Makes the directory of a run or of a sweep; where that fails, the program ends in one line.
+    """Creates the directory of a run or sweep. If that fails, the program ends with one line.
 
-    Hydra would make it too, and show a traceback.
+    Hydra would also create it, but would show a traceback.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -35,7 +35,7 @@ def _make(config: DictConfig, kind: str, ways_out: str) -> None:
     try:
         folder = Path(config.hydra[kind].dir)
     except OmegaConfBaseException:
-        return  # a value that is missing, which Hydra names itself
+        return  # a missing value, which Hydra reports itself
     finally:
         HydraConfig.instance().cfg = before
     try:

@@ -1,4 +1,4 @@
-"""What is checked of a command before its run directory is written to, and when it is its own."""
+"""Checks a command's data and checkpoint before it writes, and calls back after its first step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +12,12 @@ from lightning_modules.checkpoint.weights import read_facts
 
 
 def check_place(checkpoint: Path | None, trainer: Trainer, datamodule: VideoDataModule) -> None:
-    """Reads which shards there are, and whether the checkpoint can go on with them.
+    """Reads the list of shards and checks that the checkpoint can continue with them.
 
     Raises:
-        ValueError: the shards or the settings of the stream are not those of the checkpoint, or it
-            is further than this training goes.
-        BadSampleError: there are no such shards.
+        ValueError: the shards or the settings of the stream differ from those of the checkpoint, or
+            the checkpoint is beyond the end of this training.
+        BadSampleError: the shards do not exist.
     """
     if rank_zero_only.rank:
         return

@@ -1,9 +1,9 @@
-"""What ropelab-evaluate replays of a run directory: the words that its training was given.
+"""Replays the command line of a training for ropelab-evaluate, and restricts what it may do.
 
-A run directory is data, whoever made it. What it says may choose among this package's classes,
-options and sizes. It may not run a program, read a variable of the environment, read an option
-from another folder, or choose where files are written. `trust=[…]` allows one such thing by name,
-and what is typed on the command line is not restricted.
+A run directory is untrusted data. Its words may choose among this package's classes, options and
+sizes. They must not run a program, read an environment variable, read an option from another
+folder, or choose where files are written. `trust=[…]` allows one such thing by name. The words that
+the user types are not restricted.
 """
 
 import json
@@ -28,14 +28,14 @@ from experiments.checks.trust import flat, refusal, targets, writes_files
 from experiments.run.compose import plain
 from experiments.run.files import inside, printable, read_yaml
 
-#: Keys that belong to the training alone, or to whoever evaluates; all below them as well.
+#: Keys that belong only to the training, or only to the evaluating user, with all keys below them.
 _NOT_REPLAYED = ("hydra", "launcher", "debug", "resume", "test", "init", "init_allow")
 _NOT_THEIRS = ("run", "trust", "paths.run", "paths.runs")
 
-#: Of `${name:…}`, what tells nothing about this machine.
+#: Resolvers `${name:…}` that reveal nothing about this machine.
 _RESOLVERS = ("hydra", "now", "oc.select", "run_name")
 
-#: Keys of folders that are written to.
+#: Keys whose values are folders to write to.
 _WRITTEN = (
     "default_root_dir",
     "dir",
@@ -50,13 +50,13 @@ _WRITTEN = (
 
 @dataclass(frozen=True)
 class Replay:
-    """Words of a training, to be put before the words that were typed.
+    """Words of a training that are put before the typed words.
 
     Args:
-        run: the run directory, if one was named.
+        run: the run directory, if the user named one.
         typed: words of the command line.
         words: words of the training.
-        trust: what `trust=` allows: packages, and names that end with a colon.
+        trust: what `trust=` allows: packages, and resolver names or `pipe` with a colon at the end.
     """
 
     run: Path | None
@@ -65,11 +65,11 @@ class Replay:
     trust: Sequence[str] = field(default=())
 
     def check(self, config: DictConfig) -> None:
-        """Raises where the composed config asks for more than a run directory may.
+        """Checks that the composed config asks for nothing that a run directory may not.
 
         Raises:
-            ValueError: it names a class that is not built from it, a shell command, or a folder to
-                write to; the message says what allows it.
+            ValueError: the run directory asks for a class that is not allowed, a shell command, or
+                a folder to write to. The message says how to allow it.
         """
         if not self.words:
             return
@@ -100,7 +100,7 @@ class Replay:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Inside, this process and those that it starts open no url that runs a program."""
+        """Makes this process and its children refuse URLs that run a program, inside the block."""
         if not self.words:
             yield
             return
@@ -117,11 +117,11 @@ class Replay:
 
     @cached_property
     def _typed_alone(self) -> dict[str, Any]:
-        """Leaves of the config that the typed words give without those of the training."""
+        """Leaves of the config that the typed words give without the words of the training."""
         words = [word for word in self.typed if not word.startswith("-")]
         leaves: dict[str, Any] = {}
         composed: Sequence[str] = ()
-        # Words such as data.grid.frames=[9] mean nothing without the options of the training.
+        # Words such as data.grid.frames=[9] may not compose without the options of the training.
         for chosen in (words, [word for word in words if "." not in word.partition("=")[0]]):
             try:
                 leaves = flat(plain(hydra.compose("evaluate", chosen)))
@@ -141,12 +141,12 @@ class Replay:
 
 
 def read_replay(typed: Sequence[str]) -> Replay:
-    """What the command line `typed` replays of the directory that its `run=` names.
+    """Reads the words to replay from the run directory that `run=` names in `typed`.
 
-    What lies under its `paths.data`, or was made in its directory, is found from any other.
+    Adds absolute paths, so that the training's data is found from any working directory.
 
     Raises:
-        ValueError: several runs, damaged files, or words that a run directory may not say.
+        ValueError: several runs, damaged files, or words that a run directory may not contain.
     """
     if any(word in ("-m", "--multirun") for word in typed):
         raise ValueError("one run at a time; call ropelab-evaluate once for each run=")
@@ -160,7 +160,7 @@ def read_replay(typed: Sequence[str]) -> Replay:
     trust = _trusted(typed)
     left_out = _NOT_REPLAYED
     if any(word.startswith("data=") and word not in words for word in typed):
-        left_out += ("data",)  # of another datamodule
+        left_out += ("data",)  # they belong to another datamodule
     kept = [word for word in words if not _is_left_out(word, left_out, run)]
     for word in kept:
         _check_word(word, trust, run)
@@ -169,13 +169,13 @@ def read_replay(typed: Sequence[str]) -> Replay:
     if made.is_dir():
         found.append(f"paths.shards={_quoted(made, run)}")
     replayed = [*kept, *found]
-    if list(typed[: len(replayed)]) == replayed:  # a rank of Lightning's gets them with the rest
+    if list(typed[: len(replayed)]) == replayed:  # Lightning starts its ranks with them already
         typed = typed[len(replayed) :]
     return Replay(run, typed, replayed, trust)
 
 
 def _read(run: Path) -> tuple[list[str], str, str]:
-    """(overrides, the directory where they were typed, paths.data)"""
+    """Returns (overrides, working directory of the training, paths.data)."""
     damaged = f"the files that say what {run} is are damaged"
     try:
         words = read_yaml(inside(run, ".hydra/overrides.yaml"))
@@ -222,7 +222,7 @@ def _check_word(word: str, trust: Sequence[str], run: Path) -> None:
 
 
 def _resolvers(text: str) -> Iterator[str]:
-    """The names of `${name:…}`; one that is itself put together counts as it stands."""
+    """Yields the resolver names of `${name:…}`. A composed name is given as it is written."""
     for name, colon in re.findall(r"\$\{([^:}]*)(:?)", text):
         if colon or "$" in name:
             yield name.strip()
@@ -240,7 +240,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _trusted(typed: Sequence[str]) -> list[str]:
-    """What the typed `trust=` allow."""
+    """Returns what the typed `trust=` words allow."""
     overrides = [_parse(word) for word in typed if word.startswith("trust=")]
     return [text for override in overrides for text in _strings(override.value())]
 
@@ -257,10 +257,10 @@ def _value(word: str) -> Any:
 
 
 def _quoted(path: Path, run: Path) -> str:
-    """A path as a value of Hydra's command line, in which `'` and `\\` have a meaning.
+    """Quotes a path as a value for Hydra's command line, and escapes `'` and `\\` in it.
 
     Raises:
-        ValueError: it holds an interpolation, which quotes do not stop.
+        ValueError: the path holds an interpolation, which works even in quotes.
     """
     if "${" in str(path):
         raise ValueError(f"{run} may not say that its data lies in {str(path)!r}")
@@ -273,11 +273,12 @@ def _below(leaves: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _leads_out(key: str, value: str, joined: bool, folder: str) -> bool:
-    """Whether an option of a config has something written outside of `folder`.
+    """Returns whether an option of a config makes a class write outside of `folder`.
 
     Args:
-        joined: of a class that writes files. It may join any of its options to a path, as loggers
-            do with `name` and `version`; and join its positions to nothing.
+        joined: whether the option belongs to a class that writes files. Such a class may join any
+            named option to a path, as loggers do with `name` and `version`. It may use a positional
+            option as a path by itself.
     """
     inside_it = Path(value).resolve().is_relative_to(Path(folder).resolve())
     if key.rpartition(".")[2] in _WRITTEN or (joined and "_args_" in key.split(".")):

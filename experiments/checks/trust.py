@@ -1,8 +1,7 @@
-"""Says whether an object that a run directory names may be built.
+"""Decides whether an object that a run directory names may be built.
 
-A run directory is data, whoever made it. `_target_` in a config that was replayed from one may name
-classes of this package and the short list below, and nothing else. Names are checked before
-anything is imported.
+A run directory is untrusted data. A `_target_` in a replayed config may name only classes of this
+package and of the short list below. Names are checked before anything is imported.
 """
 
 import re
@@ -25,7 +24,7 @@ from experiments import CONFIG_DIR
 
 _OWN = ("lightning_modules", "datamodules")
 
-#: Modules of other packages, and the kinds of classes in them that may be built.
+#: Modules of other packages, and base classes of the classes in them that may be built.
 _OTHERS: Mapping[str, tuple[type, ...]] = {
     "torch.optim": (Optimizer,),
     "torch.optim.lr_scheduler": (LRScheduler,),
@@ -38,17 +37,18 @@ _OTHERS: Mapping[str, tuple[type, ...]] = {
     "lightning.pytorch.strategies": (Strategy,),
 }
 
-#: Kinds of classes that write files, and join what they are told to the paths of these.
+#: Base classes of classes that write files, and may join their options to file paths.
 _WRITERS = (Callback, Logger, Precision, Profiler, Strategy, Trainer)
 
 _TARGET = re.compile(r"\b_target_: *([\w.]+)")
 
 
 def refusal(path: Any, trusted: Collection[str] = ()) -> str | None:
-    """Returns why the object at the dotted `path` is not built, or None where it may be.
+    """Returns why the object at the dotted `path` must not be built, or None if it may be.
 
     Args:
-        trusted: packages or modules of which everything that they define may be built, too.
+        path: dotted name of the object.
+        trusted: packages or modules whose own definitions may all be built, too.
     """
     if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")):
         return "is no dotted name of a class"
@@ -66,10 +66,11 @@ def refusal(path: Any, trusted: Collection[str] = ()) -> str | None:
 
 
 def _refusal_of_own(path: str) -> str | None:
-    """A class that this package defines is built, and a function that its configs name.
+    """Returns why a name in this package must not be built, or None if it may be.
 
-    The way there leads through modules of the package alone: `datamodules.visuals.frames.os.system`
-    names no such module.
+    Allowed are classes that this package defines, and functions that its configs name. All parts
+    before the name must be modules of the package: `datamodules.visuals.frames.os.system` is
+    refused.
     """
     module, _, name = path.rpartition(".")
     if not _is_own_module(module) or name.startswith("_"):
@@ -81,7 +82,7 @@ def _refusal_of_own(path: str) -> str | None:
 
 
 def _is_own_module(module: str) -> bool:
-    """Whether there is such a file; looking for it imports nothing."""
+    """Returns whether the module has a file in this package. Does not import the module."""
     package, *parts = module.split(".")
     if package not in _OWN:
         return False
@@ -99,19 +100,19 @@ def _refusal_of_trusted(path: str, package: str) -> str | None:
 
 @cache
 def _configured() -> frozenset[str]:
-    """Every `_target_` that the option files of this package name."""
+    """Returns every `_target_` in the config files of this package."""
     texts = (path.read_text() for path in CONFIG_DIR.rglob("*.yaml"))
     return frozenset(name for text in texts for name in _TARGET.findall(text))
 
 
 def writes_files(path: str) -> bool:
-    """Whether the class at the dotted `path`, which may be built, writes files where it is told."""
+    """Returns whether the class at the allowed dotted `path` writes files to configured paths."""
     found = get_object(path)
     return isinstance(found, type) and issubclass(found, _WRITERS)
 
 
 def targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, `_target_`) of every node below a plain config that names one."""
+    """Yields (dotted key, `_target_`) of every node of a plain config that has a `_target_`."""
     if isinstance(node, Mapping):
         if "_target_" in node:
             yield key, node["_target_"]
@@ -123,7 +124,7 @@ def targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def flat(node: Any, key: str = "") -> dict[str, Any]:
-    """The leaves of plain containers by dotted key; items of lists are numbered."""
+    """Returns the leaves of plain containers by dotted key. List items have their number as key."""
     pairs: Any = ()
     if isinstance(node, Mapping):
         pairs = node.items()

@@ -1,1 +1,1 @@
-"""What was typed: overrides as values, names made of them, errors in one line."""
+"""The command line: reads overrides as values, names runs by them, and checks values."""

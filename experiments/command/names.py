@@ -1,4 +1,4 @@
-"""What configs ask for by name: `${run_name:...}`, `${installed:...}`, `${device_flops:}`."""
+"""Resolvers of the configs: `${run_name:...}`, `${installed:...}`, `${device_flops:}`."""
 
 import hashlib
 import re
@@ -16,10 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments import CONFIG_DIR
 from experiments.command.overrides import read_overrides, show_value
 
-_LONGEST_NAME = 150  # file systems end at 255 bytes, and W&B adds its own
+_LONGEST_NAME = 150  # file systems allow 255 bytes, and W&B adds its own text
 _HASH_LENGTH = 12
 
-# What a name can hold and give back: see `name_run`.
+# Texts that can be read back from a name: see `name_run`.
 _KEY = re.compile(r"[A-Za-z][\w.]*", re.ASCII)
 _OPTION = re.compile(r"[A-Za-z0-9][\w.]*", re.ASCII)
 _STRING = re.compile(r"[A-Za-z][A-Za-z0-9.+-]*")
@@ -31,14 +31,16 @@ def name_run(
 ) -> str:
     """Returns the name of the run directory: `videorope-seed0-pooler_average-optim.lr_0.002`.
 
-    It depends on values alone, not on how or in which order they were typed. Two settings never
-    share a name: where the words could mean another setting too, or had to be cut, a hash of all
-    values follows. Without a hash, the words can be read back: they are split at each `-` behind
-    which a key follows; the option of a group stands behind the first `_`, a number or another
-    value behind the last.
+    The name depends only on values, not on their order or how they were typed. Two settings never
+    share a name: if the words are ambiguous or had to be cut, a hash of all values is appended.
+
+    A name without a hash can be read back. Split it at each `-` that is followed by a key. The
+    option of a group comes after the first `_`, any other value after the last `_`.
 
     Args:
-        rotary: its option; a run without a scheme has none, and begins with its seed.
+        rotary: option of the rotary scheme. A run without a scheme has None; its name begins with
+            the seed.
+        seed: the random seed.
         settings: value by overridden key, or option by group.
         groups: all config groups.
     """
@@ -57,13 +59,13 @@ def name_run(
 
 
 def _kind(value: Any) -> str:
-    """The type's name; numbers that are equal have one."""
+    """Returns the type's name. Equal numbers such as 1 and 1.0 have the same one."""
     whole = isinstance(value, float) and value.is_integer()
     return "int" if whole else type(value).__name__
 
 
 def _word(key: str, value: Any, groups: Collection[str]) -> tuple[str, bool]:
-    """Returns `key_value`, and whether that can be read back as described above."""
+    """Returns `key_value`, and whether it can be read back as `name_run` describes."""
     word = f"{key.replace('/', '.')}_{show_value(value)}"
     if key in groups:
         return word, "_" not in key and bool(_OPTION.fullmatch(show_value(value)))
@@ -74,7 +76,7 @@ def _word(key: str, value: Any, groups: Collection[str]) -> tuple[str, bool]:
 
 
 def _name_this_run(rotary: str | None, seed: int, *, _root_: DictConfig) -> str:
-    """The name of the run that Hydra composes or runs now."""
+    """Returns the name of the run that Hydra is composing or running."""
     hydra = HydraConfig.get()
     unnamed = hydra.job.config.override_dirname.exclude_keys
     typed: Any = OmegaConf.to_container(hydra.overrides.task)  # interpolations stay as typed
@@ -87,7 +89,7 @@ def _name_this_run(rotary: str | None, seed: int, *, _root_: DictConfig) -> str:
 
 
 def _resolved(key: str, value: Any, root: DictConfig) -> Any:
-    """What an interpolation stands for, unless it asks for the name itself."""
+    """Resolves a value with interpolations, unless they need the run name itself."""
     if "${" not in str(value) or _naming.get():
         return value
     token = _naming.set(True)
@@ -105,16 +107,16 @@ _naming: ContextVar[bool] = ContextVar("naming", default=False)
 
 @cache
 def _find_groups() -> frozenset[str]:
-    """The config groups of this package; some are not there in every composition."""
+    """Returns the config groups of this package. Some are missing in some compositions."""
     folders = (path for path in CONFIG_DIR.rglob("*") if path.is_dir())
     return frozenset(str(folder.relative_to(CONFIG_DIR)) for folder in folders)
 
 
 def find_installed(package: str, name: str) -> str:
-    """Path of a file that an installed package brings.
+    """Returns the path of a file in an installed package.
 
     Raises:
-        ValueError: it is not installed, or has no such file.
+        ValueError: the package is not installed, or has no such file.
     """
     spec = find_spec(package)
     if spec is None or spec.origin is None:
@@ -127,7 +129,7 @@ def find_installed(package: str, name: str) -> str:
 
 
 def device_flops() -> dict[str, float]:
-    """FLOP/s of the devices of `configs/device`, by the name that CUDA gives them."""
+    """Returns peak FLOP/s of the devices in `configs/device`, by their CUDA names."""
     devices = map(OmegaConf.load, sorted((CONFIG_DIR / "device").glob("*.yaml")))
     return {device.name: device.peak_flops for device in devices}
 

@@ -1,8 +1,8 @@
-"""Reads overrides of a command line as values, so that `2e-3` and `0.002` are one setting.
+"""Reads overrides of a command line as values, so that `2e-3` and `0.002` are the same setting.
 
 Names of run directories and factors of ablations come from these values, not from typed words.
-Reads numbers, booleans, null and plain words by itself, as programs that list hundreds of runs
-should not import Hydra; lists, dicts and quotes are left to Hydra's own parser.
+This module reads numbers, booleans, null and plain words itself, so that programs that list
+hundreds of runs need not import Hydra. Hydra's own parser reads lists, dicts and quotes.
 """
 
 import json
@@ -32,10 +32,10 @@ DELETED = Deleted()
 
 
 def read_overrides(words: Iterable[str]) -> dict[str, Any]:
-    """Returns the value of every key or group that is overridden, as Hydra would set it.
+    """Returns the value of each overridden key or group, as Hydra would set it.
 
-    Of several overrides of one key the last one counts. A dict counts as overrides of its keys,
-    since Hydra merges it. Whether a key is changed (`key=`) or added (`+key=`) makes no difference.
+    The last override of a key counts. A dict counts as overrides of its keys, because Hydra merges
+    it. `key=` (change) and `+key=` (add) are treated alike.
     """
     values: dict[str, Any] = {}
     for word in words:
@@ -50,7 +50,7 @@ def read_overrides(words: Iterable[str]) -> dict[str, Any]:
 
 
 def read_value(text: str) -> Any:
-    """Returns what Hydra makes of the text behind `key=`; text that it refuses stays a string."""
+    """Returns the value that Hydra reads from text after `key=`. Invalid text stays a string."""
     if text.lower() in _NAMED:
         return _NAMED[text.lower()]
     if _INTEGER.fullmatch(text):
@@ -69,7 +69,7 @@ def read_value(text: str) -> Any:
 
 
 def show_value(value: Any) -> str:
-    """Returns the one text of a value: equal values have equal texts, others have others."""
+    """Returns the unique text of a value. Equal values have equal texts, and only those."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -88,34 +88,34 @@ def show_value(value: Any) -> str:
 
 
 def short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Returns the last part of every dotted key, or all of it where two end alike."""
+    """Returns the last part of each dotted key, or the whole key if two have the same last part."""
     last = {key: key.rpartition(".")[2] for key in keys}
     counts = Counter(last.values())
     return {key: short if counts[short] == 1 else key for key, short in last.items()}
 
 
 def _number(value: int | float) -> str:
-    """Returns one text for 1 and 1.0, and one for 10000000000000000 and 1e16, which are equal."""
+    """Returns the same text for equal numbers: 1 and 1.0, or 10000000000000000 and 1e16."""
     if value == value // 1 and abs(value) < _FIRST_WITH_EXPONENT:
         return str(int(value))
     try:
         exact = float(value)
     except OverflowError:
         return str(value)
-    if exact != value and value == value:  # a long integer, which no float equals
+    if exact != value and value == value:  # a long integer that no float equals
         return str(value)
     return re.sub(r"e([+-])0*", r"e\1", repr(exact)).replace("e+", "e")
 
 
 def _inner(value: Any) -> str:
-    """Of an item: text with a comma or a bracket in it needs quotes."""
+    """Returns the text of an item in a list or dict. Text with commas or brackets needs quotes."""
     if isinstance(value, str) and not _WORD.fullmatch(value):
         return json.dumps(value, ensure_ascii=False)
     return show_value(value)
 
 
 def _bare(text: str) -> Any:
-    """What the text would be without quotes, where that is a number or another named value."""
+    """Returns the value of the unquoted text: a number or named value, else the text itself."""
     if text.lower() in _NAMED or _INTEGER.fullmatch(text) or _FLOAT.fullmatch(text):
         return read_value(text)
     return text

@@ -1,4 +1,4 @@
-"""Values of a config against the annotations of what they are given to, before anything is built.
+"""Checks config values against the type annotations of their targets, before anything is built.
 
 optim.optimizer: {_target_: torch.optim.AdamW, lr: abc}
                             |                   |
@@ -14,10 +14,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-#: Targets whose annotations are read. Nothing else is imported here.
+#: Packages of targets whose annotations are read. No other target is imported here.
 _READ = ("datamodules.", "lightning.", "lightning_modules.", "torch.optim.")
 
-#: Keys of the config that are given to nothing that has annotations.
+#: Types of keys that no annotated argument receives.
 _TOP: dict[str, Any] = {
     "init": str | None,
     "job_type": str,
@@ -31,10 +31,10 @@ _TOP: dict[str, Any] = {
     "trial": bool,
 }
 
-#: Sections that others interpolate, so that the key that the user knows is named.
+#: Sections that others interpolate. They are checked first, so that errors name the user's key.
 _FIRST = ("optim", "tuning", "model")
 
-#: Least values of what Lightning and PyTorch take as it is, and fail with later.
+#: Least values of options that Lightning and PyTorch accept unchecked and fail with later.
 _LEAST = {
     "data.stream.num_workers": 0,
     "data.stream.timeout_s": 0.001,
@@ -43,7 +43,7 @@ _LEAST = {
     "trainer.val_check_interval": 1e-9,
 }
 
-#: Where 0 would train nothing; -1 is no end.
+#: Options for which 0 would train nothing. -1 means no limit.
 _NOT_ZERO = ("trainer.max_epochs", "trainer.max_steps")
 
 _WORDS = {
@@ -55,14 +55,14 @@ _WORDS = {
     NoneType: "null",
 }
 
-_MOST_SEED = 2**32 - 1  # of NumPy's generators
+_MOST_SEED = 2**32 - 1  # limit of NumPy's generators
 
 
 def check_values(config: DictConfig) -> None:
-    """Compares every value with the annotation of the argument that takes it.
+    """Checks every value against the annotation of the argument that receives it.
 
     Raises:
-        ValueError: one has the wrong type; the line names its key.
+        ValueError: a value has the wrong type or is out of range. The message names its key.
     """
     for key, hint in _TOP.items():
         if key in config:
@@ -101,32 +101,32 @@ def _check_node(node: Any, key: str) -> None:
 
 
 def _check(value: Any, hint: Any, key: str) -> None:
-    if value != "???" and not fits(value, hint):  # what is missing is told of where it is read
+    if value != "???" and not fits(value, hint):  # a missing value is reported where it is read
         shown = "null" if value is None else value
         raise ValueError(f"{key}={shown} must be {describe(hint)}")
 
 
 def _hints(target: Any) -> dict[str, Any]:
-    """Annotations of a target's arguments, those that it hands on to its base classes too."""
+    """Returns annotations of a target's arguments, also of those that its base classes take."""
     if not isinstance(target, str) or not target.startswith(_READ):
         return {}
     try:
         found = get_object(target)
     except Exception:
-        return {}  # there is no such thing, which whoever builds it says better
+        return {}  # no such target: `instantiate` reports that better
     hints: dict[str, Any] = {}
     for owner in reversed(found.__mro__) if inspect.isclass(found) else [found]:
         try:
             hints |= get_type_hints(owner.__init__ if inspect.isclass(owner) else owner)
         except (AttributeError, NameError, TypeError):
-            continue  # names of annotations that only type checkers import
+            continue  # annotations with names that only type checkers import
     return hints
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a config may go where the annotation is `hint`.
+    """Returns whether a config value fits the annotation `hint`.
 
-    What cannot be known before objects are built is said to fit.
+    A value that cannot be judged before objects are built counts as fitting.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if isinstance(value, dict) and "_target_" in value:
@@ -158,13 +158,13 @@ def _fits_class(value: Any, hint: Any) -> bool:
     if inspect.isclass(hint) and (value is None or isinstance(value, (bool, int, float, str))):
         try:
             return isinstance(value, hint)
-        except TypeError:  # a protocol, which is not asked in this way
+        except TypeError:  # a protocol, which isinstance cannot check
             return True
     return True
 
 
 def describe(hint: Any) -> str:
-    """`a number or null`"""
+    """Returns a description of an annotation, such as `a number or null`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         words = dict.fromkeys(describe(part) for part in arguments)
@@ -179,4 +179,4 @@ def describe(hint: Any) -> str:
         return f"a list of {len(arguments)}" if Ellipsis not in arguments else "a list"
     if origin in (dict, Mapping):
         return "a mapping"
-    return _WORDS.get(hint, "")  # an object that no word of the command line is
+    return _WORDS.get(hint, "")  # empty for an object that no word can give

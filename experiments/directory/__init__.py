@@ -1,1 +1,1 @@
-"""A run directory: what was there before, and what a command may write into it."""
+"""The run directory: its earlier run, and what a command may write into it."""

@@ -1,6 +1,6 @@
-"""The run that was in a run directory before, and whether a command may go on with it.
+"""Decides whether a command may continue the earlier run in a run directory.
 
-Reads config.yaml and looks at names of files. Imports no torch, so that launchers can ask too.
+Reads config.yaml and file names only. Imports no torch, so that launchers can use it.
 """
 
 from collections.abc import Mapping
@@ -11,9 +11,10 @@ from experiments.command.overrides import show_value
 from experiments.directory.made_of import Differences, compare, compare_all
 from experiments.run.files import read_yaml
 
-#: What a run leaves in its directory, beside its config. `resume=false` removes it.
+#: Files and folders that a run leaves in its directory beside its config. `resume=false` removes
+#: them.
 LEFTOVERS = (
-    "done.json",  # first: a kill on the way leaves no finished run
+    "done.json",  # first, so that a kill in between does not leave a run that looks finished
     "checkpoints",
     "generations.jsonl",
     "metrics.csv",
@@ -29,26 +30,26 @@ LEFTOVERS = (
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """Returns `training`, `trial` (`debug=`) or `evaluation`."""
+    """Returns the kind of run: `training`, `trial` (`debug=`) or `evaluation`."""
     if "run" in config:
         return "evaluation"
     return "trial" if config.get("trial") else "training"
 
 
 def has_results(folder: Path) -> bool:
-    """Returns whether anything was trained, or measured, in a run directory."""
+    """Returns whether a run directory has results of a training or an evaluation."""
     files = ("done.json", "metrics.csv", "needle.json", "scores.json")
     return any((folder / "checkpoints").glob("*.ckpt")) or any((folder / f).exists() for f in files)
 
 
 def read_former(folder: Path, strict: bool = True) -> dict[str, Any] | None:
-    """Returns the config of the run that was here before; None where there was none.
+    """Returns the config of the earlier run in `folder`, or None if there was none.
 
     Args:
-        strict: whether a damaged one is refused; else it is empty.
+        strict: whether to refuse a damaged config. If false, a damaged config counts as empty.
 
     Raises:
-        ValueError: the config is damaged, or files lie there that no run is known to have made.
+        ValueError: the config is damaged, or results lie there without a config.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -65,7 +66,7 @@ def read_former(folder: Path, strict: bool = True) -> dict[str, Any] | None:
     paths = former.get("paths") if isinstance(former, dict) else None
     if isinstance(paths, dict) and paths.get("run"):
         return former
-    # `command.txt` shows that a run of ours was here, whatever became of its config.
+    # `command.txt` shows that ropelab made this directory, even if the config is damaged.
     if not strict and (folder / "command.txt").is_file():
         return {}
     raise ValueError(
@@ -75,13 +76,13 @@ def read_former(folder: Path, strict: bool = True) -> dict[str, Any] | None:
 
 
 def check_former(folder: Path, former: dict[str, Any], config: dict[str, Any]) -> Differences:
-    """Compares the run in a directory with the one that is asked for.
+    """Compares the earlier run in a directory with the requested run.
 
     Returns:
-        what a finished run has to go on for, values by dotted key.
+        Differences for which a finished run must continue: (old, new) values by dotted key.
 
     Raises:
-        ValueError: it is of another kind, or was made with other settings.
+        ValueError: the earlier run is of another kind, or was made with other settings.
     """
     _refuse_other_kind(folder, former, config)
     if not former or not config.get("resume", True):
@@ -95,7 +96,7 @@ def check_former(folder: Path, former: dict[str, Any], config: dict[str, Any]) -
     if weights and has_results(folder):
         key, values = next(iter(weights.items()))
         then, now = map(show_value, values)
-        # Shards that a recipe has made stay where they are, also with resume=false.
+        # resume=false does not help here: it keeps the shards that a recipe has made.
         anew = "" if key.startswith("prepare.") else ", or start anew here with resume=false"
         raise ValueError(
             f"{folder} was {was} with {key}={then}, this run has {now}: choose another "
@@ -105,10 +106,10 @@ def check_former(folder: Path, former: dict[str, Any], config: dict[str, Any]) -
 
 
 def _refuse_other_kind(folder: Path, former: dict[str, Any], config: dict[str, Any]) -> None:
-    """A trial, a training and an evaluation each keep to a directory of their own kind.
+    """Refuses a directory with a run of another kind (trial, training or evaluation).
 
     Raises:
-        ValueError: the directory is of another kind. `resume=false` does not help.
+        ValueError: the kinds differ. `resume=false` helps only for a training in place of a trial.
     """
     then, now = kind_of(former), kind_of(config)
     if then == "trial" and now == "training":

@@ -1,9 +1,9 @@
-"""Keeps what a command replaces in a run directory, until the command has taken its first step.
+"""Keeps a backup of what a command replaces in a run directory, until its first step is done.
 
-claim      config.yaml, done.json, …  are copied to .before/; with resume=false, all is moved there
-fit        the first step is done: .before/ is removed
-           anything fails before: what lies in .before/ comes back
-kill -9    the next command in this directory brings it back before it looks at anything
+claim      copies config.yaml, done.json, … to .before/; with resume=false, moves everything there
+fit        after the first step: removes .before/
+           on a failure before it: restores the files from .before/
+kill -9    the next command in this directory restores them before it reads anything
 """
 
 import shutil
@@ -12,10 +12,10 @@ from pathlib import Path
 from experiments.directory.former import LEFTOVERS
 
 _FOLDER = ".before"
-_MOVED = "moved"  # an empty file in it: all leftovers have been moved
-_RETURNING = "returning"  # an empty file in it: what was made since is removed
+_MOVED = "moved"  # this empty file in the backup says: all leftovers have been moved
+_RETURNING = "returning"  # this empty file in the backup says: newer files have been removed
 
-#: What every command writes anew.
+#: Files and folders that every command writes again.
 _REPLACED = (
     "config.yaml",
     "command.txt",
@@ -28,10 +28,10 @@ _REPLACED = (
 
 
 def set_aside(run: Path, anew: bool) -> None:
-    """Keeps what the run directory `run` has.
+    """Makes the backup of the run directory `run`.
 
     Args:
-        anew: the command starts anew, so that everything an earlier run left is moved away.
+        anew: whether the command starts anew. If so, everything an earlier run left is moved away.
     """
     kept = run / _FOLDER
     partial = run / f"{_FOLDER}.partial"
@@ -54,10 +54,10 @@ def set_aside(run: Path, anew: bool) -> None:
 
 
 def give_back(run: Path) -> None:
-    """Brings back what was set aside, where anything was. A kill on the way loses nothing."""
+    """Restores the backup if there is one. A kill in between loses nothing."""
     _remove(run / f"{_FOLDER}.partial")
     kept = run / _FOLDER
-    if kept.is_symlink():  # no command has made it: what it leads to is not the run's
+    if kept.is_symlink():  # not made by a command: its target does not belong to the run
         kept.unlink()
     if not kept.is_dir():
         return
@@ -75,10 +75,10 @@ def give_back(run: Path) -> None:
 
 
 def forget(run: Path) -> None:
-    """Removes what was set aside."""
+    """Removes the backup."""
     kept = run / _FOLDER
     if kept.is_dir():
-        # Renamed first: a kill on the way must not leave half of it to be given back.
+        # Renamed first, so that a kill in between leaves no half backup to restore.
         gone = run / f"{_FOLDER}.partial"
         _remove(gone)
         kept.rename(gone)

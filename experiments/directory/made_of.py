@@ -1,11 +1,11 @@
-"""What the weights of a run were made with, and what of that a run may change when it goes on.
+"""Compares the settings that make a run's weights, and those that a resumed run may change.
 
 config.yaml of the run directory     config of this command
               |                               |
               +------- leaves by key ---------+
                             |
 how it is computed, how it is watched      never compared
-how far it goes, what is tested            may change: the run goes on
+length of the training, tests              may change: the run continues
 everything else                            makes the weights: must be the same
 """
 
@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-#: Sections that make the weights. The first difference is named to the user, so a section comes
-#: before those that interpolate it.
+#: Sections that make the weights. The error names the first difference, so a section comes before
+#: the sections that interpolate it.
 _SECTIONS = (
     "seed",
     "init",
@@ -30,7 +30,7 @@ _SECTIONS = (
     "module",
 )
 
-#: Callbacks that watch a training and change no weights. Others are compared.
+#: Callbacks that watch a training and change no weights. All others are compared.
 _WATCH = (
     "lightning_modules.callbacks.samples.*",
     "lightning_modules.checkpoint.*",
@@ -47,7 +47,7 @@ _WATCH = (
     "lightning.pytorch.callbacks.Timer",
 )
 
-#: Keys that decide how a run is computed or watched, with all that is below them.
+#: Keys that decide how a run is computed or watched, with all keys below them.
 _HOW = (
     "callbacks.finite.max_skipped",
     "data.audit",
@@ -90,7 +90,7 @@ _HOW = (
     "tuning.compiler",
 )
 
-#: How far a training goes, and what is done after it. A finished run goes on if these change.
+#: Keys for the length of a training and for its test. A finished run continues if they change.
 _FURTHER = (
     "trainer.max_*",
     "trainer.min_*",
@@ -98,22 +98,23 @@ _FURTHER = (
     "data.grid",
 )
 
-#: Where shards lie. The stream's fingerprint in the checkpoint knows whether they are the same.
+#: Keys of shard paths. The stream's fingerprint in the checkpoint shows if the shards are the same.
 _PLACES = ("data.train", "data.val", "data.shards")
 
-#: With `on_changed: go_on` the user takes other data on purpose.
+#: With `on_changed: go_on` in this key, the user changes the data on purpose.
 _GO_ON = ("data.stream.on_changed",)
 
 Differences = dict[str, tuple[Any, Any]]
 
 
 def compare(then: dict[str, Any], now: dict[str, Any]) -> tuple[Differences, Differences]:
-    """Compares two resolved configs of runs.
+    """Compares two resolved configs of trainings.
 
-    Paths in the run directory or under `paths.data` are the same wherever these two lie now.
+    Paths in the run directory or under `paths.data` count as equal if these folders have moved.
 
     Returns:
-        (what makes other weights, what a finished run must go on for), values by dotted key.
+        (differences that change the weights, differences for which a finished run must continue),
+        each with (old, new) values by dotted key.
     """
     old, new = _leaves_of(then, _SECTIONS), _leaves_of(now, _SECTIONS)
     go_on = any(new.get(key) == "go_on" for key in _GO_ON)
@@ -123,16 +124,16 @@ def compare(then: dict[str, Any], now: dict[str, Any]) -> tuple[Differences, Dif
         values = old.get(key), new.get(key)
         if values[0] == values[1] or _among(key, _HOW):
             continue
-        moved = _among(key, _PLACES) and not key.endswith(".weight")  # of a mixture
+        moved = _among(key, _PLACES) and not key.endswith(".weight")  # a weight of a mixture
         allowed = moved or _among(key, _FURTHER) or (go_on and _among(key, ("data", "prepare")))
         (further if allowed else weights)[key] = values
-    if now.get("test") and not then.get("test"):  # a test that was made is not taken back
+    if now.get("test") and not then.get("test"):  # a test that has been run stays
         further["test"] = then.get("test"), now["test"]
     return weights, further
 
 
 def compare_all(then: dict[str, Any], now: dict[str, Any]) -> Differences:
-    """Compares two resolved configs of evaluations: whatever decides their results."""
+    """Compares two resolved configs of evaluations in all settings that decide their results."""
     sections = ("run", *_SECTIONS, "scores", "test")
     old, new = _leaves_of(then, sections), _leaves_of(now, sections)
     keys = [key for key in {**new, **old} if not _among(key, _HOW)]
@@ -144,7 +145,7 @@ def _among(key: str, patterns: Sequence[str]) -> bool:
 
 
 def _leaves_of(config: dict[str, Any], sections: tuple[str, ...]) -> dict[str, Any]:
-    """Values by dotted key; what is null or empty is left out, as if it had not been said."""
+    """Returns values by dotted key. Leaves out null and empty values, which equal a missing key."""
     found: dict[str, Any] = {}
     for section in sections:
         node: Any = config
@@ -170,7 +171,7 @@ def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _movable(node: Any, config: dict[str, Any]) -> Any:
-    """The node with `${paths.run}` and `${paths.data}` in the place of these folders."""
+    """Returns the node with `${paths.run}` and `${paths.data}` in place of these folders."""
     if isinstance(node, dict):
         return {key: _movable(child, config) for key, child in node.items()}
     if isinstance(node, list):
@@ -184,5 +185,5 @@ def _movable(node: Any, config: dict[str, Any]) -> Any:
 
 
 def _real(path: Any) -> Any:
-    """The same folder however it is written."""
+    """Returns the real path if the path exists, so that two spellings of a folder are equal."""
     return os.path.realpath(path) if isinstance(path, str) and os.path.exists(path) else path

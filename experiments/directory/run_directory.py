@@ -1,12 +1,12 @@
-"""A run directory: what runs in it, with which versions, and how far it has come.
+"""The run directory: its settings, versions, checkpoints and results.
 
-config.yaml  command.txt  versions.json     what runs
-.hydra/                                     what was overridden, and the option of every group
+config.yaml  command.txt  versions.json     settings of the run
+.hydra/                                     overrides, and the option of every config group
 run.lock                                    held by the process that trains here
-checkpoints/last.ckpt  run_id               what a resumed run goes on from
-metrics.csv  tables.jsonl  wandb/  …        what was seen
-needle.json  needle.png  scores.json        what came out
-done.json                                   the last file written
+checkpoints/last.ckpt  run_id               a resumed run starts from these
+metrics.csv  tables.jsonl  wandb/  …        logs
+needle.json  needle.png  scores.json        results
+done.json                                   written last
 """
 
 import json
@@ -43,16 +43,16 @@ _PACKAGES = ("ropelab", "torch", "lightning", "transformers", "webdataset", "wan
 
 
 class RunDirectory:
-    """Locks the directory that `config.paths.run` names, and finds out what is in it.
+    """Locks the directory `config.paths.run` and reads its state.
 
-    Nothing but the lock is written before `claim`, so that a command that is refused leaves the
-    directory as it was. Only rank 0 locks and writes.
+    Only the lock is written before `claim`, so that a refused command leaves the directory
+    unchanged. Only rank 0 locks and writes.
 
     Args:
-        hold: lock it and write into it; false only looks, and makes no directory.
+        hold: whether to lock the directory. If false, it is only read, and not created.
 
     Raises:
-        ValueError: it holds another run than the one that is asked for, another process trains
+        ValueError: the directory holds another run than the requested one, another process trains
             in it, or it cannot be written.
     """
 
@@ -64,7 +64,7 @@ class RunDirectory:
         self._config: dict[str, Any] = plain(config)
         if hold and not rank_zero_only.rank:
             open_locked(self.path)
-            before.give_back(self.path)  # what a command that was killed had set aside
+            before.give_back(self.path)  # the backup of a command that was killed
         self._former = read_former(self.path, strict=config.resume)
         self._to_do: Differences = {}
         if self._former is not None:
@@ -72,21 +72,21 @@ class RunDirectory:
 
     @property
     def checkpoint(self) -> Path | None:
-        """What to resume from: the newest checkpoint that is whole."""
+        """The newest complete checkpoint, to resume from; None if there is none."""
         return newest_whole(self.path / "checkpoints") if self._config["resume"] else None
 
     def finished(self) -> dict[str, Any] | None:
-        """`done.json` of the run that is asked for, where it has been here and come to its end."""
+        """Returns `done.json` if the requested run has already finished here, else None."""
         if self._former is None or not self._config["resume"] or self._to_do:
             return None
         return read_done(self.path)
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Makes the directory this run's: what can be checked without a step is checked.
+        """Writes this run's settings into the directory. Call it after all checks.
 
-        With `config.resume` false it starts anew. What an earlier run left is set aside. It comes
-        back where the body fails before `keep` is called.
+        If `config.resume` is false, the run starts anew and the files of an earlier run are set
+        aside. They come back if the body fails before `keep` is called.
         """
         self._write()
         try:
@@ -98,7 +98,7 @@ class RunDirectory:
         self.keep()
 
     def keep(self) -> None:
-        """Removes what an earlier run left: this one has taken its first step."""
+        """Removes the backup of an earlier run, once this run has taken its first step."""
         if not rank_zero_only.rank:
             before.forget(self.path)
 
@@ -109,7 +109,7 @@ class RunDirectory:
         if self._former is not None and (anew or has_results(self.path)):
             before.set_aside(self.path, anew)
         if self._to_do:
-            # It is of what was asked for before; a kill from here on must not leave it to this.
+            # It belongs to the earlier request. A kill from here on must not leave it for this run.
             (self.path / "done.json").unlink(missing_ok=True)
         if self._former and (original := find_original(self.path, self._former["paths"]["run"])):
             _leave_wandb_run_to(original, self.path)
@@ -117,7 +117,7 @@ class RunDirectory:
         write_whole(self.path / "config.yaml", OmegaConf.to_yaml(self._composed, resolve=True))
         write_whole(self.path / "command.txt", typed_command() + "\n")
         write_whole(self.path / "versions.json", json.dumps(read_versions(), indent=1))
-        # Not left to Hydra, which would write over those of a run that is refused here.
+        # Hydra does not write these: it would overwrite them even when this run is refused.
         hydra = HydraConfig.get()
         (self.path / ".hydra").mkdir(exist_ok=True)
         OmegaConf.save(hydra.overrides.task, self.path / ".hydra" / "overrides.yaml")
@@ -127,7 +127,9 @@ class RunDirectory:
         """Writes `done.json`.
 
         Args:
-            facts: what else came out, such as `samples` and `weights_sha256`.
+            steps: number of training steps.
+            score: score of the needle test, if there was one.
+            facts: more results, such as `samples` and `weights_sha256`.
         """
         if rank_zero_only.rank:
             return
@@ -140,7 +142,7 @@ class RunDirectory:
             "steps": steps,
             **facts,
             "metrics": metrics if score is None else metrics | {"score": score},
-            # of all starts; what a kill took is known to the last sign of life
+            # of all starts; a start that was killed counts up to its last heartbeat
             "wall_s": round(self._wall_before + time.monotonic() - self._started, 1),
             **read_versions(),
         }
@@ -148,10 +150,10 @@ class RunDirectory:
 
 
 def open_locked(folder: Path) -> None:
-    """Makes a run directory where there is none, and locks it.
+    """Creates the run directory if it is missing, and locks it.
 
     Raises:
-        ValueError: another process holds it, or nothing can be written there.
+        ValueError: another process holds the lock, or the directory cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,10 +174,11 @@ def _leave_wandb_run_to(original: Path, copy: Path) -> None:
 
 
 def find_original(folder: Path, recorded: str) -> Path | None:
-    """The run directory that `folder` is a copy of; None for one that was moved, or never was.
+    """Returns the run directory that `folder` is a copy of, or None if it is no copy.
 
-    A copy has the W&B run of a directory that is still where the run was started last. The same
-    directory under another name, by a link or another mount, shows a file that is made here.
+    A copy has the same W&B run id as the directory `recorded`, which still exists. A moved
+    directory no longer exists at `recorded`. A link or another mount is the same directory: a file
+    made in `folder` then appears in `recorded` too.
     """
     other = Path(recorded)
     ids = [path / "run_id" for path in (folder, other)]
@@ -192,13 +195,13 @@ def find_original(folder: Path, recorded: str) -> Path | None:
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
-    """`done.json` of a run that came to its end: steps, samples, metrics, weights_sha256, …"""
+    """Returns `done.json` (steps, samples, metrics, …) of a finished run, else None."""
     path = folder / "done.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def typed_command() -> str:
-    """As typed; for a job of a multirun, what runs it by itself."""
+    """Returns the typed command; for a job of a multirun, a command that runs this job alone."""
     hydra = HydraConfig.get()
     if hydra.job.config_name != FROZEN:
         return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -207,7 +210,7 @@ def typed_command() -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A kill while it is written leaves the old file."""
+    """Writes a text file atomically: a kill in between leaves the old file."""
     beside = path.with_name(path.name + ".partial")
     with open(beside, "w") as file:
         file.write(text)
@@ -217,7 +220,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_versions() -> dict[str, Any]:
-    """`versions` of what computes, and `git_commit` where this is a checkout."""
+    """Returns the package `versions`, and the `git_commit` (None outside a checkout)."""
     root = Path(__file__).resolve().parents[1]
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

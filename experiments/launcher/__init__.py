@@ -1,4 +1,4 @@
-"""Every job of a multirun is a process of its own: Hydra launchers, chosen by `launcher=`."""
+"""Hydra launchers, chosen by `launcher=`. They run each job of a multirun as its own process."""
 
 from hydra.core.plugins import Plugins
 
@@ -7,6 +7,6 @@ from experiments.launcher.listing import ListingSweeper, take_dry_run  # noqa: F
 from experiments.launcher.local import LocalLauncher
 from experiments.launcher.slurm import SlurmLauncher
 
-# Hydra takes plugins from the package `hydra_plugins` alone, and a class is not told it there.
+# Hydra accepts plugins only from the package `hydra_plugins`, so these get names in that package.
 for _class in (LocalLauncher, SlurmLauncher, ListingSweeper):
     Plugins.instance().class_name_to_class[f"hydra_plugins.ropelab.{_class.__name__}"] = _class

@@ -1,4 +1,4 @@
-"""What launchers share: which jobs there are, which are left to do, and what became of them."""
+"""The base class of launchers: composes jobs, skips finished ones, and reports failures."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def unwritable(folder: Path) -> str | None:
-    """Returns why a run directory could not be made or written; None where it could."""
+    """Returns why a run directory cannot be created or written, or None if it can."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if nearest.is_dir() and os.access(nearest, os.W_OK):
         return None
@@ -33,9 +33,9 @@ def unwritable(folder: Path) -> str | None:
 
 
 def refusal(job: Job) -> str | None:
-    """Returns why a job must not run in its directory; None where it may.
+    """Returns why a job must not run in its directory, or None if it may.
 
-    It is asked before the job's frozen config is written there. Imports no torch.
+    Call it before the job's frozen config is written there. Imports no torch.
     """
     if why := unwritable(job.folder):
         return why
@@ -50,10 +50,10 @@ def refusal(job: Job) -> str | None:
 
 
 class ProcessLauncher(Launcher):
-    """Starts the program that was called once for each job, with the frozen config of the job.
+    """Starts the called program once for each job, with the frozen config of the job.
 
-    A job that fails does not stop the others. What is finished is not started, so that the same
-    command goes on where a sweep was stopped.
+    A failed job does not stop the others. Finished jobs are not started, so the same command
+    continues a stopped sweep.
     """
 
     hydra_context: HydraContext
@@ -71,28 +71,30 @@ class ProcessLauncher(Launcher):
 
     @abstractmethod
     def run(self, jobs: list[Job]) -> dict[Job, str]:
-        """Runs `jobs`, none of which is finished, and returns why those failed that did.
+        """Runs unfinished jobs, and returns the failed ones with their reasons.
 
         Raises:
-            ValueError: nothing can be started.
+            ValueError: no job can be started.
             SystemExit: the sweep was stopped before its end.
         """
 
     def manner(self) -> str:
-        """How jobs would run, for people: `2 at a time`."""
+        """Returns a readable text on how jobs would run, such as `2 at a time`."""
         return ""
 
     def queued(self, job: Job) -> str:
-        """What a batch system says of a job that it knows and that has not ended, else nothing."""
+        """Returns the batch system's state of a job that has not ended, else an empty text."""
         return ""
 
     def compose_jobs(
         self, job_overrides: Sequence[Sequence[str]], first: int = 0, single: bool = False
     ) -> list[Job]:
-        """Composes jobs, counted from `first`, none of which may share a directory.
+        """Composes jobs and numbers them from `first`. No two jobs may share a directory.
 
         Args:
-            single: the one job runs in `hydra.run.dir`, as without a multirun.
+            job_overrides: overrides of each job.
+            first: number of the first job.
+            single: whether the only job runs in `hydra.run.dir`, as without a multirun.
         """
         shared = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
         jobs = []

@@ -1,4 +1,4 @@
-"""Shows how the jobs of a multirun stand while they run: a live table, or lines in a log."""
+"""Shows the progress of the jobs of a multirun: a live table, or lines in a log."""
 
 import json
 import logging
@@ -18,17 +18,17 @@ from experiments.launcher.job import Job
 
 logger = logging.getLogger(__name__)
 
-_TABLE_S, _LINES_S = 1.0, 30.0  # between two looks at the jobs, in a terminal and in a log
+_TABLE_S, _LINES_S = 1.0, 30.0  # seconds between updates, in a terminal and in a log
 
-#: The loss that is shown: the first of these that a job has logged.
+#: Metrics to show as the loss. The first one that a job has logged is used.
 _LOSSES = ("train/loss", "val/loss")
 
 _COLOURS = {"finished": "green", "failed": "red", "stopped": "yellow", "waiting": "dim"}
 
-#: What a run says of itself in `status.json`, as long as its process lives.
+#: Labels for the states that a live run writes to `status.json` after its training.
 _AFTER_TRAINING = {"trained": "testing", "tested": "ending"}
 
-#: Which jobs stand in the table where there is no room for all.
+#: Order in which jobs fill the rows of the table that running jobs leave free.
 _FIRST = ("failed", "stopped", "waiting", "finished")
 
 
@@ -36,20 +36,20 @@ _FIRST = ("failed", "stopped", "waiting", "finished")
 class Row:
     """One job of the table.
 
-    `state` is the launcher's word: `waiting`, `running`, `stopping`, `stopped`, `finished`,
-    `failed`, or the words of a batch system. `note` says more about it.
+    `state` comes from the launcher: `waiting`, `running`, `stopping`, `stopped`, `finished`,
+    `failed`, or a state of the batch system. `note` has details.
     """
 
     job: Job
     state: str = "waiting"
     note: str = ""
-    since: float = 0.0  # when it was started, in seconds since 1970
-    shown: str = ""  # its state when a line about it was logged last
-    first: tuple[float, int] | None = None  # time and step of its first sign of life since then
-    status: dict[str, Any] | None = None  # its last sign of life
+    since: float = 0.0  # start time, in seconds since 1970
+    shown: str = ""  # its label in the last logged line
+    first: tuple[float, int] | None = None  # time and step of its first heartbeat after `since`
+    status: dict[str, Any] | None = None  # its last heartbeat
 
     def look(self) -> None:
-        """Reads the job's last sign of life. One of an earlier start counts for nothing."""
+        """Reads the job's last heartbeat. Ignores a heartbeat of an earlier start."""
         status = _read(self.job.folder / "status.json")
         if not all(isinstance(status.get(name), (int, float)) for name in ("time", "step")):
             return
@@ -79,7 +79,7 @@ class Row:
 
     @property
     def time_left(self) -> str:
-        """Until training ends, at the speed of this start of the run."""
+        """Time until the training ends, at the speed since this start of the run."""
         if (
             self.first is None
             or self.status is None
@@ -95,13 +95,14 @@ class Row:
 
 
 class Board:
-    """Looks at the run directories of `jobs` now and then, and shows what it has found.
+    """Reads the run directories of `jobs` at intervals and shows their progress.
 
-    Use it as a context manager, and call `refresh` often. In a terminal a table stays below
-    whatever is logged. Elsewhere a line is logged when a job's state changes, and one about every
-    running job each half minute.
+    Use it as a context manager, and call `refresh` often. In a terminal, a table stays below the
+    log lines. Elsewhere, a line is logged when the state of a job changes, and one for each running
+    job every 30 seconds.
 
     Args:
+        jobs: the jobs to show.
         shown: whether to show anything.
     """
 
@@ -113,7 +114,7 @@ class Board:
         self._redirected: list[tuple[logging.StreamHandler[Any], Any]] = []
 
     def set(self, job: Job, state: str, note: str = "") -> None:
-        """Tells the board what has become of a job."""
+        """Sets the state of a job."""
         row = self.rows[job]
         if state == "running" and row.state != "running":
             row.since, row.first, row.status = time.time(), None, None
@@ -126,7 +127,7 @@ class Board:
         self._next = 0.0
 
     def refresh(self) -> None:
-        """Shows the jobs again where it is time to."""
+        """Updates the table or logs lines, if it is time to."""
         if not self._shown or time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _TABLE_S
@@ -147,7 +148,7 @@ class Board:
             for handler in logging.getLogger().handlers:
                 if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
                     self._redirected.append((handler, handler.stream))
-                    handler.setStream(sys.stdout)  # the one that writes above the table
+                    handler.setStream(sys.stdout)  # rich's stream, which writes above the table
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,7 +184,7 @@ class Board:
             self._next_lines = time.monotonic() + _LINES_S
         for row in self.rows.values():
             if row.state not in ("running", "stopping"):
-                continue  # the launcher itself logs these
+                continue  # the launcher logs these itself
             if row.label == row.shown and not due:
                 continue
             row.shown = row.label
@@ -192,7 +193,7 @@ class Board:
 
 
 def describe(row: Row) -> str:
-    """One line about a running job, without its name."""
+    """Returns one line about a running job, without its name."""
     parts = [f"{row.label}, {row.steps} steps"]
     parts += [f"loss {row.loss}"] if row.loss else []
     parts += [f"{row.time_left} left"] if row.time_left else []
@@ -200,7 +201,10 @@ def describe(row: Row) -> str:
 
 
 def choose_rows(rows: list[Row], room: int) -> tuple[list[Row], list[Row]]:
-    """Returns at most `room` rows (at least one) in their order, those that run first; the rest."""
+    """Returns (shown rows, hidden rows), each in the given order. Running jobs are shown first.
+
+    At most `room` rows are shown, but at least one.
+    """
     order = sorted(rows, key=lambda row: _FIRST.index(row.label) if row.label in _FIRST else -1)
     chosen = set(map(id, order[: max(1, room)]))
     return (
@@ -210,7 +214,7 @@ def choose_rows(rows: list[Row], room: int) -> tuple[list[Row], list[Row]]:
 
 
 def as_duration(seconds: float) -> str:
-    """`42 s`, `17 min` or `2 h 05 min`."""
+    """Returns a duration as text: `42 s`, `17 min` or `2 h 05 min`."""
     seconds = max(0, round(seconds))
     if seconds < 120:
         return f"{seconds} s"
@@ -224,7 +228,7 @@ def _score(job: Job) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A small JSON file; empty where it is missing or damaged."""
+    """Reads a small JSON file. The result is empty if the file is missing or damaged."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

@@ -1,6 +1,6 @@
-"""A job of a multirun: composed once when it is asked for, and then frozen.
+"""A job of a multirun. Its config is composed once, when the user types the command.
 
-What waits in a queue for days runs with the configs of the day it was typed.
+The frozen config is used even if the job waits in a queue for days.
 """
 
 import json
@@ -21,7 +21,13 @@ from experiments.run.files import FROZEN, read_yaml
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """`config` is what Hydra composed, with its own node; `name` is for people."""
+    """One job of a multirun.
+
+    Attributes:
+        name: a readable name.
+        folder: its run directory.
+        config: the config that Hydra composed, with the node `hydra`.
+    """
 
     name: str
     folder: Path
@@ -29,22 +35,22 @@ class Job:
 
     @property
     def task(self) -> DictConfig:
-        """The config without Hydra's node."""
+        """The config without the node `hydra`."""
         return OmegaConf.masked_copy(self.config, [str(k) for k in self.config if k != "hydra"])
 
     @property
     def launcher(self) -> dict[str, Any]:
-        """The launcher's options as they are for this job: a swept trainer asks for its own."""
+        """The launcher's options for this job. They may depend on a swept trainer."""
         return self.plain(self.config.hydra.launcher)
 
     @property
     def words(self) -> list[str]:
-        """What was typed for this job, without the options of Hydra and the launcher."""
+        """The overrides of this job, without those of Hydra and the launcher."""
         words = self.config.hydra.overrides.task
         return [word for word in words if not word.startswith("launcher=")]
 
     def plain(self, node: Any) -> Any:
-        """Plain containers, with what `${hydra:…}` means in this job."""
+        """Returns a node as plain containers, with `${hydra:…}` resolved for this job."""
         if not OmegaConf.is_config(node):
             return node
         with _told(self.config):
@@ -54,7 +60,7 @@ class Job:
         return [sys.executable, "-m", program, *arguments(self.folder)]
 
     def freeze(self) -> None:
-        """Writes the config of a single run, with nothing left to resolve."""
+        """Writes the config of this job as that of a single run, with all values resolved."""
         hydra = self.config.hydra
         frozen = self.plain(self.task)
         frozen["hydra"] = {
@@ -63,7 +69,7 @@ class Job:
             "verbose": self.plain(hydra.verbose),
             "callbacks": self.plain(hydra.callbacks),
             "job": {"chdir": hydra.job.chdir, "env_set": self.plain(hydra.job.env_set)},
-            # Interpolates the name of the process, which ranks of Lightning's change.
+            # Not resolved: it interpolates the process name, which differs in Lightning's ranks.
             "job_logging": OmegaConf.to_container(hydra.job_logging),
             "overrides": {"task": self.words},
             "runtime": {"choices": dict(hydra.runtime.choices)},
@@ -75,9 +81,9 @@ class Job:
         beside.replace(path)
 
     def done(self) -> dict[str, Any] | None:
-        """`done.json`, where this very run has been here and come to its end.
+        """Returns `done.json` if exactly this run has finished in the directory, else None.
 
-        A run that was asked for in other words may stand for it too; that the program finds out.
+        The program itself may also accept a finished run with a slightly different config.
         """
         done, former = self.folder / "done.json", self.folder / "config.yaml"
         if not (done.is_file() and former.is_file() and self.config.get("resume", True)):
@@ -90,7 +96,7 @@ class Job:
         return json.loads(done.read_text())
 
     def outcome(self, failure: BaseException | None) -> JobReturn:
-        """What Hydra's sweepers read: the score of `done.json`, None where there is none."""
+        """Returns the result for Hydra's sweepers: the score in `done.json`, or None."""
         path = self.folder / "done.json"
         score = None
         if failure is None and path.is_file():
@@ -107,7 +113,7 @@ class Job:
 
 
 def arguments(folder: Path) -> list[str]:
-    """The command line of a program that runs the frozen config in `folder`."""
+    """Returns the arguments of a program that runs the frozen config in `folder`."""
     return ["--config-path", str(folder / ".hydra"), "--config-name", FROZEN]
 
 
@@ -119,10 +125,14 @@ def compose(
     name: str,
     folder_key: str | None = None,
 ) -> Job:
-    """Returns the job of `overrides`, number `number` of the sweep that `sweep` was composed for.
+    """Composes the job with these overrides.
 
     Args:
-        folder_key: where the config says its directory, if it is not the sweep that does.
+        sweep: config of the sweep.
+        overrides: overrides of the job.
+        number: number of the job in the sweep.
+        name: readable name of the job.
+        folder_key: config key of the run directory, if the sweep does not name it.
     """
     config = context.config_loader.load_sweep_config(sweep, overrides)
     with open_dict(config.hydra):
@@ -138,7 +148,7 @@ def compose(
 
 @contextmanager
 def _told(config: DictConfig) -> Iterator[None]:
-    """Inside, `${hydra:…}` is resolved in `config`."""
+    """Makes `${hydra:…}` refer to `config` inside the block."""
     before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(config)
     try:

@@ -1,4 +1,4 @@
-"""Lists what a command of ropelab-train would run, and writes nothing: `--dry-run`."""
+"""Implements `--dry-run`: lists the runs of a ropelab-train command and writes nothing."""
 
 import os
 import sys
@@ -21,13 +21,13 @@ _WORDS = {"--dry-run": True, "dry_run=true": True, "dry_run=false": False}
 
 
 def take_dry_run(command: list[str]) -> bool:
-    """Takes `--dry-run` or `dry_run=true` out of a command line; returns whether it was there.
+    """Removes `--dry-run` or `dry_run=true` from a command line, and returns whether it was set.
 
-    Where it was, the command asks for this module's sweeper instead. It is no key of the config,
-    since a run must not differ from the one that was listed.
+    If it was set, the command gets this module's sweeper instead. `dry_run` is not a config key,
+    because a run must have the same config as in the listing.
 
     Args:
-        command: `sys.argv`, which is changed.
+        command: `sys.argv`. It is changed in place.
     """
     said = [word for word in command if word.lower().lstrip("+") in _WORDS]
     command[:] = [word for word in command if word not in said]
@@ -37,7 +37,7 @@ def take_dry_run(command: list[str]) -> bool:
     if not {"-m", "--multirun"} & set(command):
         command.insert(1, "-m")
         added.append("+hydra.sweeper.single=true")
-    # Beside the other overrides: Hydra reads them in one piece, before or behind its options.
+    # Hydra needs all overrides in one block before or after its options, so they go there.
     overrides = [n for n, word in enumerate(command) if "=" in word and not word.startswith("-")]
     place = overrides[-1] + 1 if overrides else len(command)
     command[place:place] = added
@@ -45,11 +45,11 @@ def take_dry_run(command: list[str]) -> bool:
 
 
 class ListingSweeper(Sweeper):
-    """Finds the jobs as Hydra's own sweeper does, and prints them instead of launching them.
+    """Finds the jobs as Hydra's basic sweeper does, and prints them instead of launching them.
 
     Args:
-        params: what is swept by the config, as Hydra's own sweeper has it.
-        single: the command is no multirun; it runs in `hydra.run.dir`.
+        params: sweeps from the config, as in Hydra's basic sweeper.
+        single: whether the command is a single run in `hydra.run.dir` and not a multirun.
     """
 
     def __init__(self, params: dict[str, str] | None = None, single: bool = False, **_: Any):
@@ -64,7 +64,7 @@ class ListingSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        # Hydra loads this module again while it looks for plugins: no class may be built on it.
+        # Hydra loads this module again while it looks for plugins, so no class may inherit from it.
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         if not isinstance(self.launcher, ProcessLauncher):
@@ -87,10 +87,10 @@ class ListingSweeper(Sweeper):
 
 
 def describe(job: Job, launcher: ProcessLauncher) -> str:
-    """Says what would become of a job.
+    """Returns what the command would do with a job. Only reads files.
 
-    `finished`, `running …`, `queued …`, `new`, `starts anew …`, `goes on from step N`, or
-    `refused: …`. Reads files alone.
+    The text is `finished`, `running …`, `queued …`, `new`, `starts anew …`, `starts at step 0 …`,
+    `goes on from step N`, or `refused: …`.
     """
     if job.done() is not None:
         return "finished"
@@ -110,7 +110,7 @@ def describe(job: Job, launcher: ProcessLauncher) -> str:
 
 
 def _wrong_value(job: Job) -> str | None:
-    """Returns what the program would say of a value that nothing can be built with."""
+    """Returns the program's error message for a value of the wrong type, or None."""
     from experiments.command.values import check_values
 
     try:
@@ -127,7 +127,7 @@ def _config_of(job: Job) -> DictConfig:
 
 
 def _describe_former(job: Job) -> str:
-    """Of a job in whose directory something has run; asks the program's own checks."""
+    """Describes a job whose directory has an earlier run. Uses the program's own checks."""
     from experiments.directory.run_directory import RunDirectory
     from lightning_modules.checkpoint.weights import read_checkpoint
 
@@ -144,7 +144,7 @@ def _describe_former(job: Job) -> str:
 
 
 def show(jobs: Sequence[Job], states: Sequence[str], manner: str) -> str:
-    """A line for every job, and one that says how many would run."""
+    """Returns one line for each job, and one with the number of jobs that would run."""
     names = [job.name for job in jobs]
     width, wide = max(map(len, names)), max(min(len(state), 40) for state in states)
     lines = [
@@ -161,5 +161,5 @@ def _runs(state: str) -> bool:
 
 
 def _near(folder: Path) -> str:
-    """Seen from here, where that is shorter."""
+    """Returns the absolute or the relative path, whichever is shorter."""
     return min(str(folder), os.path.relpath(folder), key=len)

@@ -1,4 +1,4 @@
-"""Jobs of a multirun on this machine."""
+"""Runs the jobs of a multirun on this machine."""
 
 import logging
 import os
@@ -21,22 +21,22 @@ from experiments.run import lock
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_STOPPED = {130, os.EX_TEMPFAIL}  # exit codes of a run that was stopped, and saved before
-_LOOK_S = 0.5  # between two looks at run directories that other processes hold
-_TAIL = 65536  # bytes at the end of stdout.log in which an error is looked for
+_STOPPED = {130, os.EX_TEMPFAIL}  # exit codes of a run that was stopped after saving
+_LOOK_S = 0.5  # seconds between checks of run directories that other processes hold
+_TAIL = 65536  # bytes at the end of stdout.log that are searched for an error
 
 
 class LocalLauncher(ProcessLauncher):
-    """Runs `n_jobs` jobs at a time; null takes half of the cores.
+    """Runs `n_jobs` jobs at a time. If `n_jobs` is null, it is half the number of cores.
 
-    With one at a time its output is passed through. Several write to `stdout.log` in their
-    directories instead, and a table shows how they stand. No job can read from the terminal.
-    `gpus`, such as [0, 1, 2, 3], are shared out among the jobs that run together.
+    A single job prints to the terminal. Parallel jobs write to `stdout.log` in their directories,
+    and a table shows their progress. No job can read from the terminal. The jobs that run together
+    share `gpus`, such as [0, 1, 2, 3].
 
-    A job that somebody else runs already is waited for: one of another launcher, or one whose own
-    launcher was killed. On this machine it counts as one of the `n_jobs`.
+    A job that another process already runs is waited for. It may belong to another launcher, or to
+    one that was killed. If it runs on this machine, it counts as one of the `n_jobs`.
 
-    A signal is passed on to the jobs once, which save and stop; a second Ctrl-C kills them.
+    A signal is passed on to the jobs, which save and stop. A second Ctrl-C kills them.
     """
 
     def __init__(self, n_jobs: int | None = 1, gpus: list[int | str] | None = None):
@@ -44,11 +44,11 @@ class LocalLauncher(ProcessLauncher):
         self.n_jobs = max(1, self.cores // 2) if n_jobs is None else n_jobs
         self.gpus = [str(gpu) for gpu in gpus or []]
         self._running: dict[int, tuple[Job, subprocess.Popen]] = {}  # by slot
-        self._elsewhere: dict[Job, dict[str, Any]] = {}  # what the holder of the lock has written
+        self._elsewhere: dict[Job, dict[str, Any]] = {}  # what the lock holder recorded
         self._frozen: set[Job] = set()
         self._next_look = 0.0
-        self._received: list[int] = []  # signals that are not passed on yet
-        self._exit_code: int | None = None  # of the sweep, once it is being stopped
+        self._received: list[int] = []  # signals that are not yet passed on
+        self._exit_code: int | None = None  # exit code of the sweep, once it is being stopped
 
     def run(self, jobs: list[Job]) -> dict[Job, str]:
         if self.n_jobs < 1 or len(self.gpus) % self.n_jobs:
@@ -57,7 +57,7 @@ class LocalLauncher(ProcessLauncher):
                 "change hydra.launcher.n_jobs or hydra.launcher.gpus"
             )
         for job in jobs:
-            if lock.holder(job.folder) is None:  # a living run keeps the config it was frozen with
+            if lock.holder(job.folder) is None:  # a live run keeps its own frozen config
                 self._freeze(job)
         failed: dict[Job, str] = {}
         waiting = list(jobs)
@@ -68,7 +68,7 @@ class LocalLauncher(ProcessLauncher):
                 self._fill(waiting)
                 for job, code in self._ended():
                     if code not in (0, *_STOPPED) and lock.holder(job.folder) is not None:
-                        waiting.append(job)  # somebody else was faster: wait for that one
+                        waiting.append(job)  # another process took the lock first: wait for it
                     elif why := self._judge(job, code):
                         failed[job] = why
                 self._board.refresh()
@@ -88,7 +88,7 @@ class LocalLauncher(ProcessLauncher):
             self._frozen.add(job)
 
     def _fill(self, waiting: list[Job]) -> None:
-        """Starts what is waiting and free, and takes out what others have finished."""
+        """Starts waiting jobs in free slots, and removes jobs that others have finished."""
         if self._exit_code is not None or time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + _LOOK_S
@@ -103,7 +103,7 @@ class LocalLauncher(ProcessLauncher):
                 self._start(job, free[0])
 
     def _look_elsewhere(self, waiting: list[Job]) -> None:
-        """Notes which jobs another process runs: one that outlived its launcher, for example."""
+        """Updates which jobs another process runs, such as one that outlived its launcher."""
         before, self._elsewhere = self._elsewhere, {}
         for job in waiting:
             if (about := lock.holder(job.folder)) is None:
@@ -115,7 +115,7 @@ class LocalLauncher(ProcessLauncher):
                 self._board.set(job, "running", "elsewhere")
 
     def _free_slots(self) -> list[int]:
-        """The slots that neither a job of this launcher nor one of another takes up here."""
+        """Returns the slots that no job on this machine uses, of this or another launcher."""
         free = [slot for slot in range(self.n_jobs) if slot not in self._running]
         for about in self._elsewhere.values():
             if about.get("host") != socket.gethostname():
@@ -140,8 +140,8 @@ class LocalLauncher(ProcessLauncher):
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
-                # Without a terminal: nothing can ask there and wait for ever, whatever it opens,
-                # and Ctrl-C reaches the launcher alone, which passes it on.
+                # A new session has no terminal, so no job can wait there for input forever. Ctrl-C
+                # reaches only the launcher, which passes it on.
                 start_new_session=True,
             )
         self._running[slot] = job, process
@@ -167,7 +167,7 @@ class LocalLauncher(ProcessLauncher):
                 yield job, process.returncode
 
     def _judge(self, job: Job, code: int) -> str | None:
-        """Returns why the job failed, if it did."""
+        """Records how the job ended. Returns why it failed, or None if it did not fail."""
         if code == 0:
             logger.info("%s: finished", job.name)
             self._board.set(job, "finished")
@@ -197,7 +197,7 @@ class LocalLauncher(ProcessLauncher):
         self._received.append(number)
 
     def _pass_on(self) -> None:
-        """Passes new signals on to the jobs; a second Ctrl-C kills them with all their ranks."""
+        """Passes new signals on to the jobs. A second Ctrl-C kills them with all their ranks."""
         while self._received:
             number = self._received.pop(0)
             again = number == signal.SIGINT and self._exit_code == 130
@@ -211,14 +211,14 @@ class LocalLauncher(ProcessLauncher):
 
 
 def _log(job: Job) -> Path:
-    """Where a job writes what it would print."""
+    """Returns the path of the file that takes a job's output."""
     return job.folder / "stdout.log"
 
 
 def last_error(log: Path) -> str | None:
-    """Returns the line of a log that says why its program has ended, cut to 200 characters.
+    """Returns the line of a log that says why its program ended, cut to 200 characters.
 
-    That is the last one that begins with `error:`, else the last one of all: a traceback ends with
+    It is the last line that starts with `error:`, else the last line, because a traceback ends with
     its exception.
     """
     try:

@@ -1,4 +1,4 @@
-"""Jobs of a multirun on a SLURM cluster."""
+"""Runs the jobs of a multirun on a SLURM cluster."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from experiments.run.process import leave_on_signals
 
 logger = logging.getLogger(__name__)
 
-#: States that a job does not leave by itself, in squeue's words.
+#: Final states of a SLURM job, as squeue names them.
 _ENDED = {
     "BOOT_FAIL",
     "CANCELLED",
@@ -32,13 +32,13 @@ _ENDED = {
     "TIMEOUT",
     "gone",
 }
-#: Of the launcher itself; all others are submitit's.
+#: Options of the launcher itself. All others belong to submitit.
 _OWN = ("_target_", "array", "wait", "poll_s")
 
 
 @dataclass(frozen=True)
 class State:
-    """`name` as squeue has it, or `gone`; `reason` of a job that waits."""
+    """The state of a SLURM job: its `name` in squeue, or `gone`, and the `reason` why it waits."""
 
     name: str
     reason: str = "None"
@@ -55,13 +55,13 @@ _GONE = State("gone")
 
 
 class SlurmLauncher(ProcessLauncher):
-    """One batch job for each job of the multirun, or one array of all, submitted by submitit.
+    """Submits one batch job for each job of the multirun, or one array of all, with submitit.
 
-    The batch jobs need this process no more: it waits for them unless `wait` is false, may be
-    killed, and finds those that are queued or running when the same command is typed again.
+    The launcher waits for the batch jobs unless `wait` is false. They do not need it: if it is
+    killed, they continue, and the same command finds queued and running jobs again.
 
     `options` are those of submitit's `SlurmExecutor.update_parameters`, such as `partition`, `time`
-    in minutes, `nodes`, `gpus_per_node` or `setup`; null leaves one to the cluster.
+    in minutes, `nodes`, `gpus_per_node` or `setup`. null means the default of the cluster.
     """
 
     def __init__(
@@ -99,11 +99,14 @@ class SlurmLauncher(ProcessLauncher):
 
     @property
     def _folder(self) -> Path:
-        """Of submitit's scripts and of what the jobs print."""
+        """The folder of submitit's scripts and of the jobs' output."""
         return Path(self.config.hydra.sweep.dir).absolute() / "slurm"
 
     def _submit(self, jobs: list[Job]) -> dict[Job, str]:
-        """Freezes and submits; jobs that ask for the same resources can be one array."""
+        """Freezes and submits jobs, and returns their ids.
+
+        With `array`, jobs that ask for the same resources become one array.
+        """
         alike: dict[str, list[Job]] = {}
         for job in jobs:
             job.freeze()
@@ -131,7 +134,7 @@ class SlurmLauncher(ProcessLauncher):
         return [job.job_id for job in made]
 
     def _wait(self, ids: dict[Job, str]) -> dict[Job, str]:
-        """Until every job has ended; why those failed that did."""
+        """Waits until every job has ended. Returns the failed jobs with their reasons."""
         failed: dict[Job, str] = {}
         seen: dict[Job, State] = {}
         left = dict(ids)
@@ -144,7 +147,7 @@ class SlurmLauncher(ProcessLauncher):
                         seen[job] = now
                         logger.info("%s: job %s is %s", job.name, number, now)
                         board.set(job, "running" if now.name == "RUNNING" else str(now).lower())
-                    elif now.ended:  # seen twice: one that is queued again may be away a moment
+                    elif now.ended:  # seen twice, because a requeued job may vanish for a moment
                         del left[job]
                         if why := self._why_failed(job, number, now):
                             failed[job] = why
@@ -162,37 +165,39 @@ class SlurmLauncher(ProcessLauncher):
         while True:
             try:
                 return read_states()
-            except ValueError as error:  # the controller restarts now and then
+            except ValueError as error:  # the SLURM controller may be restarting
                 logger.warning("%s: asked again in %g s", error, self.poll_s)
                 time.sleep(self.poll_s)
 
 
 class RunFrozen:
-    """What every task of a batch job calls: the frozen run in `folder`, in its own process.
+    """Runs the frozen config in `folder`. Every task of a batch job calls it in its own process.
 
-    A requeued job calls it again with the same folder, where the run goes on.
+    A requeued job calls it again with the same folder, and the run resumes there.
     """
 
     def __init__(self, program: str):
         self.program = program
 
     def __call__(self, folder: Path) -> None:
-        leave_on_signals()  # in the place of submitit's, which go past SIGTERM
+        leave_on_signals()  # replaces submitit's handlers, which ignore SIGTERM
         sys.argv = [self.program, *arguments(folder)]
         import_module(self.program).main()
 
 
 def read_id(folder: Path) -> str | None:
-    """The batch job that was submitted last for a run directory."""
+    """Returns the id of the batch job that was last submitted for a run directory, or None."""
     path = folder / "slurm.json"
     return json.loads(path.read_text())["job_id"] if path.is_file() else None
 
 
 def read_states() -> dict[str, State]:
-    """All jobs of this user by id (`12`, or `12_3` in an array), also such as ended lately.
+    """Returns the states of this user's jobs by id (`12`, or `12_3` in an array).
+
+    Jobs that ended recently are included.
 
     Raises:
-        ValueError: squeue is not there, or says no.
+        ValueError: squeue is missing or fails.
     """
     command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r"]
     try:
@@ -206,10 +211,10 @@ def read_states() -> dict[str, State]:
 
 
 def _options(job: Job) -> dict[str, Any]:
-    """For `sbatch`, as this job has them.
+    """Returns the job's options for `sbatch`.
 
     Raises:
-        ValueError: the number of tasks is not known here, such as `trainer.devices` -1.
+        ValueError: the number of tasks is unknown, for example with `trainer.devices` -1.
     """
     options = {k: v for k, v in job.launcher.items() if k not in _OWN and v is not None}
     tasks = options.get("ntasks_per_node")

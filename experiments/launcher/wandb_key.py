@@ -1,4 +1,4 @@
-"""Finds out whether W&B has a key, before jobs start that nobody could type one into."""
+"""Checks that W&B has an API key before jobs start, because jobs cannot ask for one."""
 
 import os
 import subprocess
@@ -18,14 +18,14 @@ except wandb.errors.Error as error:
 
 
 def check_key(jobs: list[Job]) -> None:
-    """Looks for a key of W&B where a job logs online.
+    """Checks that W&B has an API key, if a job logs online.
 
-    W&B itself is asked, in a process of its own: environment, netrc, settings, identity token, for
-    the server that WANDB_BASE_URL or the settings name. The server is not asked whether it knows
-    the key, and PyTorch is not imported.
+    W&B looks for it in a separate process: in the environment, netrc, its settings and an identity
+    token, for the server in WANDB_BASE_URL or the settings. The key is not verified with the
+    server, and PyTorch is not imported.
 
     Raises:
-        ValueError: there is no key, or one that is none.
+        ValueError: there is no key, or it is malformed.
     """
     if not any(map(_logs_online, jobs)):
         return

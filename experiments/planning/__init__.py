@@ -1,1 +1,1 @@
-"""What a recipe takes in memory, FLOPs and hours, without running it."""
+"""Forecasts memory, FLOPs and hours of a recipe without running it."""

@@ -1,4 +1,4 @@
-"""A recipe on so many ranks -> what a step of it takes, and the whole training."""
+"""Forecasts the memory and time of one step, and of the whole training, on N ranks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,16 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Forecast:
-    """`step` is a micro-batch of one rank; `seconds` and `tokens_per_s` are of the whole step."""
+    """The forecast for one number of ranks.
+
+    `step` describes a micro-batch of one rank. `seconds` and `tokens_per_s` describe a whole
+    optimizer step.
+    """
 
     ranks: int
-    accumulation: int  # micro-batches of a step
-    frames: int  # of a sample
-    visual_tokens: int  # of a sample
+    accumulation: int  # micro-batches per step and rank
+    frames: int  # per sample
+    visual_tokens: int  # per sample
     step: Rehearsal
     seconds: float
     steps: int | None
@@ -54,7 +58,7 @@ def forecast(config: DictConfig, ranks: int) -> Forecast:
     """Takes one fake step of the composed `config` on one of `ranks` ranks.
 
     Raises:
-        ValueError: the ranks do not divide the global batch, or something is not known; says what.
+        ValueError: the ranks do not divide the global batch size, or a needed value is unknown.
     """
     config = _without_reading(config)
     sharded, sample = is_sharded(config), Largest.of(config)
@@ -85,10 +89,10 @@ def forecast(config: DictConfig, ranks: int) -> Forecast:
 
 
 def is_sharded(config: DictConfig) -> bool:
-    """Whether the strategy is FSDP2.
+    """Returns whether the strategy is FSDP2.
 
     Raises:
-        ValueError: it splits layers, too.
+        ValueError: the strategy also uses tensor parallelism.
     """
     strategy = config.trainer.get("strategy")
     if not isinstance(strategy, DictConfig):
@@ -99,7 +103,7 @@ def is_sharded(config: DictConfig) -> bool:
 
 
 def _without_reading(config: DictConfig) -> DictConfig:
-    """The recipe with sizes in the place of sources, and nothing that runs only later."""
+    """Returns the recipe with model sizes in place of model sources, without data and `init`."""
     config = config.copy()
     with open_dict(config):
         for stage in config.model.values():
@@ -108,10 +112,10 @@ def _without_reading(config: DictConfig) -> DictConfig:
                 if stage.get("dtype"):
                     sizes["dtype"] = stage.dtype
                 stage.source, stage.config = None, sizes
-            # Flash and flex kernels may not be here, and keep for the backward what sdpa keeps.
+            # Flash and flex kernels may be missing here. sdpa keeps as much for the backward.
             if isinstance(stage, DictConfig) and stage.get("attention") not in (None, "eager"):
                 stage.attention = "sdpa"
-        config.data.conversation.tokenizer = None  # only its marks are read, and any will do
+        config.data.conversation.tokenizer = None  # only special tokens are read: any will do
         config.data.conversation.prompt_tokenizer = None
         if OmegaConf.is_missing(config.data, "train"):
             config.data.train = None
@@ -123,10 +127,10 @@ def _without_reading(config: DictConfig) -> DictConfig:
 
 
 def _sizes(config: DictConfig, source: str) -> dict[str, Any]:
-    """The transformers config of a hub id, folder or `.gguf` file.
+    """Returns the transformers config of a hub id, folder or `.gguf` file.
 
     Raises:
-        ValueError: it is neither known here nor to be read.
+        ValueError: the config is neither listed in `sizes` nor readable.
     """
     if source in config.sizes:
         return plain(config.sizes[source])
@@ -150,7 +154,7 @@ def _sizes(config: DictConfig, source: str) -> dict[str, Any]:
 
 
 def _steps(config: DictConfig, global_batch: int) -> int | None:
-    """Of the whole training, where its length is known."""
+    """Returns the number of steps of the whole training, or None if it is unknown."""
     if (config.trainer.get("max_steps") or -1) > 0:
         return config.trainer.max_steps
     samples = config.samples or OmegaConf.select(config, "data.training.samples")
@@ -160,7 +164,10 @@ def _steps(config: DictConfig, global_batch: int) -> int | None:
 
 
 def precision_of(config: DictConfig) -> Any:
-    """The trainer's plugin, which casts weights or the forward; float16 takes no more."""
+    """Returns the trainer's precision plugin, which casts the weights or the forward.
+
+    "16-mixed" is planned as "bf16-mixed", because it takes the same memory.
+    """
     asked = config.trainer.precision
     trainer = Trainer(
         accelerator="cpu",

@@ -1,4 +1,4 @@
-"""The largest sample of a recipe -> its outline, as far as the network decides sizes."""
+"""Builds the outline of the largest sample of a recipe: its frames, tiles and words."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,14 +17,16 @@ from lightning_modules.model import VideoLanguageModel
 
 @dataclass(frozen=True)
 class Largest:
-    """
+    """The largest sample of a recipe.
+
     Args:
-        videos, images: of the sample.
-        frames: of each video.
-        grids: (rows, columns) of tiles that an image may be cut into; none: it is one frame.
-        words: None: as many as `tokens` leaves.
-        tokens: of the LLM, where it is known.
-        labelled: share of the words.
+        videos, images: numbers of videos and images in the sample.
+        frames: frames of each video.
+        grids: (rows, columns) of tiles that an image may be cut into. If empty, an image is one
+            frame.
+        words: number of words. None means all tokens that visuals leave of `tokens`.
+        tokens: tokens that the LLM reads, if known.
+        labelled: share of the words with labels.
     """
 
     videos: int
@@ -37,7 +39,8 @@ class Largest:
 
     @classmethod
     def of(cls, config: DictConfig) -> "Largest":
-        """
+        """Reads the largest sample from a config.
+
         Raises:
             ValueError: the recipe does not say how many frames a video has.
         """
@@ -54,7 +57,7 @@ class Largest:
         )
 
     def outline(self, network: Any, fake: FakeTensorMode) -> Outline:
-        """Frames are fake.
+        """Returns the outline of the sample. Its frames are fake tensors.
 
         Raises:
             ValueError: the visuals leave no room for words.
@@ -75,7 +78,7 @@ class Largest:
         return Outline(frames, tiles, words, max(1, round(self.labelled * words)))
 
     def visual_tokens(self, network: Any) -> int:
-        """That the LLM reads of the visuals, where there is one."""
+        """Returns the number of visual tokens that the LLM reads; 0 without an LLM."""
         if not isinstance(network, VideoLanguageModel):
             return 0
         visuals = self._visuals(network.encoder.image_size)
@@ -86,7 +89,7 @@ class Largest:
         return sum(frames for frames, _ in self._visuals(1))
 
     def _visuals(self, side: int) -> Iterator[tuple[int, Tiles | None]]:
-        """Frames and tiles of each; a picture fills its tiles to the edge."""
+        """Yields (frames, tiles) of each visual. An image fills its tiles completely."""
         for _ in range(self.videos):
             yield self.frames, None
         for _ in range(self.images):
@@ -103,7 +106,10 @@ class Largest:
 
 
 def _tokens(network: VideoLanguageModel, frames: int, tiles: Tiles | None) -> int:
-    """Of one visual; an image in tiles is its thumbnail and the plane that they make."""
+    """Returns the number of tokens of one visual.
+
+    A tiled image has the tokens of its thumbnail, of the plane of all tiles, and newlines.
+    """
     rows, columns = network.encoder.grid
     if tiles is None:
         return network.pooler.grid(Grid(frames, rows, columns)).size

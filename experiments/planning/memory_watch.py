@@ -1,4 +1,4 @@
-"""What lives while a step runs, and what it computes: storages by kind, FLOPs by operator."""
+"""Counts live memory by kind, and FLOPs by operator, while a step runs."""
 
 import weakref
 from collections import Counter
@@ -18,15 +18,15 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapp
 
 aten = torch.ops.aten
 
-#: CUDA's allocator hands out no less.
+#: Smallest allocation of PyTorch's CUDA allocator, in bytes.
 SMALLEST = 512
 
 
 class MemoryWatch(TorchDispatchMode):
-    """Adds up FLOPs, and the storages that live, real or fake, whose highest sum it keeps.
+    """Adds up FLOPs and the bytes of live storages, real or fake, and keeps the highest sum.
 
-    Within it, sharding's buffers and rows to be filled are fake from the start; and what a real
-    mask selects from a fake tensor has a size.
+    Inside the block, buffers of FSDP and new tensors to fill are fake from the start. A real mask
+    can index a fake tensor, and the result has a known size.
     """
 
     def __init__(self, fake: FakeTensorMode):
@@ -41,7 +41,7 @@ class MemoryWatch(TorchDispatchMode):
         self._live: dict[int, tuple[weakref.ref, int, str]] = {}
 
     def own(self, modules: Sequence[nn.Module], optimizer: Optimizer, batch: Any) -> None:
-        """What is there before the step; gradients are told by their parameters."""
+        """Counts tensors that exist before the step. Hooks on parameters find later gradients."""
         for module in modules:
             for tensor in [*module.parameters(), *module.buffers()]:
                 self._add(tensor, "weights")
@@ -64,7 +64,7 @@ class MemoryWatch(TorchDispatchMode):
             watch._resized(self)
             return result
 
-        torch.UntypedStorage.resize_ = resize_  # no operator: sharding frees and refills so
+        torch.UntypedStorage.resize_ = resize_  # FSDP frees and refills with it; it is no operator
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -73,14 +73,14 @@ class MemoryWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes again with this rank's piece
+            return NotImplemented  # the call comes again with this rank's local tensor
         kwargs = kwargs or {}
-        if active_fake_mode() is not None:  # DTensor asks for a shape
+        if active_fake_mode() is not None:  # DTensor only computes a shape
             return func(*args, **kwargs)
         kind = "temporary" if self.phase != "forward" else "activations"
         if func in _MADE and kwargs.get("dtype") not in (torch.int64, torch.bool):
             if func is aten.empty.memory_format:
-                kind = "gathered"  # nothing else asks for memory so
+                kind = "gathered"  # only FSDP allocates memory in this way
             with self._fake:
                 result = func(*args, **kwargs)
         else:
@@ -136,7 +136,7 @@ _INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 
 
 def _as_numbers(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """Masks as the places where they are true."""
+    """Replaces boolean masks by the indices where they are true."""
     numbers: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype == torch.bool:
@@ -147,7 +147,7 @@ def _as_numbers(indices: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def local_piece(tensor: Tensor) -> Tensor:
-    """This rank's piece."""
+    """Returns this rank's local tensor of a DTensor, and other tensors unchanged."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
@@ -160,22 +160,23 @@ def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> i
 
 
 def _attention_backward(_: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """Without the scores that flash attention computes again, as MFU is defined."""
+    """Returns backward FLOPs without the scores that flash attention recomputes, as MFU demands."""
     return 2 * sdpa_flop_count(query, key, value)
 
 
-#: What PyTorch's formulas lack: fake tensors are on the CPU.
+#: FLOP formulas that PyTorch lacks for CPU attention. Fake tensors are on the CPU.
 ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
-#: Not by `FlopCounterMode`, which keeps hold of the tensors of blocks that run twice.
+#: FLOP formulas by operator. `FlopCounterMode` is not used, because it keeps tensors of
+#: checkpointed blocks alive.
 _FLOPS: dict[Any, Any] = {**flop_registry, **{op: shape_wrapper(f) for op, f in ATTENTION.items()}}
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
-    """Of a batch and those that it is made of."""
+    """Yields the tensors of a batch and of the batches in it."""
     for value in vars(batch).values():
         if isinstance(value, Tensor):
             yield value

@@ -1,8 +1,8 @@
-"""One step of training that computes nothing: its memory and FLOPs on one of many ranks.
+"""Measures the memory and FLOPs of one training step on one of N ranks, without computing it.
 
-Weights, activations, gradients and the optimizer's state are fake tensors (shapes, no numbers);
-ids, labels, masks and positions are real, since the model's Python reads them. The processes of
-the other ranks are a fake group that answers at once. The step itself is the module's own.
+Weights, activations, gradients and the optimizer's state are fake tensors (shapes without numbers).
+Ids, labels, masks and positions are real, because the model's Python code reads them. A fake
+process group stands for the other ranks and answers at once. The module takes its own real step.
 """
 
 import warnings
@@ -31,19 +31,19 @@ Batch = VideoBatch | PreferenceBatch
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one micro-batch of one rank takes, with the optimizer's step after it.
+    """Memory and FLOPs of one micro-batch on one rank, with the optimizer step after it.
 
     Args:
-        memory: bytes at the moment of the peak, by kind: weights, gradients, optimizer,
-            gathered (whole weights and gradients on their way from and to the ranks that keep
-            them), activations and temporary.
-        phase: when the peak is: forward, backward or optimizer.
-        parameters, trained: numbers of the whole model, all ranks together.
-        trained_bytes: of this rank's gradients.
-        flops: of the trained network, by stage, forward and backward.
-        computed: FLOPs with what is computed twice to save memory, and with other networks.
-        samples: of the micro-batch.
-        tokens: that the LLM learns from; without an LLM, those of the captions.
+        memory: bytes at the moment of the peak, by kind: weights, gradients, optimizer, gathered
+            (whole weights and gradients during communication between ranks), activations and
+            temporary.
+        phase: phase of the peak: forward, backward or optimizer.
+        parameters, trained: numbers of all and of trained parameters, over all ranks.
+        trained_bytes: bytes of this rank's gradients.
+        flops: forward and backward FLOPs of the trained network, by component.
+        computed: all FLOPs, with activation checkpointing and other networks.
+        samples: samples of the micro-batch.
+        tokens: tokens that the LLM is trained on; without an LLM, tokens of the captions.
     """
 
     memory: dict[str, int]
@@ -70,15 +70,19 @@ def rehearse(
     accumulation: int = 1,
     clip: float | None = None,
 ) -> Rehearsal:
-    """Builds the module's model for one of `ranks` ranks and takes a step after the first.
+    """Builds the module's model for one of `ranks` ranks and measures its second step.
 
-    A later step, because from then on the optimizer's state is there, and, as Lightning has it,
-    the gradients of the step before until the forward is done. What a trainer would have told the
-    module, its mesh and its `precision`, is set on the module itself.
+    From the second step on, the optimizer's state exists. Lightning also keeps the gradients of the
+    previous step until the forward is done. The device mesh and `precision`, which a trainer would
+    give to the module, are set on the module itself.
 
     Args:
-        make_batch: of what the network is and the mode in which frames are fake.
-        clip: the norm that gradients are clipped to.
+        module: the module to measure.
+        make_batch: makes a batch from the network and the mode in which frames are fake.
+        ranks: number of ranks.
+        sharded: whether the ranks shard the model (FSDP2).
+        accumulation: micro-batches per optimizer step.
+        clip: norm to clip gradients to.
     """
     with _fake_group(ranks), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*You are trying to `self.log.*")
@@ -88,7 +92,7 @@ def rehearse(
             module._device_mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=names)
         with module.precision.tensor_init_context(), torch.device("meta"):
             module.configure_model()
-            module.precision.convert_module(module)  # fake weights cannot be
+            module.precision.convert_module(module)  # now, as fake weights cannot be converted
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake:
             for held in (module, *module.beside()):
@@ -99,7 +103,7 @@ def rehearse(
 
 
 def _fill(module: nn.Module) -> None:
-    """Gives what is on the meta device a place on the CPU; tied weights stay tied."""
+    """Replaces tensors on the meta device by empty CPU tensors. Tied weights stay tied."""
     if any(isinstance(part, FSDPModule) for part in module.modules()):
         module.to_empty(device="cpu")
         return
@@ -173,5 +177,5 @@ def _fake_group(ranks: int) -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
-        # What PyTorch remembers of sharded operators names the fake rank, also to a later group.
+        # PyTorch's cache of sharded operators names the fake rank and would affect a later group.
         _clear_sharding_prop_cache()

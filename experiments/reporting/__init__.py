@@ -1,1 +1,1 @@
-"""Tables, plots and pages made from run directories."""
+"""Makes tables and plots from run directories."""

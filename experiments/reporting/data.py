@@ -1,4 +1,4 @@
-"""Run directories -> runs: everything a report reads from disk."""
+"""Reads run directories: everything that a report needs from disk."""
 
 import json
 from collections.abc import Iterator
@@ -14,12 +14,13 @@ from lightning_modules.metrics.bootstrap import MeanInterval
 #: Stands for a value that a run does not have.
 ABSENT = "-"
 
-#: Folders inside a run that hold another `config.yaml`; tests of its model again are no new runs.
+#: Folders inside a run that may hold another `config.yaml`. They do not count as runs, nor does a
+#: later evaluation of the run's model.
 NOT_RUNS = {".hydra", "wandb", "checkpoints", "evaluate"}
 
 
 class Cell(NamedTuple):
-    """One question about one needle at one place of one haystack."""
+    """One square of a needle test: a question about one needle at one depth of one haystack."""
 
     frames: int
     depth: float
@@ -29,7 +30,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Needle:
-    """What the needle test of one run measured."""
+    """The result of the needle test of one run."""
 
     rotary: str
     seed: int
@@ -38,18 +39,19 @@ class Needle:
     cells: dict[str, list[Cell]]  # by condition: plain, periodic, single
     blind: MeanInterval
     ceiling: MeanInterval
-    majority: float  # what always giving the commonest answer would score
+    majority: float  # score of always giving the most common answer
     logit_change: float
     changed_at: tuple[int, float]  # frames and depth of the frame that was changed
-    computed: int  # tokens run through the LLM, the haystack's prefix shared
-    recomputed: int  # tokens had every cell been run by itself
+    computed: int  # tokens run through the LLM, with the haystack's prefix shared
+    recomputed: int  # tokens if every cell had been run by itself
 
 
 @dataclass(frozen=True)
 class Run:
     folder: Path
-    overrides: dict[str, str]  # what the command line chose; texts of values, as all of these
-    choices: dict[str, str]  # the option in use of every config group
+    # Values are texts in these three.
+    overrides: dict[str, str]  # overrides of the command line
+    choices: dict[str, str]  # the chosen option of every config group
     config: dict[str, str]  # leaves of the resolved config, by dotted key
     command: str
     versions: dict[str, str] = field(default_factory=dict)
@@ -79,7 +81,7 @@ class Run:
 
 
 def load_runs(roots: list[Path]) -> list[Run]:
-    """Every run at or below `roots`, in the order of their paths.
+    """Returns every run at or below `roots`, in the order of the paths.
 
     Raises:
         ValueError: a root is missing or holds no run, or a file of a run cannot be read.
@@ -128,12 +130,12 @@ def _run_folders(root: Path) -> Iterator[Path]:
 
 
 def _natural(parts: tuple[str, ...]) -> list[tuple[bool, int, str]]:
-    """Hydra numbers its jobs 0, 1, …, 10: the tenth comes last."""
+    """Returns a sort key of path parts that orders numbers by value: Hydra's job 10 after job 9."""
     return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and values of a config."""
+    """Yields (dotted key, value as text) of every leaf of a config."""
     yield from ((key, str(value)) for key, value in _leaf_values(node, prefix))
 
 
@@ -146,7 +148,7 @@ def _leaf_values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _versions(path: Path) -> dict[str, str]:
-    """Of packages, and the commit that ran where it was a checkout."""
+    """Returns versions of packages, and the commit if the run used a git checkout."""
     known = read_yaml(path) or {}  # JSON is YAML
     commit = {"commit": known["git_commit"]} if known.get("git_commit") else {}
     return {**known.get("versions", {}), **commit}

@@ -1,4 +1,4 @@
-"""Groups of runs -> pictures, as SVG text that needs no fonts, scripts or other files."""
+"""Draws groups of runs as SVG text that needs no fonts, scripts or other files."""
 
 import io
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from experiments.reporting.data import ABSENT, Cell, Needle, Run
 from experiments.reporting.tables import CONDITIONS, Group, conditions_of, score
 from experiments.run.files import printable
 
-#: Okabe and Ito (2008): eight colours that every kind of colour vision tells apart; without the
-#: yellow, which is too pale for a line on white.
+#: The colours of Okabe and Ito (2008), which every kind of colour vision can tell apart. Yellow is
+#: left out, because it is too pale for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "os^DvPX*"  # one more than colours, so that the pairs repeat late
-LINES = ("-", "--", ":")  # one for every turn through the colours
+MARKERS = "os^DvPX*"  # one more than colours, so that pairs of both repeat late
+LINES = ("-", "--", ":")  # one for each pass through the colours
 HEATMAP = matplotlib.colormaps["cividis"]
 
 STYLE: Any = {
@@ -48,7 +48,7 @@ STYLE: Any = {
 
 @contextmanager
 def _figure(rows: int, columns: int, width: float, height: float) -> Iterator[Figure]:
-    """A figure in the report's style, without pyplot: its global state is not wanted here."""
+    """Yields a figure in the report's style. Avoids pyplot because of its global state."""
     with matplotlib.rc_context(STYLE):
         yield Figure(figsize=(columns * width, rows * height), layout="constrained")
 
@@ -60,12 +60,12 @@ def _svg(figure: Figure) -> str:
 
 
 def plain_text(text: str) -> str:
-    """A label as it is written: `$` would begin a formula. Lines stay."""
+    """Escapes `$` in a label, which would start a formula. Keeps line breaks."""
     return "\n".join(map(printable, text.split("\n"))).replace("$", r"\$")
 
 
 def draw_all(groups: list[Group]) -> dict[str, str]:
-    """Name -> SVG, for every picture that the runs can fill."""
+    """Returns the SVG text by name of every picture for which the runs have data."""
     conditions = list(conditions_of(groups))
     pictures = {f"heatmap-{c}": heatmaps(groups, c) for c in conditions}
     if conditions:
@@ -79,7 +79,7 @@ def draw_all(groups: list[Group]) -> dict[str, str]:
 
 
 def heatmaps(groups: list[Group], condition: str) -> str:
-    """One map of frames x depth for every group, all on one colour scale from 0 to 1."""
+    """Draws a heatmap of frames x depth for each group, all on one colour scale from 0 to 1."""
     shown = [group for group in groups if _cells(group, condition)]
     everything = [cell for group in shown for cell in _cells(group, condition)]
     frames = sorted({cell.frames for cell in everything})
@@ -104,7 +104,7 @@ def heatmaps(groups: list[Group], condition: str) -> str:
 
 
 def save_heatmap(needle: Needle, path: Path) -> Path:
-    """One run's maps as a PNG, a condition each, on the scale of all other maps."""
+    """Saves one run's heatmaps as a PNG, one for each condition, on the common colour scale."""
     conditions = list(needle.cells)
     everything = [cell for cells in needle.cells.values() for cell in cells]
     frames = sorted({cell.frames for cell in everything})
@@ -123,9 +123,9 @@ def save_heatmap(needle: Needle, path: Path) -> Path:
 
 
 def save_stages(runs: list[Run], path: Path) -> Path:
-    """Loss curves of runs that started from one another, side by side as they followed, as a PNG.
+    """Saves a PNG with the loss curves of runs that continue one another, side by side.
 
-    A loss is that of its stage alone: each has an axis of its own.
+    Losses of different stages are not comparable, so each stage has its own axis.
     """
     with _figure(1, len(runs), 3.6, 2.9) as figure:
         axes = figure.subplots(1, len(runs), squeeze=False)[0]
@@ -148,7 +148,7 @@ def _cells(group: Group, condition: str) -> list[Cell]:
 
 
 def cell_means(cells: list[Cell], frames: list[int], depths: list[float]) -> np.ndarray:
-    """Mean over needles and seeds, depths down, frames across; NaN where nothing was asked."""
+    """Returns the mean over needles and seeds (depths x frames), NaN for cells without results."""
     total = np.zeros((len(depths), len(frames)))
     found = np.zeros_like(total)
     for cell in cells:
@@ -165,10 +165,10 @@ def _heatmap(ax: Axes, grid: np.ndarray, frames: list[int], depths: list[float])
     ax.set_xticks(np.arange(len(frames)) + 0.5, [str(f) for f in frames])
     ax.set_yticks(np.arange(len(depths)) + 0.5, [f"{depth:.0%}" for depth in depths])
     ax.tick_params(length=0)
-    if not ax.yaxis_inverted():  # axes share y: depth grows downwards, and only once
+    if not ax.yaxis_inverted():  # depth grows downwards; the axes share y, so invert it once
         ax.invert_yaxis()
     ax.spines[:].set_visible(False)
-    if len(frames) > 9:  # numbers in cells that narrow cannot be read
+    if len(frames) > 9:  # the cells are too narrow for readable numbers
         return
     for (row, column), value in np.ndenumerate(grid):
         text = ABSENT if np.isnan(value) else f"{value:.2f}".lstrip("0") if value < 1 else "1"
@@ -188,7 +188,7 @@ def _training_range(group: Group) -> tuple[int, int]:
 
 
 def accuracy_by_length(groups: list[Group], conditions: list[str]) -> str:
-    """One line for every group, its 95 % band over needles, and what blind guessing gets."""
+    """Draws each group's line with its 95 % band over needles, and the score of blind guessing."""
     shown = [group for group in groups if group.tested]
     with _figure(1, len(conditions), 5.6, 3.7) as figure:
         axes = figure.subplots(1, len(conditions), squeeze=False, sharey=True)[0]
@@ -233,7 +233,7 @@ def _length_axis(ax: Axes, lengths: list[int], trained: tuple[int, int]) -> None
 
 
 def loss_curves(groups: list[Group], names: list[str]) -> str:
-    """One thin line for every run, in the colour of its group."""
+    """Draws one thin line for each run, in the colour of its group."""
     with _figure(1, len(names), 5.6, 3.3) as figure:
         axes = figure.subplots(1, len(names), squeeze=False)[0]
         for ax, name in zip(axes, names, strict=True):
@@ -250,7 +250,7 @@ def loss_curves(groups: list[Group], names: list[str]) -> str:
 
 
 def _legend(figure: Figure, axes: list[Axes]) -> None:
-    """One legend below all axes, with as many columns as its longest label leaves room for."""
+    """Draws one legend below all axes. The longest label decides the number of columns."""
     handles = {
         label: handle
         for ax in axes
@@ -261,6 +261,6 @@ def _legend(figure: Figure, axes: list[Axes]) -> None:
 
 
 def _smooth(points: list[tuple[int, float]], most: int = 120) -> np.ndarray:
-    """Means of at most `most` stretches of equal length, so that noise does not hide the course."""
+    """Returns (steps, values) as means of at most `most` equal parts, to smooth out noise."""
     parts = np.array_split(np.array(points, dtype=float), min(most, len(points)))
     return np.array([part.mean(axis=0) for part in parts]).T

@@ -1,4 +1,4 @@
-"""Runs -> what a report says of them: axes, ranking, canaries, sentences."""
+"""Computes the content of a report from runs: factors, ranking, canaries and sentences."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from experiments.command.overrides import short_keys
 from experiments.reporting.data import ABSENT, Cell, Needle, Run
 from lightning_modules.metrics.bootstrap import MeanInterval, bootstrap_interval
 
-#: What is written of the conditions that ship; others go by their own name.
+#: Titles of the shipped conditions. Other conditions are titled by their name.
 CONDITIONS = {
     "plain": "V-NIAH, no distractors",
     "periodic": "V-NIAH-D, periodic distractors",
@@ -16,10 +16,10 @@ CONDITIONS = {
 }
 REACHES = {"within": "at training length", "beyond": "beyond it"}
 
-#: Where a run lies and what it is called changes nothing about it.
+#: Keys that cannot be factors, because they do not change results.
 NOT_AXES = ("hydra", "paths", "logger", "callbacks")
 
-#: A logit that moves less than this, after a frame was replaced, has not seen the frame.
+#: Least change of a logit, after a frame was replaced, that shows that the model sees the frame.
 LEAST_LOGIT_CHANGE = 1e-5
 
 
@@ -30,11 +30,11 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one setting, which differ in their seed alone."""
+    """The runs of one setting, which differ only in their seed."""
 
     label: str
     runs: list[Run]
-    index: int  # the same colour in every chart
+    index: int  # decides the group's colour in every chart
 
     @property
     def tested(self) -> list[Run]:
@@ -42,7 +42,12 @@ class Group:
 
 
 class SeededScore(NamedTuple):
-    """`interval` is over needles, all seeds together; `seeds` has the mean of each seed."""
+    """A mean score over seeds.
+
+    Attributes:
+        interval: mean and confidence interval over needles, with all seeds pooled.
+        seeds: mean of each seed.
+    """
 
     interval: MeanInterval
     seeds: list[float]
@@ -67,10 +72,10 @@ class Canary(NamedTuple):
 
 
 def ablated_axes(runs: list[Run]) -> list[str]:
-    """Keys whose value differs between the runs, `seed` last.
+    """Returns the factors: keys whose value differs between the runs, `seed` last.
 
-    What the command lines chose comes first. Only where that is the same everywhere (a yaml was
-    edited between two runs) are the leaves of the resolved configs compared.
+    Compares the choices of the command lines first. If they are all equal (a yaml was edited
+    between two runs), compares the leaves of the resolved configs.
     """
     chosen = dict.fromkeys(key for run in runs for key in (*run.choices, *run.overrides))
     leaves = dict.fromkeys(key for run in runs for key in run.config)
@@ -86,7 +91,7 @@ def ablated_axes(runs: list[Run]) -> list[str]:
 
 
 def group_runs(runs: list[Run], axes: list[str]) -> list[Group]:
-    """Runs that differ only in their seed, in the order they were found."""
+    """Groups the runs that differ only in their seed. Groups and runs keep their order."""
     settings = [axis for axis in axes if axis != "seed"]
     members: dict[str, list[Run]] = {}
     short = short_keys(settings)
@@ -100,7 +105,7 @@ def group_runs(runs: list[Run], axes: list[str]) -> list[Group]:
 
 
 def conditions_of(groups: list[Group]) -> dict[str, str]:
-    """Every condition that a run was tested under, and its title; those that ship come first."""
+    """Returns the title of each condition that a run was tested under, shipped ones first."""
     runs = [run.needle for group in groups for run in group.tested if run.needle]
     tested = dict.fromkeys(name for needle in runs for name, cells in needle.cells.items() if cells)
     names = [name for name in dict.fromkeys([*CONDITIONS, *tested]) if name in tested]
@@ -108,7 +113,7 @@ def conditions_of(groups: list[Group]) -> dict[str, str]:
 
 
 def columns_of(groups: list[Group]) -> list[Column]:
-    """Conditions and reaches of which at least one run has a cell."""
+    """Returns the pairs of condition and reach for which at least one run has a cell."""
     columns = [Column(name, reach) for name in conditions_of(groups) for reach in REACHES]
     return [c for c in columns if any(cells_of(run, c) for g in groups for run in g.tested)]
 
@@ -125,7 +130,7 @@ def cells_of(run: Run, column: Column) -> list[Cell]:
 
 
 def rank(groups: list[Group]) -> list[Row]:
-    """One row for every group that was tested, the best mean over all cells first."""
+    """Returns one row for each tested group, the best mean over all cells first."""
     columns = columns_of(groups)
     rows = []
     for group in groups:
@@ -150,7 +155,7 @@ def rank(groups: list[Group]) -> list[Row]:
 
 
 def score(by_seed: list[list[Cell]]) -> SeededScore | None:
-    """Mean over the cells of all seeds; its interval draws needles, not cells."""
+    """Returns the mean over the cells of all seeds. The bootstrap draws needles, not cells."""
     cells = [cell for seed in by_seed for cell in seed]
     if not cells:
         return None
@@ -159,12 +164,12 @@ def score(by_seed: list[list[Cell]]) -> SeededScore | None:
 
 
 def _percent(share: float) -> str:
-    """Rounded as the table rounds it: 0.805 is 0.81 there, and so 81 % here."""
+    """Formats a share in percent, rounded as in the table: 0.81 there is 81 % here."""
     return f"{float(f'{share:.2f}'):.0%}"
 
 
 def headline(rows: list[Row]) -> str:
-    """The answer in a sentence or two."""
+    """Returns the result of the report in one or two sentences."""
     if not rows:
         return "No run has been tested yet."
     best = rows[0]
@@ -185,7 +190,7 @@ def headline(rows: list[Row]) -> str:
 
 
 def cautions(runs: list[Run]) -> list[str]:
-    """What a reader must know before comparing the rows."""
+    """Returns warnings that a reader must know before comparing the rows."""
     notes = [f"No result of {run.folder}: {run.status}." for run in runs if not run.needle]
     notes += [
         f"The canary “{canary.name}” fails for {run.folder}: read the canaries before the ranking."

@@ -1,1 +1,1 @@
-"""What programs share of a run: composing it, its processes, its lock, reading it again."""
+"""Code for runs that the programs share: composing, processes, the lock, and reading results."""

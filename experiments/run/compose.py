@@ -1,4 +1,4 @@
-"""What the programs share: a composed config in, its objects out."""
+"""Builds the objects of a composed config, for all programs."""
 
 import logging
 import os
@@ -34,22 +34,22 @@ _USER_ERRORS = (ValueError, OSError, BadSampleError, OmegaConfBaseException)
 
 
 def axes(config: DictConfig) -> dict[str, Any]:
-    """The option of every config group, and the seed: what runs of an ablation are grouped by."""
+    """Returns the option of each config group and the seed, which group the runs of an ablation."""
     choices = HydraConfig.get().runtime.choices
     named = {group: str(option) for group, option in choices.items() if "hydra" not in group}
     return {**named, "seed": config.seed}
 
 
 def plain(node: Any) -> Any:
-    """A config node as plain containers, every interpolation resolved."""
+    """Returns a config node as plain containers with all interpolations resolved."""
     return OmegaConf.to_container(node, resolve=True)
 
 
 def build(node: Any, what: str, **arguments: Any) -> Any:
-    """Hydra's instantiate, its errors in one line that names `what`.
+    """Calls Hydra's `instantiate` and turns its errors into one line that names `what`.
 
     Raises:
-        ValueError: whatever went wrong.
+        ValueError: the object cannot be built.
     """
     try:
         return instantiate(node, _convert_="all", **arguments)
@@ -59,18 +59,19 @@ def build(node: Any, what: str, **arguments: Any) -> Any:
 
 
 def build_all(group: Any, what: str) -> list[Any]:
-    """The objects of a group such as `callbacks`; a node set to null is left out."""
+    """Builds the objects of a group such as `callbacks`. Nodes that are null are left out."""
     return [build(node, f"{what}.{name}") for name, node in (group or {}).items() if node]
 
 
 def share_steps(trainer: Trainer, datamodule: VideoDataModule) -> None:
-    """Has each rank take so many micro-batches a step that a step is `data.global_batch_size`.
+    """Sets gradient accumulation so that one optimizer step takes `data.global_batch_size` samples.
 
-    From then on the trainer validates every `trainer.val_check_interval` optimizer steps, where
-    that is a whole number; Lightning counts micro-batches of one rank.
+    Also converts a whole `trainer.val_check_interval` from optimizer steps to micro-batches of one
+    rank, because Lightning counts those.
 
     Raises:
-        ValueError: batches and ranks do not divide it, or the trainer was told something else.
+        ValueError: micro-batches and ranks do not divide the global batch size, or a setting of the
+            trainer contradicts it.
     """
     ranks = data_rank(trainer)[1]
     try:
@@ -110,22 +111,22 @@ def print_config(config: DictConfig) -> None:
 
 
 def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Ends the program with a line and no traceback where the user can put it right.
+    """Decorates `main`: errors that the user can fix end the program with one line, no traceback.
 
-    In a multirun the other jobs go on, and the program fails at the end. However a job ends, its
-    W&B run ends with it, so that the next job does not log into it.
+    In a multirun the other jobs continue, and the program fails at the end. The W&B run of a job
+    always ends with the job, so that the next job does not log into it.
 
-    Exit codes: 1 for a mistake, 130 after Ctrl-C, and 75 after a signal of the scheduler, which
-    has been asked to start the same command again.
+    Exit codes: 1 for an error, 130 after Ctrl-C, and 75 after a signal of the scheduler, which has
+    then been asked to requeue the job.
     """
 
     @wraps(main)
     def guarded(config: DictConfig) -> Any:
-        # Lightning's own use of a class that PyTorch is renaming.
+        # Lightning uses a class that PyTorch is renaming.
         warnings.filterwarnings("ignore", r".*LeafSpec.*", category=FutureWarning)
-        # On a login node, or in a job of a multirun that is started without srun.
+        # This comes on a login node, or in a job of a multirun that is started without srun.
         warnings.filterwarnings("ignore", r"The `srun` command is available")
-        # A run without validation data is what was asked for.
+        # A run without validation data is intended.
         warnings.filterwarnings("ignore", r"Total length of `list` across ranks is zero")
         failed = 1
         try:
@@ -139,7 +140,7 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
             sys.exit(process.exit_code(130, rank_zero_only.rank))
         except Exception as error:
             if signals.received not in (None, "SIGINT"):
-                # A scheduler tells all processes of a job, and W&B's own may go first.
+                # A scheduler signals all processes of a job. The W&B process may exit first.
                 logger.warning("after %s: %r", signals.received, error)
                 _leave(signals.received)
             if not isinstance(error, _USER_ERRORS) and not is_out_of_memory(error):
@@ -161,7 +162,7 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
 
 
 def _leave(reason: str) -> NoReturn:
-    _finish_wandb(os.EX_TEMPFAIL, preempted=True)  # before the scheduler is asked, who then kills
+    _finish_wandb(os.EX_TEMPFAIL, preempted=True)  # before the requeue, which kills the job
     sys.exit(process.leave(reason, rank_zero_only.rank))
 
 

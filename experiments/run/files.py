@@ -1,4 +1,4 @@
-"""Files and texts of run directories, which may come from anybody. Imports no torch."""
+"""Reads files of run directories safely, because anybody may have made them. Imports no torch."""
 
 import csv
 import os
@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
-#: Name of the config that a launcher leaves for a job, in .hydra/ of the run directory.
+#: Name of the config that a launcher writes for a job, in .hydra/ of the run directory.
 FROZEN = "frozen"
 
-#: Folders of a run directory whose files its programs write.
+#: Subfolders of a run directory in which the programs write files.
 _FOLDERS = (".hydra", "checkpoints")
 
-#: Limits of a YAML file. A config of ours has some kilobytes, ten levels and no aliases.
+#: Limits of a YAML file. Our own configs have a few kilobytes, ten levels and no aliases.
 _MAX_BYTES = 4_000_000
 _MAX_DEPTH = 100
 
@@ -26,8 +26,8 @@ def inside(folder: Path, name: str) -> Path:
     """Returns `folder / name`.
 
     Raises:
-        ValueError: it is a link that leads out of the folder. What lies there is not the run's to
-            show, and not the run's to be written over.
+        ValueError: the path is a link that leads out of the folder. The run must neither show nor
+            overwrite a file outside.
     """
     path = folder / name
     try:
@@ -40,11 +40,11 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_files(folder: Path) -> None:
-    """Checks what lies in a run directory before a program opens files there.
+    """Checks the entries of a run directory before a program opens files there.
 
     Raises:
-        ValueError: a link leads out to a file or to nothing, so that the run would write over what
-            is not its own; or something is no file, such as a pipe that nobody else opens.
+        ValueError: a link leads out of the directory or to nothing, so that the run could overwrite
+            foreign files; or an entry is neither file nor folder, such as a pipe.
     """
     for name in ("", *_FOLDERS):
         for entry in _entries(folder / name):
@@ -56,15 +56,15 @@ def check_files(folder: Path) -> None:
 
 
 def open_file(path: Path, flags: int) -> int:
-    """Returns a descriptor of the file at `path`, which is not a link.
+    """Opens the file at `path` and returns its descriptor. Never follows a link.
 
     Args:
-        flags: those of `os.open`.
+        flags: flags of `os.open`.
 
     Raises:
-        ValueError: it is a link, or no file. A pipe is not waited for.
+        ValueError: the path is a link or not a regular file. Never waits for a pipe.
     """
-    # Looked at before it is opened: opening a device may do something.
+    # Checked before opening, because opening a device may have effects.
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ValueError(f"{path} is a link or no file: remove it")
     file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
@@ -75,11 +75,11 @@ def open_file(path: Path, flags: int) -> int:
 
 
 def read_yaml(path: Path) -> Any:
-    """Returns what a YAML file of a run directory holds, None where there is no such file.
+    """Returns the content of a YAML file of a run directory, or None if there is no such file.
 
     Raises:
-        ValueError: it is damaged, or it is not what our programs write: it has aliases, which can
-            stand for billions of nodes, or it is too large or too deep.
+        ValueError: the file is damaged, or our programs cannot have written it: it is too large or
+            too deep, or it has aliases, which can stand for billions of nodes.
     """
     if not path.is_file():
         return None
@@ -112,14 +112,14 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def printable(text: str) -> str:
-    """The text in one line, without characters that a terminal takes for commands."""
+    """Returns the text in one line, without control characters of a terminal."""
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.splitlines()))
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Returns (step, value) of every metric of a `metrics.csv`.
+    """Returns the (step, value) pairs of each metric in a `metrics.csv`.
 
-    Lightning writes one row for every kind of metric, empty where the others stand.
+    Lightning writes one row per kind of metric. The cells of the other metrics are empty.
     """
     curves: dict[str, list[tuple[int, float]]] = {}
     if path.is_file():

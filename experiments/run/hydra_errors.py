@@ -1,7 +1,7 @@
-"""Ends a program of Hydra's in one line where its command line asks for what is not there.
+"""Ends a Hydra program with one line if its command line names keys or options that do not exist.
 
-Hydra prints such an error in several lines, and how to see a traceback below each. It leaves no
-other place to change that than the function which prints them.
+Hydra prints several lines for such an error, with a hint about tracebacks. The only place to change
+that is Hydra's function that prints them.
 """
 
 import functools
@@ -20,12 +20,12 @@ from experiments.run.process import fail, process_rank
 
 _UNKNOWN = re.compile(r"Could not override '(?P<key>.*)'\.\nTo append to your config use \+(.*)")
 
-#: How alike two keys, and their last parts, are where one may be misspelt; 1 is equal.
+#: Least similarity of two keys, and of their last parts, for a spelling suggestion. 1 is equal.
 _ALIKE = 0.75
 
 
 def hydra_errors_in_one_line(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates what `hydra.main` returns. `HYDRA_FULL_ERROR=1` shows tracebacks, as ever."""
+    """Decorates the result of `hydra.main`. `HYDRA_FULL_ERROR=1` still shows tracebacks."""
     report = utils.run_and_report
 
     def run(func: Callable[[], Any]) -> Any:
@@ -51,7 +51,7 @@ def _in_one_line(func: Callable[[], Any]) -> Any:
 
 
 def describe(error: CompactHydraException) -> str:
-    """Returns what is wrong: one line, or more where a multirun lists its failed jobs."""
+    """Returns the error message: one line, or several if a multirun lists its failed jobs."""
     text = str(error).strip()
     if not isinstance(error, (ConfigCompositionException, OverrideParseException)):
         return text
@@ -65,12 +65,12 @@ def describe(error: CompactHydraException) -> str:
         return f"error: {word} sets a key that is not there: {meant}add it with +{word}"
     if isinstance(cause, OmegaConfBaseException):
         text = f"{text}: {str(cause).strip().splitlines()[0]}"
-    text = text.partition("\nConfig search path:")[0]  # ropelab-train --info searchpath has it
+    text = text.partition("\nConfig search path:")[0]  # ropelab-train --info searchpath shows it
     return f"error: {' '.join(text.split())}"
 
 
 def _nearest(key: str, known: list[str]) -> str | None:
-    """Returns the known key that is spelt most alike, else one whose last part is the same."""
+    """Returns the known key with the most similar spelling, else one with the same last part."""
     last = key.rpartition(".")[2]
     ends = {other: other.rpartition(".")[2] for other in known}
     same_end = [other for other, end in ends.items() if end == last]
@@ -80,7 +80,7 @@ def _nearest(key: str, known: list[str]) -> str | None:
 
 
 def _keys_beside(error: OmegaConfBaseException) -> Iterator[str]:
-    """Dotted keys of the config in which a key was not found."""
+    """Yields the dotted keys of the config in which a key was not found."""
     if error.parent_node is not None:
         root = OmegaConf.to_container(error.parent_node._get_root(), throw_on_missing=False)
         yield from (key for key in _keys(root) if key.partition(".")[0] != "hydra")

@@ -1,12 +1,15 @@
-"""One process at a time trains in a run directory: `take` takes its lock, `holder` asks who has it.
+"""Locks a run directory so that one process at a time trains in it.
 
-The lock is the kernel's, on the file `run.lock`: it ends with its process, however that dies.
-It is a POSIX record lock (`lockf`), which also holds across the machines of a network file system.
-`flock` is another kind of lock: neither sees the other, and forked DataLoader workers inherit it,
-so that it would outlive a killed run by seconds. Nothing else in the project may lock this file.
+`take` takes the lock. `holder` returns the process that has it.
 
-A process loses a POSIX lock as soon as it closes any of its file descriptors of the file. So the
-process that has taken a lock must not call `holder` on the same directory.
+The kernel holds the lock, on the file `run.lock`, and releases it when the process ends in any way.
+It is a POSIX record lock (`lockf`), which also works between machines on a network file system.
+`flock` is another kind of lock, and the two kinds ignore each other. Forked DataLoader workers
+inherit an `flock`, so it would outlive a killed run by seconds. Nothing else in the project may
+lock this file.
+
+A process loses a POSIX lock when it closes any of its file descriptors of the file. So a process
+that has taken a lock must not call `holder` on the same directory.
 """
 
 import errno
@@ -21,19 +24,20 @@ from typing import Any
 from experiments.run.files import check_files, open_file
 
 _NAME = "run.lock"
-_PATIENCE_S = 2.0  # whoever looks for a holder holds the lock for a moment too
+_PATIENCE_S = 2.0  # `holder` in another process also takes the lock for a moment
 
 
 def take(folder: Path) -> None:
-    """Takes the lock of a run directory until this process ends, and writes into it who that is.
+    """Takes the lock of a run directory until this process ends, and records the process in it.
 
-    Where the file system has no locks, no lock is taken and the file is removed.
+    If the file system has no locks, no lock is taken and the file is removed.
 
     Raises:
-        ValueError: another process holds it, or the directory has what a run must not open.
+        ValueError: another process holds the lock, or the directory has an entry that a run must
+            not open.
     """
     check_files(folder)
-    file = open_file(folder / _NAME, os.O_RDWR | os.O_CREAT)  # closed with the process
+    file = open_file(folder / _NAME, os.O_RDWR | os.O_CREAT)  # closed when the process ends
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
@@ -47,7 +51,7 @@ def take(folder: Path) -> None:
             os.close(file)
             if held:
                 raise ValueError(_refusal(folder)) from None
-            (folder / _NAME).unlink(missing_ok=True)  # it would say that nobody trains here
+            (folder / _NAME).unlink(missing_ok=True)  # an unlocked file means that nobody trains
             return
     about = {
         "host": socket.gethostname(),
@@ -60,12 +64,12 @@ def take(folder: Path) -> None:
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
-    """Returns what `take` wrote of the process that has the lock now, None where nobody has it.
+    """Returns what `take` recorded about the process that holds the lock, or None if it is free.
 
-    The process may run on another machine. It is not this one: see the head of the module.
+    The process may run on another machine. It must not be this process: see the module docstring.
 
     Raises:
-        ValueError: the lock is a link or no file.
+        ValueError: the lock file is a link or not a regular file.
     """
     try:
         with os.fdopen(open_file(folder / _NAME, os.O_RDONLY)) as file:
@@ -79,7 +83,7 @@ def holder(folder: Path) -> dict[str, Any] | None:
 
 
 def describe(about: dict[str, Any]) -> str:
-    """Names the process that `holder` returned, for people."""
+    """Returns a readable name of the process that `holder` returned."""
     job = f", SLURM job {about['slurm_job_id']}" if about.get("slurm_job_id") else ""
     return f"process {about.get('pid', '?')} on {about.get('host', '?')}{job}"
 

@@ -1,4 +1,4 @@
-"""What a process does last on a machine that may be taken away."""
+"""Exit codes, signals and requeues of processes, and checks of how many processes were started."""
 
 import logging
 import math
@@ -13,22 +13,23 @@ from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that other ranks give rank 0 to say why all of them end.
+#: Seconds that the other ranks wait for rank 0 to print the error.
 _PATIENCE_S = 5.0
 _PARENT = os.getppid()
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def leave(reason: str, rank: int) -> int:
-    """The exit code of a process that was told to go before it was finished.
+    """Returns the exit code of a process that was stopped before its end; requeues a SLURM job.
 
-    It is 75 (EX_TEMPFAIL): come back later. In a batch job of SLURM rank 0 asks for the job to be
-    queued again, unless the user has cancelled it. Everything must have been saved before, for
-    SLURM then kills what is left of the job.
+    The code is 75 (EX_TEMPFAIL, "try again later"). In a SLURM batch job, rank 0 requeues the job
+    unless the user has cancelled it. Save everything before: SLURM then kills the rest of the job.
 
-    `reason` goes into the log alone, `rank` is the global one.
+    Args:
+        reason: text for the log.
+        rank: global rank.
     """
-    for number in _SIGNALS:  # a job that is queued again is killed, which is no news
+    for number in _SIGNALS:  # SLURM signals a requeued job again, and this process ends anyway
         signal.signal(number, signal.SIG_IGN)
     job = _slurm_job()
     if job and rank == 0:
@@ -37,30 +38,34 @@ def leave(reason: str, rank: int) -> int:
 
 
 def exit_code(code: int, rank: int) -> int:
-    """`code`, or 0 where it would do harm.
+    """Returns `code` on rank 0 and under torchrun, else 0.
 
-    Rank 0 is killed as soon as another rank ends with a code that is not 0, by Lightning that has
-    started it or by srun --kill-on-bad-exit; torchrun goes by the codes of all.
+    Lightning and srun --kill-on-bad-exit kill rank 0 as soon as another rank ends with a nonzero
+    code. Only torchrun needs the codes of all ranks.
     """
     return 0 if rank and "TORCHELASTIC_RUN_ID" not in os.environ else code
 
 
 def fail(line: str, rank: int) -> NoReturn:
-    """Ends a process of a program that is refused; all of its ranks together say one line.
+    """Ends this process with an error line that only one rank prints.
 
-    Rank 0 says it. The others wait, for rank 0 is killed as soon as one of them ends: see
-    `exit_code`. Whoever started them ends them meanwhile. Where nobody did, rank 1 says it too.
+    Rank 0 prints it. The other ranks wait, because rank 0 may be killed when one of them ends (see
+    `exit_code`). Usually their parent ends them meanwhile. If it does not, rank 1 prints the line
+    too.
     """
     deadline = time.monotonic() + (_PATIENCE_S if rank else 0)
     while time.monotonic() < deadline:
-        if os.getppid() != _PARENT:  # rank 0 of Lightning's, which has ended
+        if os.getppid() != _PARENT:  # the parent was Lightning's rank 0, and it has ended
             sys.exit(1)
         time.sleep(0.1)
     sys.exit(line if rank < 2 else 1)
 
 
 def leave_on_signals() -> None:
-    """From now on, until other handlers are set: a process that starts has nothing to save."""
+    """Makes stop signals end the process at once. While it starts it has nothing to save.
+
+    Handlers that are set later replace this.
+    """
     for number in _SIGNALS:
         signal.signal(number, _leave_at_once)
 
@@ -70,11 +75,11 @@ def _leave_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def requeue(job: str) -> str:
-    """Has the running batch job `job` queued again where that may be; says what became of it."""
+    """Requeues the running batch job `job` if allowed, and returns a line about the result."""
     shown = _scontrol("show", "job", "-o", job)
     field = dict(re.findall(r"(\w+)=(\S*)", shown.stdout))
-    # A preempted job is RUNNING until its grace is over. One that was cancelled, or queued again by
-    # somebody else, is COMPLETING; so is one whose time is over, which has run as long as it may.
+    # A preempted job is RUNNING until its grace time ends. A job that was cancelled or requeued by
+    # somebody else is COMPLETING. So is a job at its time limit: its run time equals the limit.
     ending = field.get("JobState", "RUNNING") not in ("RUNNING", "SUSPENDED", "STOPPED", "TIMEOUT")
     if ending and _seconds(field["RunTime"]) < _seconds(field["TimeLimit"]):
         return f"job {job} was cancelled, and stays so"
@@ -88,7 +93,7 @@ def requeue(job: str) -> str:
 
 
 def _seconds(duration: str) -> float:
-    """Of `[days-]hours:minutes:seconds`; anything else, such as UNLIMITED, never ends."""
+    """Converts `[days-]hours:minutes:seconds` to seconds. Other text (UNLIMITED) is infinity."""
     parts = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", duration)
     if parts is None:
         return math.inf
@@ -97,20 +102,20 @@ def _seconds(duration: str) -> float:
 
 
 def process_rank() -> int:
-    """The global rank of this process before anything distributed is set up."""
+    """Returns the global rank of this process, before torch.distributed is set up."""
     names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 def launched_tasks() -> int:
-    """How many processes torchrun, srun or mpirun started this program as.
+    """Returns the number of processes that torchrun, srun or mpirun started.
 
-    1 for a program that was typed, also in a shell that SLURM has opened on a node.
+    It is 1 for a program that a user typed, also in a shell that SLURM opened on a node.
     """
     tasks = "RANK" in os.environ and os.environ.get("WORLD_SIZE")
     if not tasks and "SLURM_PROCID" in os.environ:
-        # Of the step, which only srun sets: a batch script and the shell of salloc have one task.
-        # Lightning, too, takes a job of these names for a shell.
+        # Tasks of the SLURM step, which only srun sets. A batch script and the shell of salloc have
+        # one task. Lightning also treats jobs with these names as shells.
         shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
         tasks = None if shell else os.environ.get("SLURM_STEP_NUM_TASKS")
     tasks = tasks or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1"
@@ -118,13 +123,13 @@ def launched_tasks() -> int:
 
 
 def refuse_lone_ranks(world_size: int = 1) -> None:
-    """Refuses several processes of a program that does not share its work among them.
+    """Refuses several processes if the program does not share its work among them.
 
     Args:
-        world_size: processes that the program shares its work among.
+        world_size: number of processes that share the work.
 
     Raises:
-        ValueError: each of the processes would do the same work, and write the same files.
+        ValueError: each process would do the same work and write the same files.
     """
     tasks = launched_tasks()
     if world_size > 1 or tasks == 1:
@@ -137,14 +142,14 @@ def refuse_lone_ranks(world_size: int = 1) -> None:
 
 
 def run_alone(program: str) -> None:
-    """Ends a program that is one process if torchrun or srun started several; else does nothing."""
+    """Ends a single-process program with an error if torchrun or srun started several processes."""
     if (tasks := launched_tasks()) > 1:
         line = f"error: {program} is one process, {tasks} were started: leave torchrun or srun out"
         fail(line, process_rank())
 
 
 def _slurm_job() -> str | None:
-    """The job this process is part of; a task of an array by itself, not the whole array."""
+    """Returns the SLURM job of this process; in an array, the one task and not the whole array."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")

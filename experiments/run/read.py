@@ -1,4 +1,4 @@
-"""Run directories -> what has become of each. Reads small files alone, and imports no torch."""
+"""Reads the states of run directories. Reads only small files, and imports no torch."""
 
 import json
 import shutil
@@ -14,25 +14,25 @@ from experiments.command.overrides import DELETED, read_overrides, show_value
 from experiments.run import lock
 from experiments.run.files import inside, read_yaml
 
-#: What a launcher leaves for a job, and what a job leaves once it has started.
+#: Files that mark a run directory: written by a launcher for a job, and by a job that has started.
 _MARKS = (".hydra/frozen.yaml", "config.yaml")
 
-#: Beside runs, and as large as they like.
+#: Folders that hold no runs and may be very large.
 _NOT_RUNS = {".hydra", "slurm", "wandb"}
 
-#: Overrides that change nothing about what a run computes.
+#: Overrides that do not change what a run computes.
 _NOT_AXES = ("hydra", "paths", "logger", "callbacks", "launcher", "print_config", "resume", "name")
 
-#: Of a run without a lock, where file systems have none: seconds that it may be silent.
+#: Longest time in seconds without a heartbeat for a live run on a file system without locks.
 _SILENCE_S = 60
 
 
 @dataclass(frozen=True)
 class RunState:
-    """One run directory.
+    """The state of one run directory.
 
-    `state`: done, running, stale (a process holds it, and gives no sign of life), queued, stopped
-    (by a signal, a kill or the loss of its node), failed, damaged, or not started.
+    `state` is one of: done, running, stale (a process holds the lock but writes no heartbeat),
+    queued, stopped (by a signal, a kill or the loss of its node), failed, damaged, not started.
     """
 
     folder: Path
@@ -41,14 +41,14 @@ class RunState:
     step: int | None = None
     total_steps: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    last_sign: float | None = None  # seconds since 1970
+    last_sign: float | None = None  # time of the last heartbeat, in seconds since 1970
     starts: int = 0
     reason: str = ""
 
     def value(self, axis: str) -> str | None:
-        """Returns the text of an axis's value, whether the command line said it or not.
+        """Returns the value of a factor as text, from the command line or from the config.
 
-        It is None where the run has no such key.
+        It is None if the run has no such key.
         """
         if axis in self.overrides:
             value = self.overrides[axis]
@@ -64,7 +64,7 @@ class RunState:
 
     @cached_property
     def choices(self) -> dict[str, str]:
-        """The option of every config group."""
+        """The chosen option of every config group."""
         hydra = _mapping(self.folder, ".hydra/hydra.yaml") or self._frozen
         choices = hydra.get("hydra", {}).get("runtime", {}).get("choices", {})
         return {group: show_value(v) for group, v in choices.items() if "hydra" not in group}
@@ -79,7 +79,7 @@ class RunState:
 
 
 def read_runs(roots: Iterable[Path], stale_after_s: float = 600) -> list[RunState]:
-    """Every run at or below `roots`.
+    """Returns every run at or below `roots`.
 
     Raises:
         ValueError: a root is missing or has no run.
@@ -97,7 +97,7 @@ def read_runs(roots: Iterable[Path], stale_after_s: float = 600) -> list[RunStat
 
 
 def differing_axes(runs: list[RunState]) -> dict[str, list[str | None]]:
-    """Overrides whose value is not the same in all runs, `seed` last; values in the runs' order."""
+    """Returns the overrides that differ between runs, `seed` last, with a value for each run."""
     keys = dict.fromkeys(key for run in runs for key in run.overrides)
     axes = [key for key in keys if key.partition(".")[0].partition("/")[0] not in _NOT_AXES]
     values = {axis: [run.value(axis) for run in runs] for axis in axes}
@@ -170,7 +170,7 @@ def _overrides(folder: Path) -> dict[str, Any]:
 
 
 def _live_jobs() -> set[str] | None:
-    """SLURM's jobs and array tasks of this user; None where it is not there or does not answer."""
+    """Returns the SLURM jobs and array tasks of this user, or None if squeue gives no answer."""
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
@@ -182,10 +182,10 @@ def _live_jobs() -> set[str] | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file.
+    """Reads a JSON file. The result is empty if there is no such file.
 
     Raises:
-        ValueError: it is not JSON.
+        ValueError: the file is not valid JSON.
     """
     if not path.is_file():
         return {}
@@ -198,7 +198,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _mapping(folder: Path, name: str) -> dict[str, Any]:
-    """What a file of a run holds; nothing where it cannot be read, so that others are listed."""
+    """Reads a YAML file of a run. An unreadable one counts as empty, so other runs are listed."""
     try:
         found = read_yaml(inside(folder, name))
     except (OSError, ValueError):

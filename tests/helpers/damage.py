@@ -1,4 +1,4 @@
-"""Damage to shards: from random numbers, a shard and the keys of samples that it may have touched.
+"""Damages shards at random. Each kind returns a shard and the keys of possibly damaged samples.
 
 `KINDS` holds every kind by name.
 """
@@ -42,7 +42,7 @@ def picture(kind: str) -> bytes:
 
 @cache
 def samples() -> dict[str, Members]:
-    """One of every kind, by key. No key is part of another, or of any content."""
+    """Returns one sample of every kind, by key. No key is part of another key or of any content."""
     made = {f"key-{n:02d}": make_sample(n, num_frames=6) for n in range(4)}
     videos = {
         "mkv": encode("matroska", "libx264", "yuv420p"),
@@ -60,7 +60,7 @@ def samples() -> dict[str, Members]:
 
 
 def runs(data: bytes) -> dict[str, bytes]:
-    """Headers and payloads of each sample, by key."""
+    """Returns the bytes (headers and contents) of each sample, by key."""
     offsets, fault = sample_offsets(io.BytesIO(data))
     assert fault is None
     found = [data[start:end] for start, end in pairwise(offsets)]
@@ -68,7 +68,7 @@ def runs(data: bytes) -> dict[str, bytes]:
 
 
 def untouched(data: bytes, original: bytes) -> set[str]:
-    """Samples that stand there as they were, once, and with no other member of their key."""
+    """Returns the keys of samples that are unchanged and have no further member with their key."""
     return {
         key
         for key, run in runs(original).items()
@@ -96,7 +96,7 @@ def cut(rng: random.Random, data: bytes) -> bytes:
 
 
 def lost(rng: random.Random, data: bytes) -> bytes:
-    """A piece is missing, of a length that is seen (of whole members it cannot be)."""
+    """Removes less than 512 bytes. The loss of whole members could not be detected."""
     start = rng.randrange(len(data))
     return data[:start] + data[start + rng.randrange(1, 512) :]
 
@@ -127,8 +127,10 @@ def damage_bytes(rng: random.Random) -> Damaged:
 
 
 def damage_header(rng: random.Random) -> Damaged:
-    """A field of a header says something else, and the checksum agrees. What such a header covers,
-    and its neighbours, are as the archive now says: only the others have to be as before."""
+    """Changes a field of a header, and makes the checksum match.
+
+    The samples that the new header covers and their neighbours may change. All others must stay.
+    """
     original = a_shard(rng)
     with tarfile.open(fileobj=io.BytesIO(original)) as tar:
         member = rng.choice(tar.getmembers())
@@ -162,7 +164,7 @@ def damage_header(rng: random.Random) -> Damaged:
 
 
 def damage_order(rng: random.Random) -> Damaged:
-    """Members change places, or come twice."""
+    """Swaps or repeats members."""
     original = a_shard(rng)
     with tarfile.open(fileobj=io.BytesIO(original)) as tar:
         members, ends = tar.getmembers(), [0]
@@ -180,7 +182,7 @@ def damage_order(rng: random.Random) -> Damaged:
 
 
 def damage_member(rng: random.Random, suffixes: Sequence[str], change: Callable) -> Damaged:
-    """A shard as it should be, but for the content of one member."""
+    """Makes a correct shard, except for the content of one member."""
     content = dict(samples())
     places = [
         (k, s) for k, members in content.items() for s in members if s.endswith(tuple(suffixes))
@@ -210,7 +212,7 @@ def boxes(data: bytes, start: int, end: int) -> list[tuple[int, int]]:
 
 
 def change_boxes(rng: random.Random, data: bytes) -> bytes:
-    """Numbers, names and places of an mp4's boxes."""
+    """Changes sizes, names, places or values of an MP4's boxes."""
     changed = bytearray(data)
     for _ in range(rng.choice([1, 1, 3])):
         every = boxes(bytes(changed), 0, len(changed))
@@ -226,7 +228,7 @@ def change_boxes(rng: random.Random, data: bytes) -> bytes:
             del changed[start:end]
         elif what == 3:
             changed[end:end] = changed[other:other_end]
-        else:  # any number in it, most often of a table
+        else:  # changes any number in the box, most often in a table
             at = rng.randrange(start + 8, max(end - 3, start + 9))
             at = min(start + (at - start) // 4 * 4, len(changed) - 4)
             struct.pack_into(">I", changed, at, rng.choice(EXTREMES))
@@ -234,7 +236,7 @@ def change_boxes(rng: random.Random, data: bytes) -> bytes:
 
 
 def change_json(rng: random.Random, data: bytes) -> bytes:
-    """Another value in any place."""
+    """Replaces the value at a random place."""
     entry = json.loads(data)
     odd = [None, True, -1, 1e308, float("nan"), 10**400, [], {}, [[]] * 99, {"from": "gpt"}]
     odd += ["", "\ud800", "<video>", "<image>\n" * 9, "\0", "x" * 100_000, "\ue000", "system"]

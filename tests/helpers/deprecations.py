@@ -1,12 +1,12 @@
-"""Says who is to blame for a deprecation warning: our code, or a library that calls another.
+"""Decides whether a deprecation warning comes from our code or from a library.
 
-A deprecation warning fails a test where our code makes the deprecated call, and is only listed
-where a library does. pytest's filters can tell the two apart by the module that a warning is
+A deprecation warning fails a test if our code makes the deprecated call. If a library makes it, the
+warning is only listed. pytest's filters distinguish the two by the module that a warning is
 attributed to, but libraries often attribute a warning to the wrong frame:
 
 - They leave `stacklevel` at 1, which is the deprecated function itself and not its caller.
-- Another function stands between the caller and the deprecated function and only hands the
-  arguments on, such as `torch.nn.Module.__call__` or a decorator.
+- A function between the caller and the deprecated function only passes the arguments on, such as
+  `torch.nn.Module.__call__` or a decorator.
 
 `blame_callers` replaces `warnings.warn` and attributes such warnings to the real caller. It must
 run before libraries are imported, because some of them keep a reference to `warnings.warn`.
@@ -29,14 +29,14 @@ _ORIGINAL = warnings.warn
 
 
 def filters() -> list[str]:
-    """Returns pytest filters, the later the stronger: ours are errors, others' are listed."""
+    """Returns pytest filters; later ones win. Our warnings are errors, others are listed."""
     return [f"{action}::{kind.__name__}:{module}" for action, kind, module in _rules()]
 
 
 def blame_callers() -> None:
     """Attributes deprecation warnings to the frame that makes the deprecated call.
 
-    The filters hold from here on, because pytest reads those of `filters` after conftest.py.
+    Also sets the warning filters now, because pytest reads those of `filters` after conftest.py.
     """
     warnings.warn = _warn
     for action, kind, module in _rules():
@@ -61,7 +61,7 @@ def _warn(
     frame = None
     if issubclass(kind, DEPRECATIONS) and not options:
         frame = _blamed(sys._getframe(1), stacklevel)
-    if frame is None:  # one frame more than the caller knows of: this function's
+    if frame is None:  # + 1 for the frame of this function, which the caller does not count
         _ORIGINAL(message, category, stacklevel + 1, source, **options)
         return
     warnings.warn_explicit(
@@ -76,11 +76,11 @@ def _warn(
 
 
 def _blamed(warning: FrameType, stacklevel: int) -> FrameType | None:
-    """Returns the frame that makes the deprecated call, None at the end of the stack.
+    """Returns the frame that makes the deprecated call, or None at the end of the stack.
 
     Args:
         warning: the frame that calls `warnings.warn`.
-        stacklevel: as its author has set it; 1 is read as 2.
+        stacklevel: the value from that call; 1 is read as 2.
     """
     frames = [frame for frame in _outwards(warning) if not _is_import_machinery(frame)]
     place = max(stacklevel, 2) - 1
@@ -103,15 +103,15 @@ def _is_import_machinery(frame: FrameType) -> bool:
 
 
 def _is_part(inner: FrameType, outer: FrameType) -> bool:
-    """True if `inner` runs a function that is defined inside the one that `outer` runs."""
+    """Returns whether `inner` runs a function that is defined inside the one that `outer` runs."""
     return any(constant is inner.f_code for constant in outer.f_code.co_consts)
 
 
 def _hands_on(outer: FrameType, inner: FrameType) -> bool:
-    """True if `outer` is `f(*args, **kwargs)` and calls `inner` with what it was called with.
+    """Returns whether `outer` is `f(*args, **kwargs)` and calls `inner` with its own arguments.
 
-    Of two such functions in one file, the inner one may have changed the arguments, as the hooks of
-    a `torch.nn.Module` do between `__call__` and `forward`.
+    If both are such functions in one file, the arguments may differ: the hooks of a
+    `torch.nn.Module` may change them between `__call__` and `forward`.
     """
     if not _takes_anything(outer.f_code):
         return False

@@ -1,4 +1,4 @@
-"""Small videos of any codec, container, timing, colour and orientation, made with PyAV."""
+"""Makes small videos of any codec, container, timing, colour and orientation with PyAV."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def noise(count: int, width: int = 64, height: int = 48, seed: int = 0) -> list[np.ndarray]:
-    """RGB pictures in which every frame differs from every other, in smooth patches."""
+    """Returns RGB pictures of random smooth patches, all different."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (count, height // 16, width // 16, 3), dtype=np.uint8)
     return list(small.repeat(16, axis=1).repeat(16, axis=2))
@@ -28,12 +28,13 @@ def film(
     muxer: dict[str, str] | None = None,
     **options: Any,
 ) -> bytes:
-    """A video file.
+    """Returns a video file of the given pictures.
 
     Args:
-        seconds: when each picture is shown; by `rate` otherwise.
-        last: seconds for which the last one stays.
-        options: of the encoder.
+        seconds: time of each picture; by default `rate` decides.
+        last: duration of the last picture in seconds.
+        muxer: options of the muxer.
+        options: options of the encoder.
     """
     file = io.BytesIO()
     with av.open(file, "w", format=container, options=muxer or {}) as out:
@@ -60,7 +61,7 @@ def film(
 def copied(
     data: bytes, container: str = "mp4", shift: float = 0.0, muxer: dict[str, str] | None = None
 ) -> bytes:
-    """The same packets in another file, `shift` seconds later, as `ffmpeg -c copy` does it."""
+    """Copies the packets into another file, `shift` seconds later, as `ffmpeg -c copy` does."""
     file = io.BytesIO()
     with (
         av.open(io.BytesIO(data), "r") as source,
@@ -82,10 +83,11 @@ def with_tracks(
     container: str = "mp4",
     dispositions: Sequence[int | None] | None = None,
 ) -> bytes:
-    """Several video tracks of one file; (its pictures, its codec) of each.
+    """Returns a file with several video tracks.
 
     Args:
-        dispositions: flags of each as FFmpeg numbers them; None leaves them to the writer.
+        pictures: (pictures, codec) of each track.
+        dispositions: FFmpeg's disposition flags of each track; None means the muxer's default.
     """
     file = io.BytesIO()
     with av.open(file, "w", format=container) as out:
@@ -115,12 +117,12 @@ def plain(
     size: tuple[int, int] = (64, 48),
     frames: int = 12,
 ) -> bytes:
-    """A film of one colour, whose Y, Cb and Cr are worked out here.
+    """Returns a video of one colour. Its Y, Cb and Cr are computed here.
 
     Args:
         rgb_to_yuv: Kr and Kb of the matrix.
-        full: whether Y goes from 0 to the largest number; if not, from 16 / 256 of it to 235 / 256.
-        tags: what the file says about it: colorspace, color_range as FFmpeg numbers them.
+        full: whether Y has the full range; if not, it goes from 16 / 256 to 235 / 256 of it.
+        tags: colorspace and color_range of the file, as FFmpeg numbers them.
     """
     kr, kb = rgb_to_yuv
     red, green, blue = (value / 255 for value in color)
@@ -156,10 +158,12 @@ def plain(
 
 
 def turned(data: bytes, a: int, b: int, c: int, d: int) -> bytes:
-    """An MP4 whose track header holds this display matrix: column x and row y of a picture are
-    shown at (a x + c y, b x + d y)."""
+    """Returns the MP4 with this display matrix in its track header.
+
+    Column x and row y of a picture are shown at (a x + c y, b x + d y).
+    """
     changed = bytearray(data)
-    at = data.index(b"tkhd") + 4 + 40  # behind version, times, layer and volume
+    at = data.index(b"tkhd") + 4 + 40  # after version, times, layer and volume
     one = 1 << 16
     struct.pack_into(">9i", changed, at, a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
     return bytes(changed)

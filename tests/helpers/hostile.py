@@ -1,4 +1,4 @@
-"""Videos and pictures that claim what they do not hold, and conversations of any shape."""
+"""Makes videos and pictures whose headers make false claims."""
 
 import io
 import struct
@@ -14,7 +14,7 @@ CLIP = make_sample(4)["mp4"]  # a good one
 
 
 def h264_sps(side: int) -> bytes:
-    """Header of a baseline stream of side * side pixels."""
+    """Returns the header of an H.264 baseline stream of side x side pixels."""
     numbers = [0, 0, 2, 1, side // 16 - 1, side // 16 - 1]
     coded = ["0" * (len(f"{n + 1:b}") - 1) + f"{n + 1:b}" for n in numbers]
     bits = "".join(
@@ -25,7 +25,7 @@ def h264_sps(side: int) -> bytes:
 
 
 def with_sps(side: int) -> bytes:
-    """A clip whose decoder is told of another size."""
+    """Returns a clip whose header tells the decoder a wrong size."""
     data = bytearray(CLIP)
     at = data.find(b"avcC") + 10
     size = struct.unpack(">H", data[at : at + 2])[0]
@@ -34,7 +34,7 @@ def with_sps(side: int) -> bytes:
 
 
 def with_frames(count: int) -> bytes:
-    """A clip whose tables claim that many frames of one byte."""
+    """Returns a clip whose tables claim `count` frames of one byte."""
     data = bytearray(CLIP)
     for box, offset, values in (
         (b"stsz", 8, (1, count)),
@@ -61,7 +61,7 @@ def png_in_mov(side: int) -> bytes:
 
 
 def skipped_frames(count: int, side: int) -> bytes:
-    """Large frames of a few bytes each, none of which can be reached without those before."""
+    """Returns a video of large frames of a few bytes each. Each needs all frames before it."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as out:
         stream = out.add_stream("libx264", rate=30)
@@ -113,7 +113,7 @@ def jpeg_bomb(side: int) -> bytes:
 
 
 def jpeg_of_scans(scans: int) -> bytes:
-    """A progressive picture whose last scan comes again and again."""
+    """Returns a progressive JPEG whose last scan is repeated `scans` times more."""
     file = io.BytesIO()
     Image.new("L", (64, 64)).save(file, "JPEG", progressive=True)
     data = file.getvalue()

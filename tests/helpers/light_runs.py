@@ -1,4 +1,4 @@
-"""Multiruns of the light program: how tests start them, wait for them, and see what they left."""
+"""Starts multiruns of the light test program, waits for them, and reads their results."""
 
 import json
 import os
@@ -26,7 +26,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture(name="start")
 def start_fixture(tmp_path, monkeypatch) -> Iterator[Start]:
-    """`start(*overrides)`: a multirun of the light program in a directory of the test's own."""
+    """`start(*overrides)` starts a multirun of the light program in the test's own directory."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{LIGHT}")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/light.yaml").write_text((LIGHT / "configs/light.yaml").read_text())
@@ -65,7 +65,7 @@ def until(happens: Callable[[], object], limit_s: float = 60) -> None:
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> None:
-    """Reads what a program prints, up to the line with `text`."""
+    """Reads the output of a program up to the line with `text`."""
     assert process.stdout
     lines = []
     for line in process.stdout:
@@ -77,7 +77,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> None:
 
 @contextmanager
 def stopped(pid: int) -> Iterator[int]:
-    """Inside, the process stands still, and lives."""
+    """Pauses a process (SIGSTOP) inside the block, without ending it."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield pid
@@ -87,7 +87,7 @@ def stopped(pid: int) -> Iterator[int]:
 
 
 class Run:
-    """What the light program left in the directory of a job."""
+    """The files that the light program left in a job's run directory."""
 
     def __init__(self, folder: Path, seed: int):
         self.path = folder / "runs" / "light" / str(seed)
@@ -115,7 +115,7 @@ def run_fixture(tmp_path) -> Callable[[int], Run]:
 
 @pytest.fixture(name="launched")
 def launched_fixture(tmp_path, monkeypatch) -> Callable[..., Sequence[JobReturn]]:
-    """`launched(*seeds)`: a launcher in this process, and what a sweeper gets from it."""
+    """`launched(*seeds)` runs a launcher in this process and returns what a sweeper gets."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{LIGHT}")
     monkeypatch.chdir(tmp_path)
 

@@ -1,4 +1,4 @@
-"""A tiny model for images in tiles, and a batch of everything that samples may hold."""
+"""Makes a tiny model for tiled images, and a batch with every kind of visual."""
 
 from collections.abc import Iterator
 
@@ -28,7 +28,8 @@ LLM |= {"num_hidden_layers": 2, "num_key_value_heads": 1, "initializer_range": 0
 
 S = VISUAL_SLOT
 WIDE, TALL = Tiles(1, 2, 20, 50), Tiles(2, 1, 90, 40)
-#: One image, several, one in tiles, a video, text alone, a video between images, all in turn.
+#: In order: one image, several images, a tiled image, a video, text alone, a video between images,
+#: and a video between tiled images.
 ROWS = [
     [S, 1, 2, 3],
     [1, S, 2, S, S, 3, 4, 5],
@@ -66,7 +67,7 @@ def make_tiled_model(
 
 
 def mixed_batch() -> VideoBatch:
-    """The last two tokens of each row are its answer."""
+    """Returns a batch of `ROWS`. The last two tokens of each row are its answer."""
     torch.manual_seed(1)
     prompts = torch.randint(0, 57, (len(ROWS), 6))
     prompts[:, -1] = 59
@@ -84,7 +85,7 @@ def mixed_batch() -> VideoBatch:
 
 
 def rows_of(batch: VideoBatch) -> Iterator[VideoBatch]:
-    """The same samples, one a batch, without padding."""
+    """Yields the same samples as batches of one, without padding."""
     visual = 0
     frames = batch.frames.split(batch.frame_counts)
     for i, mask in enumerate(batch.attention_mask):

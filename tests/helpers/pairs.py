@@ -1,4 +1,4 @@
-"""Pairs of answers, the recipe that trains on them in seconds, and what its runs leave."""
+"""Writes pairs of answers, trains on them in seconds, and reads the results."""
 
 import csv
 import json
@@ -48,19 +48,22 @@ TINY = [
 
 
 def write_pairs(folder):
-    """16 pairs to train on, in two shards, and 5 others."""
+    """Writes 16 pairs for training, in two shards, and 5 pairs for validation."""
     write_shards(folder / "train", [9, 7], num_frames=4, make=make_pair)
     write_shards(folder / "val", [5], seed=1000, num_frames=4, make=make_pair)
     return folder
 
 
 def words_of(shards):
-    """Overrides of a run over them."""
+    """Returns overrides of a run on these shards."""
     return [*TINY, f"data.train={shards / 'train'}", f"data.val={shards / 'val'}"]
 
 
 def stage_maker(words, compose, folders):
-    """`make_stage(*overrides)`: the module and the datamodule; its weights are those of a run."""
+    """Returns `make_stage(*overrides)`, which builds module and datamodule.
+
+    The seed is that of a run, so the module gets the same initial weights.
+    """
 
     def make(*overrides):
         config = compose([*words, *overrides], folders.mktemp("stage"))

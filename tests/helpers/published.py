@@ -1,4 +1,4 @@
-"""Published models, tiny and random, and what is compared of them and of their import."""
+"""Tiny random models in published layouts, and helpers to compare them with their import."""
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,7 +33,7 @@ TEXT = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-#: Names as `save_pretrained` of transformers 5.x writes them -> as others do.
+#: Converts parameter names from `save_pretrained` of transformers 5.x to other layouts.
 LAYOUTS = {
     "written": lambda name: name,
     "hub": lambda name: name.replace("vision_tower.", "vision_tower.vision_model."),
@@ -46,7 +46,7 @@ LAYOUTS = {
 
 
 def randomise(model):
-    """Values large enough that a wrong one shows."""
+    """Fills a model with random values that are large enough to show a wrong one."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

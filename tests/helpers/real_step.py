@@ -1,4 +1,4 @@
-"""A step of training with numbers, and what it takes: what plans on fake tensors are held to."""
+"""Measures a real training step, to check plans on fake tensors against it."""
 
 import warnings
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from experiments.run.compose import build, plain
 
 
 class RealFrames:
-    """In the place of the fake mode: what is made in it is real, and holds no NaN."""
+    """A stand-in for the fake mode. Tensors made in it are real and hold no NaN."""
 
     def __enter__(self):
         self._empty, torch.empty = torch.empty, torch.zeros
@@ -24,17 +24,17 @@ class RealFrames:
 
 class Taken(NamedTuple):
     weights: int  # bytes as an allocator rounds them, like the next two
-    gradients: int  # that were there before what is recorded
+    gradients: int  # gradients that exist before the recording
     optimizer: int
     flops: int
-    peak: int  # bytes given out at most, beyond what was there before the step
+    peak: int  # peak bytes allocated, beyond the memory in use before the step
 
 
 def take_real(config, module=None, accumulates=True):
-    """The planned step of a recipe, a later one.
+    """Measures the planned step of a recipe, after its first steps.
 
-    Where it does not accumulate, the gradients of the step before are there until the forward is
-    done. As only what was recorded is heard of when it is freed, two steps are recorded then.
+    Without accumulation, the gradients of the previous step exist until the forward is done. The
+    profiler only sees the release of memory that it recorded, so it then records two steps.
     """
     if module is None:
         module = build(config.module, "module", scheduler=None)(model=plain(config.model))

@@ -4,7 +4,8 @@ import torch
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, VideoBatch, pad_rows
 
-#: With a large eps, as AdamW else makes whole steps of the rounding where a gradient is zero.
+#: The eps is large because AdamW would otherwise turn rounding errors of zero gradients into full
+#: steps.
 SMALL = [
     "experiment=clip_context_tiny",
     "model.encoder.image_size=32",
@@ -20,7 +21,11 @@ SMALL = [
 
 
 def make_batch(numbers, counts=(1, 1, 3, 1), length=12, vocabulary=64, size=16):
-    """A row for each number, the same whichever rows are beside it; `counts` frames in turn."""
+    """Makes a batch with one row per number. Rows do not depend on each other.
+
+    Args:
+        counts: numbers of frames, used in turn.
+    """
     rows, frames = [], []
     for number in numbers:
         rng = torch.Generator().manual_seed(number)

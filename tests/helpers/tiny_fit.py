@@ -1,4 +1,4 @@
-"""Fits over batches made here, by any number of ranks, and what is watched of them."""
+"""Trains on synthetic batches with any number of ranks, and records losses, norms and angles."""
 
 from dataclasses import replace
 
@@ -17,12 +17,14 @@ from lightning_modules.checkpoint.weights import sha256
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.training.instruct import VideoLLMModule
 
-STEPS, PER_STEP = 20, 4  # micro-batches a step
+STEPS, PER_STEP = 20, 4  # PER_STEP: micro-batches per step
 
-#: Labels of the rows, in turn: a mean of the means of micro-batches is far from the mean of a step.
+#: Numbers of labels of the rows, in turn. They make the mean over micro-batch means differ from the
+#: mean of a step.
 LABELS = (2, 40, 1, 3, 17)
 
-#: All that makes ranks differ: guided pooling, BT-Adapter with videos of any length, dropout.
+#: Options that can make ranks differ: guided pooling, BT-Adapter with videos of any length, and
+#: dropout.
 MODEL = [
     "pooler=prompt_guided_2x2",
     "model.encoder.config.vision.num_hidden_layers=3",
@@ -30,11 +32,12 @@ MODEL = [
     "+model.llm.config.attention_dropout=0.1",
 ]
 
-#: With a large eps, as AdamW else makes whole steps of the rounding where a gradient is zero.
+#: The eps is large because AdamW would otherwise turn rounding errors of zero gradients into full
+#: steps.
 OPTIM = ["optim.optimizer.lr=2.0e-3", "+optim.optimizer.eps=3.0e-2"]
 
-#: LoRA with dropout, blocks that run again in the backward, groups with rates of their own, and a
-#: norm that is clipped in every step: SGD takes steps of the clipped length.
+#: LoRA with dropout, activation checkpointing, groups with their own learning rates, and a gradient
+#: norm that is clipped in every step. SGD takes steps of the clipped length.
 TUNED = [
     "tuning=lora",
     "tuning.lora.rank=4",
@@ -53,7 +56,7 @@ TUNED = [
 
 
 def make_batch(number):
-    """Micro-batches of two rows: every third one is text alone, the others have videos."""
+    """Makes a micro-batch of two rows. Every third one is text alone, the others have videos."""
     rng = torch.Generator().manual_seed(number)
     rows = torch.randint(2, 2000, (2, 9), generator=rng).tolist()
     counts = [] if number % 3 == 1 else [1 + number % 4, 3]
@@ -80,14 +83,14 @@ def make_batch(number):
 
 
 def make_tiled_batch(number):
-    """`make_batch`, where the second visual of every other micro-batch is an image in tiles."""
+    """Makes the same micro-batches, but the second visual of odd ones is a tiled image."""
     batch = make_batch(number)
     tiles = [None, Tiles(1, 2, 20, 50) if number % 2 else None]
     return replace(batch, tiles=tiles if batch.frame_counts else [])
 
 
 class Share:
-    """Micro-batches r, r + world, ... of an epoch."""
+    """A loader of the micro-batches rank, rank + world, ... of an epoch."""
 
     def __init__(self, rank, world, count, make):
         self._numbers, self._make = range(rank, count, world), make
@@ -117,7 +120,7 @@ class Batches(LightningDataModule):
 
 
 class Losses(Callback):
-    """`train/loss` by optimizer step."""
+    """Records `train/loss` of each optimizer step."""
 
     def __init__(self):
         self.seen = []
@@ -140,7 +143,7 @@ class Norms(Callback):
 
 
 class Angles(Callback):
-    """How far cos is from that of float32 angles, rounded at the very end."""
+    """Records the largest error of cos, against cos of float32 angles, rounded at the end."""
 
     def __init__(self):
         self.worst, self.dtype = 0.0, None
@@ -160,7 +163,7 @@ class Angles(Callback):
 
 
 def make_fit(compose, tiny):
-    """`fit(folder, world, *overrides, ...)`: the shipped trainer over `Batches`."""
+    """Returns `fit(folder, world, *overrides, …)`, which runs the shipped trainer on `Batches`."""
 
     def run(folder, world, *overrides, steps=STEPS, callbacks=(), checkpoint=None, make=make_batch):
         words = [*MODEL, *overrides, f"trainer.devices={world}"]
@@ -184,7 +187,7 @@ def make_fit(compose, tiny):
 
 
 def whole(module):
-    """Weights as every rank can see them."""
+    """Returns the full weights, gathered from all ranks."""
     with torch.no_grad():
         return {
             name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone()
@@ -200,7 +203,7 @@ def build_network(checkpoint):
 
 
 def check_program(words, compose, run_ranks, folder):
-    """Two ranks: the program's own main, its callbacks and test; then the test of what it saved."""
+    """Trains and tests with the program on two ranks, then tests the saved checkpoint again."""
 
     def run(rank):
         train.main.__wrapped__(compose(words, folder))

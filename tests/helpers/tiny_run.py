@@ -1,7 +1,7 @@
-"""A training that takes a second, for tests that stop, kill and resume it.
+"""A training of one second, for tests that stop, kill and resume it.
 
-Its batches are those of the real streams: number m of an epoch is the same for every number of
-ranks, rank r takes m = r, r + world, ..., and the position comes from the trainer.
+It orders batches as the real streams do. Batch m of an epoch is the same for every number of ranks,
+rank r takes m = r, r + world, ..., and the trainer gives the stream position.
 """
 
 import csv
@@ -29,7 +29,7 @@ from lightning_modules.checkpoint import BestCheckpoint, LastCheckpoint, newest_
 from lightning_modules.checkpoint.preemption import Preempted, signals
 from lightning_modules.loggers.loggers import ResumableCSVLogger
 
-BATCHES = 24  # micro-batches of an epoch, of all ranks together
+BATCHES = 24  # micro-batches per epoch, over all ranks
 
 
 def numbers(*seed: int) -> Tensor:
@@ -46,7 +46,7 @@ class Numbers(Dataset):
 
 
 class Batches:
-    """A loader that has a length and can be resumed, as Lightning sees it."""
+    """A loader with a length that Lightning can resume."""
 
     def __init__(self, trainer: Trainer, split: int, count: int, workers: int):
         self.trainer, self.split, self.count, self.workers = trainer, split, count, workers
@@ -88,11 +88,12 @@ class Data(LightningDataModule):
 
 
 class Tiny(LightningModule):
-    """Appends what each micro-batch of training was to `seen-<rank>.jsonl`.
+    """A tiny module that appends each training micro-batch to `seen-<rank>.jsonl`.
 
     Args:
-        ballast: megabytes that make the checkpoint heavier.
-        at_batch: called before each training batch with the module and the steps so far.
+        folder: folder for these files.
+        ballast: megabytes to add to the checkpoint.
+        at_batch: called before each training batch with the module and the number of steps done.
     """
 
     def __init__(self, folder: Path, ballast: float = 0, at_batch: Callable | None = None):
@@ -148,7 +149,7 @@ def train(
     workers: int = 0,
     **options: Any,
 ) -> Trainer:
-    """Trains, from the newest whole checkpoint in `folder` if there is one."""
+    """Trains, starting from the newest complete checkpoint in `folder` if there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = folder / "checkpoints"
     last = {"every_n_steps": 4} | (last or {})
@@ -170,14 +171,14 @@ def train(
 
 @dataclass
 class Ranks:
-    """Processes that train in `folder`, forked from one that has imported everything.
+    """Processes that train in `folder`, forked from a process that has imported everything.
 
-    Each ends with 0, or as the programs do: 75 preempted, 130 interrupted, 1 for an error in one
-    line, which `said` returns.
+    Their exit codes are those of the programs: 0, 75 if preempted, 130 if interrupted, and 1 for an
+    error in one line, which `said` returns.
 
     Args:
-        slow: seconds a batch.
-        file_limit: bytes that a process may write to one file.
+        slow: extra seconds per batch.
+        file_limit: most bytes that a process may write to one file.
     """
 
     folder: Path
@@ -212,7 +213,7 @@ class Ranks:
         return self
 
     def wait(self, seconds: float = 120) -> list[int | None]:
-        """The exit codes; whoever is left after the time is killed, and has None."""
+        """Returns the exit codes. Kills processes at the timeout; these have None."""
         end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -227,7 +228,7 @@ class Ranks:
             os.kill(self.processes[rank].pid or 0, number)
 
     def wait_for_step(self, step: int) -> None:
-        """Until these ranks have begun the optimizer step, counted from 0."""
+        """Waits until these ranks have begun the optimizer step `step`, counted from 0."""
         end = time.monotonic() + 60
         while len(seen := read_seen(self.folder)) == self.before or seen[-1][0] < step:
             assert time.monotonic() < end, self.said()
@@ -240,7 +241,7 @@ class Ranks:
 
     def run(self, rank: int, port: int) -> None:
         os.setpgid(0, 0)
-        multiprocessing.set_start_method("fork", force=True)  # of its workers, as in a program
+        multiprocessing.set_start_method("fork", force=True)  # for DataLoader workers, as usual
         log = os.open(self.folder / f"said-{rank}.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -279,7 +280,7 @@ class Ranks:
 
 
 def read_seen(folder: Path) -> list[list[int]]:
-    """(step, epoch, micro-batch) of what all ranks trained on, in the order of the epochs."""
+    """Returns the sorted (step, epoch, micro-batch) of all training batches of all ranks."""
     lines = [line for path in folder.glob("seen-*.jsonl") for line in path.read_text().splitlines()]
     return sorted(json.loads(line) for line in lines)
 

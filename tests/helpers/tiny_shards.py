@@ -1,4 +1,4 @@
-"""Shards of every kind that tests read: named bytes, good samples, and some that are spoilt."""
+"""Writes shards for tests: members that hold their own names, good samples, and bad samples."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from datamodules.shards.synthetic import make_sample, write_shards
 from datamodules.stream.order import StreamOptions
 from datamodules.visuals.frames import FrameReader, UniformSampler
 
-COUNTS = [9, 4, 7]  # good samples of each shard, which are numbered through
+COUNTS = [9, 4, 7]  # good samples in each shard; their numbers continue from shard to shard
 
 
 def tar_bytes(members: Iterable[tuple[str, bytes]], form: int = tarfile.DEFAULT_FORMAT) -> bytes:
@@ -29,7 +29,7 @@ def tar_bytes(members: Iterable[tuple[str, bytes]], form: int = tarfile.DEFAULT_
 def sample_tar(
     samples: Iterable[tuple[str, dict[str, bytes]]], form: int = tarfile.DEFAULT_FORMAT
 ) -> bytes:
-    """(key, members by suffix) -> tar"""
+    """Returns a tar of samples, given as (key, members by suffix)."""
     return tar_bytes([(f"{k}.{suffix}", d) for k, s in samples for suffix, d in s.items()], form)
 
 
@@ -39,20 +39,20 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
 
 
 def sample_members(shard: int, count: int) -> list[tuple[str, bytes]]:
-    """Samples of two members that hold their own names, a block each with its header before it."""
+    """Returns members of samples, two each. A member holds its name and takes one block."""
     keys = [f"s{shard}-{n:04d}" for n in range(count)]
     return [(f"{key}.{suffix}", f"{key} {suffix}".encode() * 9) for key in keys for suffix in
             ("json", "mp4")]  # fmt: skip
 
 
 def write_named_shards(folder: Path) -> list[Path]:
-    """`0.tar` to `4.tar` of `sample_members`, 112 samples in all, without indexes."""
+    """Writes `0.tar` to `4.tar` of `sample_members`, 112 samples in total, without indexes."""
     counts = [23, 1, 40, 17, 31]
     return [write_tar(folder / f"{n}.tar", sample_members(n, c)) for n, c in enumerate(counts)]
 
 
 def write_spoilt_shards(folder: Path) -> Path:
-    """`COUNTS` samples of which number 4 has a bad video, 10 bad JSON and 15 a slot too many."""
+    """Writes `COUNTS` samples: 4 has a bad video, 10 has bad JSON, 15 has one slot too many."""
     write_shards(folder, COUNTS)
     two_slots = json.loads(make_sample(15)["json"])
     two_slots["conversations"][0]["value"] = "<image><image>"
@@ -63,7 +63,7 @@ def write_spoilt_shards(folder: Path) -> Path:
 
 
 def spoil(folder: Path, *, shard: int, sample: int, members: dict[str, bytes]) -> None:
-    """Writes one of the shards again with members of one sample changed."""
+    """Writes one shard again with changed members of one sample."""
     first = sum(COUNTS[:shard])
     samples = [(f"{n:09d}", make_sample(n)) for n in range(first, first + COUNTS[shard])]
     samples[sample][1].update(members)
@@ -71,7 +71,7 @@ def spoil(folder: Path, *, shard: int, sample: int, members: dict[str, bytes]) -
 
 
 def data(train, val=None, **options) -> InstructDataModule:
-    """Options of the stream, and beside them sizes."""
+    """Makes a datamodule. `options` are those of the stream, and batch sizes."""
     names = ("batch_size", "global_batch_size")
     settings = {"batch_size": 2} | {name: options.pop(name) for name in names if name in options}
     settings["stream"] = StreamOptions(**{"seed": 1, **options})

@@ -1,4 +1,4 @@
-"""A tiny module tuned in any way, and its training over one batch again and again."""
+"""Makes a tiny module with any tuning, and trains it repeatedly on one batch."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ def make_module(tuning=None, optimizer=None, scheduler=None, **options):
 
 
 def train(module, steps=3, **options):
-    """The shipped way of training, over one batch again and again."""
+    """Trains a module as shipped, repeatedly on one batch."""
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -55,7 +55,7 @@ class Again(lightning.LightningDataModule):
 
 
 def trained_lora(**changes):
-    """A model whose LoRA does something."""
+    """Returns a model with nonzero LoRA weights."""
     module = make_module(Tuning(lora=LORA | changes))
     for name, parameter in module.network.named_parameters():
         if "lora_B" in name:

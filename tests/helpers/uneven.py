@@ -1,6 +1,6 @@
-"""Eight samples whose answers are of very unequal length, and one optimizer step over them.
+"""Makes eight samples with answers of very unequal length, and optimizer steps over them.
 
-The truth of a step is plain autograd: one sample at a time, its loss written out by hand.
+The reference for a step is plain autograd: one sample at a time, with the loss written by hand.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from datamodules.batch import (
     pad_rows,
 )
 
-#: Labelled tokens of each sample.
+#: Number of labelled tokens of each sample.
 LABELS = (2, 2, 2, 107, 2, 2, 2, 107)
 
 
 def make_rows(numbers, seed=0):
-    """A row for each number, the same whichever rows are beside it; some have a video."""
+    """Makes a batch with one row per number, some with a video. Rows are independent."""
     rows, labels, frames, counts = [], [], [], []
     for number in numbers:
         rng = torch.Generator().manual_seed(100 + number)
@@ -52,7 +52,7 @@ def make_rows(numbers, seed=0):
 
 
 def make_pairs(numbers):
-    """Two answers to each question, with reference log-probabilities."""
+    """Makes a batch of two answers to each question, with reference log-probabilities."""
     chosen, rejected = make_rows(numbers), make_rows(numbers, seed=1)
     rejected.frames = chosen.frames
     reference = torch.tensor([[-900.0 - number, -880.0] for number in numbers])
@@ -60,7 +60,7 @@ def make_pairs(numbers):
 
 
 def loss_by_hand(network, batch):
-    """Cross-entropy of one row, summed over its labels: logits of every token, in a loop."""
+    """Returns (summed cross-entropy, number of labels) of one row, computed in a loop."""
     output = network(batch)
     (labels,) = output.inputs.labels
     table = network.llm.head(output.hidden)[0].float().log_softmax(-1)
@@ -70,11 +70,11 @@ def loss_by_hand(network, batch):
 
 @dataclass
 class Layout:
-    """How the samples of optimizer steps lie in micro-batches.
+    """A division of the samples of optimizer steps into micro-batches.
 
     Attributes:
-        steps: of each step its micro-batches, of each micro-batch the numbers of its samples.
-        accumulation: micro-batches that a rank takes in a step, where it is not a short one.
+        steps: sample numbers of each micro-batch of each step.
+        accumulation: micro-batches per step, except in a short step.
     """
 
     steps: list[list[list[int]]]
@@ -107,9 +107,9 @@ class Loader:
 
 
 class Samples(LightningDataModule):
-    """Steps of a layout; a validation of the eight samples in batches of `val`.
+    """Data with the steps of a layout, and a validation on the eight samples in batches of `val`.
 
-    Ranks repeat the first batches of a validation where their number does not divide.
+    If the ranks do not divide the number of validation batches, the first batches are repeated.
     """
 
     def __init__(self, layout, make, val=8):
@@ -127,7 +127,7 @@ class Samples(LightningDataModule):
 
 
 class Gradients(Callback):
-    """What the optimizer gets in each step, and what is logged of it."""
+    """Records the gradients that the optimizer gets in each step, and the logged metrics."""
 
     def __init__(self):
         self.steps: list[dict[str, Tensor]] = []
@@ -153,7 +153,7 @@ def flat(gradients: dict[str, Tensor]) -> Tensor:
 
 
 def pair_by_hand(network, batch, name, beta, gamma):
-    """The loss of one pair, written out, with the chosen answer's mean cross-entropy."""
+    """Returns the loss of one pair, plus `gamma` times the chosen answer's mean cross-entropy."""
     (chosen, learnt), (rejected, others) = (
         loss_by_hand(network, answer) for answer in (batch.chosen, batch.rejected)
     )

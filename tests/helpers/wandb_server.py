@@ -1,6 +1,6 @@
-"""As much of a W&B server as runs need: login, init, resume, history, summary, files, finish.
+"""A minimal W&B server for runs: login, init, resume, history, summary, files, finish.
 
-Answers go by the name of the GraphQL operation; what was received lies in `WandbServer.runs`.
+It answers by the name of the GraphQL operation. The received data is in `WandbServer.runs`.
 """
 
 import json
@@ -15,12 +15,12 @@ ENTITY = "team"
 @dataclass
 class ReceivedRun:
     project: str
-    fields: dict[str, Any] = field(default_factory=dict)  # what UpsertBucket was told last
+    fields: dict[str, Any] = field(default_factory=dict)  # last values from UpsertBucket
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     streams: dict[str, list[str]] = field(default_factory=dict)  # lines by file, e.g. history
-    events: list[str] = field(default_factory=list)  # "preempting", "exit 0", in turn
-    overwritten: int = 0  # lines that were sent again to a place that was taken
+    events: list[str] = field(default_factory=list)  # "preempting", "exit 0", in order
+    overwritten: int = 0  # number of lines that replaced earlier lines
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -28,14 +28,14 @@ class ReceivedRun:
 
 
 class WandbServer:
-    """`with WandbServer() as server:` listens on `server.url` of the loopback."""
+    """A server for tests: `with WandbServer() as server:` listens on `server.url` (loopback)."""
 
     def __init__(self) -> None:
         self.runs: dict[str, ReceivedRun] = {}
         self.files: dict[str, bytes] = {}
         self.views: dict[str, dict[str, Any]] = {}
-        self.unknown: list[str] = []  # operations that have no answer here
-        self.down = False  # every request is answered with 503
+        self.unknown: list[str] = []  # requested operations that have no answer here
+        self.down = False  # if true, every request is answered with 503
         self._lock = threading.Lock()
         self._http = _Listener(("127.0.0.1", 0), type("", (_Handler,), {"server_": self}))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -50,7 +50,7 @@ class WandbServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of a client: online, to this server, its retries short enough for a test."""
+        """Environment variables that make a client log online to this server."""
         return {
             "WANDB_BASE_URL": self.url,
             "WANDB_API_KEY": "0" * 40,
@@ -69,7 +69,7 @@ class WandbServer:
             return {"data": answer(variables.get("input", variables))}
 
     def stream(self, name: str, body: dict[str, Any]) -> None:
-        """Lines of a run's files, each chunk with the place where it goes."""
+        """Stores lines of a run's files. Each chunk has the offset where it goes."""
         with self._lock:
             run = self.runs[name]
             for file, chunk in (body.get("files") or {}).items():
@@ -85,7 +85,7 @@ class WandbServer:
             if body.get("complete"):
                 run.events.append(f"exit {body.get('exitcode')}")
 
-    # Answers, by operation
+    # Answers by operation
 
     def _Viewer(self, _: dict[str, Any]) -> dict[str, Any]:
         teams = {"edges": [{"node": {"name": ENTITY}}]}
@@ -124,10 +124,10 @@ class WandbServer:
         return {"createRunFiles": {"runID": v["run"], "uploadHeaders": [], "files": files}}
 
     def _ArtifactType(self, v: dict[str, Any]) -> dict[str, Any]:
-        return {"project": {"artifact": None}}  # unknown, so that its name is free
+        return {"project": {"artifact": None}}  # not found, so that its name is free
 
     def _CreateArtifact(self, v: dict[str, Any]) -> dict[str, Any]:
-        """Known already, so that nothing more is sent: tables lie among the run's files too."""
+        """Answers that the artifact exists, so that nothing is sent. Run files have the tables."""
         latest = {"latestArtifact": {"id": "1", "versionIndex": 0}}
         artifact = {"id": "1", "state": "COMMITTED", "artifactSequence": latest}
         return {"createArtifact": {"artifact": artifact}}
@@ -167,7 +167,7 @@ class _Listener(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A killed client resets its connections."""
+        """Ignores errors: a killed client resets its connections."""
 
 
 class _Handler(BaseHTTPRequestHandler):
