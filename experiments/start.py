@@ -15,7 +15,14 @@ from experiments.run.hydra_errors import hydra_errors_in_one_line
 from experiments.run.process import leave_on_signals, run_alone
 
 
+#: Options of Hydra that print something and train nothing.
+_SHOW = {"-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info"}
+
+
 def main() -> None:
+    if _SHOW & {word.partition("=")[0] for word in sys.argv[1:]}:
+        hydra_errors_in_one_line(sweep)()
+        return
     if launcher.take_dry_run(sys.argv) or {"-m", "--multirun"} & set(sys.argv[1:]):
         run_alone("ropelab-train -m")
         hydra_errors_in_one_line(sweep)()
