@@ -1,4 +1,4 @@
-"""No pooling: every patch becomes a token."""
+"""A pooler that does not pool: every patch becomes a token."""
 
 from collections.abc import Callable
 
