@@ -40,7 +40,7 @@ class LanguageModel(nn.Module, ABC):
         """Returns the hidden states after the last norm.
 
         Without mask and cache, a row may hold several documents that do not attend to each other.
-        A document begins wherever row 0 of the positions is 0.
+        A document begins at each 0 in row 0 of the positions.
 
         Args:
             mask: False on padding; covers the cached tokens too (k ≥ l).

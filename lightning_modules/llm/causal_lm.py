@@ -268,7 +268,7 @@ def _take_axis_positions(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple
     positions = kwargs.get("position_ids")
     if positions is not None and positions.ndim == 3:
         axes = positions[1:4]
-        if len(positions) > 4:  # generation, as `_with_following` prepares it
+        if len(positions) > 4:  # generation; prepared by `_with_following`
             axes = positions[5:].where(positions[4] >= 0, axes)
         decoder.rotary_emb.axis_positions = axes.float()
         kwargs = kwargs | {"position_ids": positions[0].long()}

@@ -1,4 +1,4 @@
-"""VideoRoPE: slow frequencies for time, frames along the diagonal, frames spaced apart."""
+"""VideoRoPE: slow frequencies for time, frames along the diagonal, and spaced time steps."""
 
 from collections.abc import Sequence
 

@@ -76,7 +76,7 @@ _IS = r"(?i:\s+(?:is|was|(?:would|should|must)\s+be|(?:seems|appears)\s+to\s+be)
 _SURELY = r"(?i:\s+(?:most\s+)?(?:likely|probably|clearly|certainly|definitely|therefore|thus))"
 _CHOOSE = r"(?i:choose|pick|select|say|go\s+with)"
 _SO = r"(?i:\b(?:therefore|thus|hence)|(?:^|[.,;]\s+)so)"
-_NOT_CUT = r"(?![aIi]\s*$)"  # "what he holds is a" ends before its noun
+_NOT_CUT = r"(?![aIi]\s*$)"  # rejects "what he holds is a", cut off before its noun
 
 #: Ordered from most to least certain; the first rule that finds a letter decides.
 _RULES = [

@@ -112,7 +112,7 @@ class NeedleModule(LightningModule):
             parts = self._bank.split(_ENCODED_AT_ONCE)
             self._patches = torch.cat(
                 [self.model.encoder(part.to(self.device), [len(part)]) for part in parts]
-            )  # every frame that any row shows, p d
+            )  # all frames of all rows, p d
 
     def test_step(self, row: Any, batch_idx: int) -> None:
         inputs = self.model.compose(row.text, self._row_patches(row.order))
