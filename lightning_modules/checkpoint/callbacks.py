@@ -48,7 +48,8 @@ class LastCheckpoint(Checkpoint):
 
     Raises:
         ValueError: a number is out of range.
-        OSError: the disk is full; raised on all ranks, and earlier checkpoints stay.
+        OSError: a checkpoint cannot be written, for example because the disk is full; raised on
+            all ranks, and earlier checkpoints stay.
     """
 
     def __init__(

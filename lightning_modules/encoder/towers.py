@@ -67,7 +67,7 @@ def embed_patches(
 
 
 def layers_before(feature_layer: int, depth: int) -> int:
-    """Returns the number of layers before hidden state `feature_layer` in a tower of `depth`."""
+    """Returns the number of layers before hidden state `feature_layer`, in a tower of `depth`."""
     count = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
     if not 0 <= count <= depth:
         raise ValueError(

@@ -174,8 +174,7 @@ def _check_rope_fields(fields: dict[str, Any]) -> None:
     """Checks the names of the rope fields.
 
     Raises:
-        ValueError: transformers would ignore a field, and so would not use the frequencies asked
-            for.
+        ValueError: transformers would ignore a field, and so not use the requested frequencies.
     """
     known = {*RopeParameters.__annotations__, "type", "mrope_section", "mrope_interleaved"}
     for key in ("rope_parameters", "rope_scaling"):

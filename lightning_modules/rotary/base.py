@@ -142,7 +142,8 @@ def split_sections(sections: Sequence[int] | None, num_frequencies: int) -> tupl
     """Returns the number of frequencies for time, height and width; default 2 : 3 : 3 (Qwen2-VL).
 
     Raises:
-        ValueError: the sections do not add up to `num_frequencies`.
+        ValueError: the sections do not add up to `num_frequencies`, or without `sections` it is
+            not divisible by 8.
     """
     if sections is None:
         if num_frequencies % 8:
