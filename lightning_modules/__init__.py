@@ -1,1 +1,1 @@
-"""The model, its components, and how it is trained and scored."""
+"""The model, its components, and everything that trains and scores it."""

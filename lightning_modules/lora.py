@@ -1,7 +1,8 @@
-"""LoRA (arXiv 2106.09685) as part of a model: peft's layers in the place of a stage's linears.
+"""LoRA (arXiv 2106.09685) as part of a model: peft's layers replace linears of one component.
 
-Injected, not wrapped around: every other module keeps its name, so blocks are sharded, checkpointed
-and compiled as without it, and a checkpoint differs only below the linears that it stands in for.
+The layers are injected; the model is not wrapped. Every other module keeps its name, so blocks are
+sharded, checkpointed and compiled as without LoRA. A checkpoint differs only below the replaced
+linears.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,17 +28,20 @@ def add_lora(
     dropout: int | float = 0.0,
     stage: str = "llm",
 ) -> None:
-    """Puts low-rank weights beside linears of one stage of `network`, and freezes its others.
+    """Adds low-rank weights to linears of one component, and freezes the component's other weights.
 
-    A fresh one changes nothing. The new weights are of torch's default dtype: bfloat16 where all of
-    the model is built so, float32 beside weights that were loaded in bfloat16.
+    Before training, they do not change the output. The new weights have torch's default dtype:
+    bfloat16 if the whole model is built in bfloat16, float32 if only the loaded weights are
+    bfloat16.
 
     Args:
-        targets: the linears: ends of their names, or one regular expression for the whole name.
-        alpha: the low-rank part counts alpha / rank.
+        targets: the linears, given by the ends of their names or by one regular expression for the
+            whole name.
+        alpha: the low-rank part is multiplied by alpha / rank.
+        stage: name of the component in `network`.
 
     Raises:
-        ValueError: there is no such stage, or nothing in it that `targets` name.
+        ValueError: `network` has no such component, or `targets` match nothing in it.
     """
     part = getattr(network, stage, None)
     if not isinstance(part, nn.Module):
@@ -60,7 +64,7 @@ def add_lora(
 
 
 def is_lora(name: str) -> bool:
-    """Whether a parameter of this name is one of LoRA's own."""
+    """Returns whether a parameter of this name belongs to LoRA."""
     return "lora_" in name
 
 
@@ -69,9 +73,10 @@ def lora_layers(network: nn.Module) -> list[tuple[str, Any]]:
 
 
 def merge_lora(model: Network) -> Network:
-    """Folds the low-rank weights into those that they stand beside: `model` is as without LoRA.
+    """Merges the low-rank weights into the base weights, in place, and returns `model`.
 
-    In place; parameters have their plain names again, and `config.lora` is gone.
+    Afterwards `model` has no LoRA layers: parameters have their plain names again, and
+    `config.lora` is None.
     """
     for name, layer in lora_layers(model):
         layer.merge()
@@ -84,10 +89,12 @@ def merge_lora(model: Network) -> Network:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """LoRA alone, laid out as peft's `PeftModel.from_pretrained(language model, folder)` reads it.
+    """Saves only the LoRA weights, in the layout that peft reads.
+
+    Load them with `PeftModel.from_pretrained(language model, folder)`.
 
     Raises:
-        ValueError: `model` has none, or not in its LLM.
+        ValueError: the LLM of `model` has no LoRA.
     """
     stage = "llm.lm."
     layers = [name for name, _ in lora_layers(model) if name.startswith(stage)]
@@ -112,16 +119,16 @@ def save_adapter(model: Any, folder: Path) -> None:
 
 @contextmanager
 def without_lora(model: nn.Module) -> Iterator[None]:
-    """`model` as it was before LoRA, for as long as the context lasts.
+    """Disables LoRA in `model` inside the context.
 
     Raises:
-        ValueError: it has none, so what comes out would be no reference.
+        ValueError: `model` has no LoRA, so its output would not be that of a reference model.
     """
     layers = [layer for _, layer in lora_layers(model)]
     if not layers:
         raise ValueError("the model has no LoRA to leave out: choose tuning=lora")
-    # Not peft's `enable_adapters`: that also turns `requires_grad` off, and a sharded weight that
-    # is first gathered inside this context would then never be trained.
+    # Do not use peft's `enable_adapters`: it also turns `requires_grad` off, and a sharded weight
+    # that is first gathered inside this context would then never be trained.
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
@@ -133,7 +140,7 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 
 
 def _take_plain_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Weights that were saved without LoRA find the linears which now stand behind it."""
+    """Renames weights that were saved without LoRA, so that they load into the base linears."""
     for leaf in ("weight", "bias"):
         if prefix + leaf in state:
             state[f"{prefix}base_layer.{leaf}"] = state.pop(prefix + leaf)

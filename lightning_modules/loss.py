@@ -1,4 +1,4 @@
-"""hidden states -> log-probabilities of the labelled tokens, by row."""
+"""Computes the log-probabilities of the labelled tokens of each row from hidden states."""
 
 from collections.abc import Callable
 
@@ -15,10 +15,10 @@ def sequence_log_probs(
 ) -> tuple[Float[Tensor, " b"], Int[Tensor, " b"]]:
     """Returns each row's log-probability, summed over its labelled tokens, and their number.
 
-    The sums are float32; a negative one is the cross-entropy of next-token prediction. `head`
-    (hidden states to logits) runs only on the hidden states that predict a labelled token: for a
-    vocabulary of 152,064 the logits of 8k tokens alone would take 4.6 GiB. A row without any label
-    has 0, with a gradient, so that all ranks of a run still take the same step.
+    The sums are float32. Negated, they are the cross-entropy of next-token prediction. `head`
+    (hidden states to logits) runs only on the hidden states that predict a labelled token. With a
+    vocabulary of 152,064, the logits of 8k tokens alone would take 4.6 GiB. A row without labels
+    gives 0, with a gradient, so that all ranks of a run still take the same step.
     """
     targets = labels[:, 1:]
     labelled = targets != IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""The whole pipeline, top to bottom."""
+"""The video language model: the components and the forward pass that joins them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,11 +24,11 @@ from lightning_modules.splice.tiles import Piece, join_pieces, lay_out, split_pi
 
 
 class VideoLanguageModelConfig(PreTrainedConfig):
-    """One spec (`_target_` and arguments) for each stage; saved with the weights.
+    """Holds one spec (`_target_` and arguments) for each component; saved with the weights.
 
-    So a checkpoint runs with the rotary scheme and the pooler that it was trained with; another
-    one has to be asked for by name: `from_pretrained(folder, rotary={"_target_": …})`. `lora` is
-    what stands beside a stage's linears: the arguments of `add_lora`, rank and alpha included.
+    A checkpoint therefore runs with the rotary scheme and the pooler that it was trained with. To
+    use another one, name it: `from_pretrained(folder, rotary={"_target_": …})`. `lora` holds the
+    arguments of `add_lora`, including rank and alpha.
     """
 
     model_type = "ropelab"
@@ -45,27 +45,29 @@ class VideoLanguageModelConfig(PreTrainedConfig):
     ):
         self.encoder, self.pooler, self.rotary, self.llm = encoder, pooler, rotary, llm
         self.lora = lora
-        self.tiles = tiles  # of images cut into such: {"newline": whether rows end with a token}
+        # For images that are cut into tiles: {"newline": whether each row ends with a token}.
+        self.tiles = tiles
         super().__init__(**kwargs)
 
 
 @dataclass
 class LanguageInputs:
-    """What the LLM reads: text and visual tokens in one row, with their positions.
+    """The input of the LLM: text and visual tokens in one row, with their positions.
 
-    `layouts` and `samples` (where each lies) are by sample, which is by row unless rows are packed.
+    `layouts` and `samples` (where each sample lies) have one entry per sample. Without packing,
+    that is one entry per row.
     """
 
     embeds: Float[Tensor, "b l m"]
     mask: Bool[Tensor, "b l"]  # False on padding
-    labels: Int[Tensor, "b l"]  # a sample's first token has none: no other sample predicts it
+    labels: Int[Tensor, "b l"]  # none on the first token of a sample: nothing before predicts it
     positions: Float[Tensor, "4 b l"]
     layouts: list[Layout]
     samples: list[Span]
 
     @property
     def attention_mask(self) -> Bool[Tensor, "b l"] | None:
-        """What the LLM takes: none where positions keep the samples of a row apart."""
+        """Returns the LLM's mask, or None for packed rows, where positions separate samples."""
         return self.mask if len(self.samples) == self.mask.shape[0] else None
 
 
@@ -78,37 +80,38 @@ class Output:
 
     @property
     def labelled(self) -> Int[Tensor, ""]:
-        """The number of labelled tokens in the batch."""
+        """Returns the number of labelled tokens in the batch."""
         return self.counts.sum()
 
     @property
     def loss(self) -> Float[Tensor, ""]:
-        """The mean over the labelled tokens of the batch; 0 without any."""
+        """Returns the mean loss over the labelled tokens of the batch; 0 if there are none."""
         return self.losses.sum() / self.labelled.clamp(min=1)
 
 
 @dataclass
 class LogProbs:
-    """Of the answers to each question: the chosen one, then the rejected one."""
+    """Log-probabilities of two answers per question: first the chosen one, then the rejected."""
 
-    sums: Float[Tensor, "b 2"]  # over the tokens of an answer, in float32
+    sums: Float[Tensor, "b 2"]  # summed over the tokens of an answer, in float32
     counts: Int[Tensor, "b 2"]  # tokens of an answer
     read: Int[Tensor, ""]  # tokens that the LLM has read
-    cells: int = 0  # the same and the padding of its rows
+    cells: int = 0  # tokens that the LLM has read, plus padding
 
 
 class VideoLanguageModel(PreTrainedModel):
-    """frames and words in, loss or words out.
+    """A model that reads frames and text, and returns the loss or generated text.
 
-    1. encoder:   frames (n c h w)                    -> patches (n p d), by frame
-    2. pooler:    patches x prompt                    -> relevance (t h w), by piece
-    3. projector, pooler: patches x relevance         -> tokens (t h w m), fewer, by piece
+    1. encoder:   frames (n c h w)                    -> patches (n p d), per frame
+    2. pooler:    patches x prompt                    -> relevance (t h w), per piece
+    3. projector, pooler: patches x relevance         -> tokens (t h w m), fewer, per piece
     4. splice:    tokens into the words' embeddings   -> embeds (b l m), layouts
     5. rotary:    layouts                             -> positions (4 b l)
     6. llm:       embeds, positions (-> cos, sin)     -> hidden (b l m)
     7. loss:      hidden, labels                      -> losses (b), counts (b)
 
-    A visual is one piece; an image in tiles is two, its thumbnail and the plane of its tiles.
+    A visual is one piece. An image in tiles is two pieces: its thumbnail, and the plane of its
+    tiles.
     """
 
     config_class = VideoLanguageModelConfig
@@ -129,7 +132,7 @@ class VideoLanguageModel(PreTrainedModel):
                 "a prompt guides the pooler, but the encoder has no text tower to read it with: "
                 "take pooler=average or none, or an encoder with one (encoder=clip_large_336)"
             )
-        for frames in (1, 10**6):  # a kernel that does not fit an image or a video stops here
+        for frames in (1, 10**6):  # raises if the kernel does not fit an image or a video
             self.pooler.grid(Grid(frames, *self.encoder.grid))
         self.llm.replace_rotary(lambda original: RotaryEmbedding(self.rotary, original))
         self.projector = Projector(self.encoder.width, self.llm.width)
@@ -139,15 +142,16 @@ class VideoLanguageModel(PreTrainedModel):
             if config.tiles["newline"]:
                 std = self.llm.width**-0.5
                 self.image_newline = nn.Parameter(torch.randn(self.llm.width) * std)
-        # What came from a hub or folder is part of this model now: keep its config, not its name.
+        # Components loaded from a hub or folder are now part of this model: store their config,
+        # not their name.
         config.encoder, config.llm = self.encoder.to_spec(), self.llm.to_spec()
         self.post_init()
-        if config.lora:  # not before: transformers would give its weights those of a fresh linear
+        if config.lora:  # after `post_init`, which would initialise LoRA's weights as plain linears
             try:
                 add_lora(self, **config.lora)
             except TypeError as error:
                 raise ValueError(f"tuning.lora: {error}") from error
-        if not self.pooler.uses_prompt:  # what no loss depends on is not trained
+        if not self.pooler.uses_prompt:  # the loss does not depend on the prompt modules
             for module in self.encoder.prompt_modules():
                 module.requires_grad_(False)
 
@@ -160,7 +164,7 @@ class VideoLanguageModel(PreTrainedModel):
 
     @torch.no_grad()
     def generate(self, batch: VideoBatch, **options: Any) -> Int[Tensor, "b l"]:
-        """New token ids after each row; labels are not read.
+        """Returns the new token ids for each row; labels are not read.
 
         `options` go to transformers' `GenerationMixin.generate`: `max_new_tokens`, `num_beams`, …
         """
@@ -170,7 +174,10 @@ class VideoLanguageModel(PreTrainedModel):
         return self.llm.generate(inputs.embeds, inputs.mask, inputs.positions, following, **options)
 
     def log_probs(self, batch: PreferenceBatch) -> LogProbs:
-        """Of both answers to each question, read side by side; frames are encoded once."""
+        """Returns the log-probabilities of both answers to each question.
+
+        Both answers are in one batch, and the frames are encoded only once.
+        """
         patches = self.encoder(batch.chosen.frames, batch.chosen.clips)
         inputs = self.compose(batch.both(), torch.cat([patches, patches]))
         hidden = self.llm(inputs.embeds, inputs.mask, inputs.positions)  # 2b l m
@@ -179,7 +186,7 @@ class VideoLanguageModel(PreTrainedModel):
         return LogProbs(sums, counts, inputs.mask.sum(), inputs.mask.numel())
 
     def blocks(self) -> list[nn.Module]:
-        """The units to shard, in the order in which they run."""
+        """Returns the units to shard, in the order in which they run."""
         return [*self.encoder.blocks(), *self.llm.blocks()]
 
     def compose(
@@ -189,9 +196,10 @@ class VideoLanguageModel(PreTrainedModel):
         padding_side: str = "right",
         packing: int | None = None,
     ) -> LanguageInputs:
-        """Steps 2 to 5: everything between the encoder and the LLM.
+        """Runs steps 2 to 5: everything between the encoder and the LLM.
 
-        With `packing`, samples share rows of at most so many tokens; else each has its own.
+        With `packing`, samples share rows of at most `packing` tokens. Otherwise each sample has
+        its own row.
         """
         visuals = self._visuals(batch, patches)
         relevance = self._relevance(batch, visuals)
@@ -208,10 +216,10 @@ class VideoLanguageModel(PreTrainedModel):
     def pool(
         self, pieces: Sequence[Piece], relevance: Sequence[Float[Tensor, "_ _ _"] | None]
     ) -> tuple[list[Float[Tensor, "_ m"]], list[Grid]]:
-        """Tokens of each piece and the grid they come from.
+        """Returns the tokens and the grid of each piece.
 
-        The projector's second layer runs on what the pooler leaves: a window's weights sum to 1,
-        so a linear map gives the same on either side of it.
+        The projector's second layer runs after pooling, on fewer tokens. The weights of a window
+        sum to 1, so a linear map gives the same result before or after pooling.
         """
         pooled = [
             self.pooler(piece.patches, weight, self.projector.expand)
@@ -221,7 +229,7 @@ class VideoLanguageModel(PreTrainedModel):
             return [], []
         grids = [Grid(*p.shape[:3]) for p in pooled]
         flat = self.projector.contract(torch.cat([p.flatten(0, 2) for p in pooled]))  # all m
-        if self.image_newline is not None:  # has a gradient on every rank, tiles or none
+        if self.image_newline is not None:  # needs a gradient on every rank, even without tiles
             flat = flat + 0 * self.image_newline.sum()
         tokens = [
             part.view(*grid, -1)
@@ -234,9 +242,10 @@ class VideoLanguageModel(PreTrainedModel):
         return [t.flatten(0, 2) for t in tokens], [Grid(*t.shape[:3]) for t in tokens]
 
     def _visuals(self, batch: VideoBatch, patches: Float[Tensor, "n p d"]) -> list[Piece]:
-        """
+        """Splits the patches of a batch into one piece or two for each visual.
+
         Raises:
-            ValueError: images in tiles, and a model that was not made for them.
+            ValueError: images are cut into tiles, but the model was not built for tiles.
         """
         if any(batch.tiles) and not self.config.tiles:
             raise ValueError(
@@ -261,11 +270,11 @@ class VideoLanguageModel(PreTrainedModel):
     def _splice(
         self, batch: VideoBatch, tokens: Sequence[Float[Tensor, "_ m"]], grids: Sequence[Grid]
     ) -> tuple[list[tuple[Tensor, Tensor]], list[Layout]]:
-        """Puts the tokens of each visual's pieces in the place of its slot; padding is dropped.
+        """Replaces each visual's slot by the tokens of its pieces, and drops padding.
 
-        Returns one (embeddings, labels) pair a row, and the rows' layouts.
+        Returns one (embeddings, labels) pair per row, and the layout of each row.
         """
-        embeds = self.llm.embed(batch.input_ids.clamp(min=0))  # b l m; slots read as any token
+        embeds = self.llm.embed(batch.input_ids.clamp(min=0))  # b l m; slots get any embedding
         lengths = batch.attention_mask.sum(dim=1).tolist()
         slots = (batch.input_ids == VISUAL_SLOT).nonzero().tolist()
         visual = iter(join_pieces(batch, list(zip(tokens, grids, strict=True))))
@@ -287,11 +296,11 @@ class VideoLanguageModel(PreTrainedModel):
         return pieces, layouts
 
     def _no_visual(self, batch: VideoBatch) -> Float[Tensor, ""]:
-        """0, by way of a blank frame through all visual stages.
+        """Returns 0, computed from a blank frame that runs through all visual components.
 
-        Ranks reduce gradients together, and gather sharded weights together: where one has
-        visuals, the others must run the same blocks and give each weight a gradient, if only of
-        zeros. A single process does as they do, so that its optimizer takes the same steps.
+        Ranks reduce gradients together, and gather sharded weights together. If one rank has
+        visuals, the others must run the same blocks and give each weight a gradient, even if it
+        is zero. A single process does the same, so that its optimizer takes the same steps.
         """
         size, ids = self.encoder.image_size, batch.input_ids.clone()
         ids[0, 0] = VISUAL_SLOT
@@ -302,13 +311,16 @@ class VideoLanguageModel(PreTrainedModel):
         return 0 * tokens[0].sum()
 
     def _init_weights(self, module: Any) -> None:
-        """Each stage sets its own weights when it is made; transformers' way would undo that."""
+        """Does nothing: each component initialises its own weights when it is built.
+
+        The initialisation of transformers would overwrite them.
+        """
 
 
 def _positions(
     scheme: RotaryScheme, layouts: Sequence[Layout], rows: Placement
 ) -> Float[Tensor, "4 b l"]:
-    padded = scheme.batch_positions(layouts).movedim(0, -1)  # of a sample each: s l 4
+    padded = scheme.batch_positions(layouts).movedim(0, -1)  # per sample: s l 4
     parts = [padded[i, : span.stop - span.start] for i, span in enumerate(rows.spans)]
     positions = rows.spread(torch.cat(parts)).movedim(-1, 0)  # 4 b l
     return rows.restart(positions) if len(parts) > rows.rows else positions

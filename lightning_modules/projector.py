@@ -1,4 +1,4 @@
-"""Patch features -> the LLM's width: LLaVA's two linears, taken apart around the pooler."""
+"""Maps patch features to the LLM's width: LLaVA's two linears, one before and one after pooling."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -6,10 +6,10 @@ from torch.nn.functional import gelu
 
 
 class Projector(nn.Module):
-    """`linear_2(gelu(linear_1(x)))`, as LLaVA-NeXT's projector.
+    """Computes `linear_2(gelu(linear_1(x)))`, as the projector of LLaVA-NeXT.
 
-    The second linear commutes with pooling (each window's weights sum to 1), so it runs on the
-    few tokens that the pooler leaves: `contract(pool(expand(patches)))`.
+    The second linear commutes with pooling, because the weights of each window sum to 1. It
+    therefore runs after pooling, on fewer tokens: `contract(pool(expand(patches)))`.
     """
 
     def __init__(self, width_in: int, width_out: int):

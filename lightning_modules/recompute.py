@@ -1,4 +1,4 @@
-"""Results that are made again in the backward pass instead of being kept."""
+"""Activation checkpointing: recomputes results in the backward pass instead of keeping them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,10 +12,10 @@ _again: ContextVar[bool] = ContextVar("_again", default=False)
 
 
 def made_again(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """`function(*arguments)`, of which only the arguments are kept for the backward pass.
+    """Returns `function(*arguments)`, and keeps only the arguments for the backward pass.
 
-    Gradients are the same to the last bit: the same operations run on the same numbers, and random
-    ones are drawn again as they were.
+    Gradients are bit-for-bit the same: the same operations run on the same numbers, with the same
+    random state.
     """
 
     def contexts() -> tuple[Any, Any]:
@@ -26,7 +26,7 @@ def made_again(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 
 def is_running_again() -> bool:
-    """Whether `made_again` is making something for the second time: hooks have seen it before."""
+    """Returns whether a recomputation of `made_again` is running; hooks saw its values before."""
     return _again.get()
 
 

@@ -1,8 +1,8 @@
-"""Builds a stage from its spec: a class path under `_target_` and the arguments beside it.
+"""Builds a component from its spec: a class path under `_target_`, and the arguments beside it.
 
-A spec is what a yaml of `configs/<stage>/` says and what a saved model's `config.json` holds, so
-opening somebody's checkpoint must not run somebody's code: only classes that this package itself
-defines are built, and anything else is refused before it is imported.
+A spec comes from a YAML file of `configs/<component>/`, or from the `config.json` of a saved
+model. Opening a stranger's checkpoint must not run the stranger's code. Therefore only classes
+that this package defines are built; all others are refused before they are imported.
 """
 
 import importlib
@@ -19,11 +19,11 @@ def resolve(path: Any, kind: type = object) -> type:
     """Returns the class at a dotted path under `lightning_modules`.
 
     Args:
-        kind: base class that it must have.
+        kind: required base class.
 
     Raises:
-        ValueError: the path leads elsewhere, or to something that is not such a class of this
-            package.
+        ValueError: the path is outside this package, or does not name a subclass of `kind` that
+            this package defines.
     """
     module_path, _, name = str(path).rpartition(".")
     if not module_path.startswith(f"{PACKAGE}."):
@@ -40,13 +40,13 @@ def resolve(path: Any, kind: type = object) -> type:
 
 
 def build(spec: Mapping[str, Any], kind: type = object) -> Any:
-    """Calls the class under `_target_` with the other keys, nested specs built first.
+    """Calls the class under `_target_` with the other keys as arguments; builds nested specs first.
 
     Args:
-        kind: base class that the class must have; nested specs build modules.
+        kind: required base class; for nested specs it is `nn.Module`.
 
     Raises:
-        ValueError: no `_target_`, a class that is refused, or arguments it does not take.
+        ValueError: `_target_` is missing, the class is refused, or it does not take the arguments.
     """
     if "_target_" not in spec:
         raise ValueError(f"a stage spec needs a `_target_`, this one has only {sorted(spec)}")
@@ -65,10 +65,11 @@ def build(spec: Mapping[str, Any], kind: type = object) -> Any:
 
 
 def set_attention(model: PreTrainedModel, stage: str, attention: str) -> None:
-    """Has `model` use one of transformers' implementations: sdpa, eager, flash_attention_2, …
+    """Selects the attention implementation of `model`: sdpa, eager, flash_attention_2, …
 
     Raises:
-        ValueError: the word, the package that is missing, or what the model does not support.
+        ValueError: transformers does not know the name, its package is missing, or the model does
+            not support it.
     """
     try:
         model.set_attn_implementation(attention)

@@ -1,1 +1,1 @@
-"""What runs beside a training: logs, guards, status files."""
+"""Callbacks that run beside a training: logs, guards and status files."""

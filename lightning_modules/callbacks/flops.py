@@ -1,10 +1,10 @@
-"""What a step costs: FLOPs by stage, from the shapes that the stages see.
+"""Counts the FLOPs of a step by component, from the shapes that the components see.
 
-Counted as for PaLM's MFU (arXiv 2204.02311, appendix B): forward, 2 for every weight that a token
-is multiplied with, and 4 for every pair of tokens in a row and channel of attention, whether a
-mask hides the pair or not; backward, as much again for the gradients of trained weights, and as
-much for the gradient that flows on, where one does. What is computed twice to save memory is not
-counted, nor is what grows with neither (norms, softmax, the pooler's windows).
+The count follows PaLM's MFU (arXiv 2204.02311, appendix B). Forward: 2 per weight and token, and 4
+per pair of tokens in a row and attention channel, masked or not. Backward: the same amount for the
+gradients of trained weights, and the same amount for the gradient of the input, if it is needed.
+Recomputation to save memory does not count. Neither do small operations (norms, softmax, the
+pooler's windows).
 """
 
 import math
@@ -23,16 +23,16 @@ _MATMULS = (nn.Linear, nn.Conv2d)
 
 
 class Weights(NamedTuple):
-    """Of blocks that run one after another on the same tokens."""
+    """Sizes of blocks that run one after another on the same tokens."""
 
-    met: int  # that a token is multiplied with
-    trained: int  # of these, those that get a gradient
-    passed: int  # of these, those through which a gradient flows on
-    attended: int  # channels of all attention layers together
-    attended_back: int  # of the attention layers that a gradient flows through
+    met: int  # weights that a token is multiplied with
+    trained: int  # those of them that get a gradient
+    passed: int  # those of them through which a gradient flows on
+    attended: int  # channels of all attention layers
+    attended_back: int  # channels of the attention layers through which a gradient flows
 
     def flops(self, tokens: int, length: int, backward: bool) -> int:
-        """Of `tokens` tokens, in rows of `length`."""
+        """Returns the FLOPs for `tokens` tokens in rows of `length`."""
         count = 2 * tokens * self.met + 4 * tokens * length * self.attended
         if backward:
             count += 2 * tokens * (self.trained + self.passed)
@@ -41,7 +41,7 @@ class Weights(NamedTuple):
 
 
 def weigh(blocks: Iterable[nn.Module], flows: bool) -> Weights:
-    """`flows`: a gradient leaves the first block for what comes before."""
+    """Returns the sizes of `blocks`; `flows`: the input of the first block needs a gradient."""
     met = trained = passed = attended = attended_back = 0
     for module in (module for block in blocks for module in block.modules()):
         if isinstance(query := getattr(module, "q_proj", None), nn.Module):
@@ -58,11 +58,11 @@ def weigh(blocks: Iterable[nn.Module], flows: bool) -> Weights:
 
 
 class FlopMeter:
-    """Counts while a network runs: `flops` by stage, forward and backward, and the LLM's tokens.
+    """Counts FLOPs by component, forward and backward, and the LLM's tokens while a network runs.
 
-    Hooks stand on whole stages and on the few layers outside of their blocks, so that blocks may
-    be compiled, sharded or run again in the backward pass. `tokens` are those that are learnt from
-    (read with gradients), padding left out: a tensor, as reading it would wait for the device.
+    Hooks are on whole components and on the few layers outside their blocks. So blocks may be
+    compiled, sharded or recomputed in the backward pass. `tokens` counts tokens that are read with
+    gradients, without padding. It is a tensor, because converting it would wait for the device.
     """
 
     def __init__(self, network: nn.Module):
@@ -110,8 +110,8 @@ class FlopMeter:
         if is_running_again():
             return
         weight: Any = layer.weight
-        # SigLIP's pooling head attends to one patch at a time: the values of its attention, a
-        # matrix of the same size that no module holds, go into the layer that is seen here.
+        # SigLIP's pooling head attends to one patch at a time. The value matrix of its attention
+        # has the same size as this layer, but is no module, so this layer counts twice.
         times = 2 if isinstance(layer, NonDynamicallyQuantizableLinear) else 1
         back = weight.requires_grad + args[0].requires_grad if torch.is_grad_enabled() else 0
         rows = output.numel() // weight.shape[0]
@@ -119,7 +119,10 @@ class FlopMeter:
 
 
 def _towers(stage: Any) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """What of a stage runs its blocks, and which: an encoder's text tower runs its own."""
+    """Returns the modules of a component that run blocks, with their blocks.
+
+    An encoder's text tower runs its own blocks; the component runs the others.
+    """
     left, towers = list(stage.blocks()), []
     for part in stage.prompt_modules() if hasattr(stage, "prompt_modules") else ():
         own = [block for block in left if any(block is module for module in part.modules())]

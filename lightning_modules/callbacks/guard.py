@@ -1,4 +1,4 @@
-"""A step that would spoil the weights is not taken."""
+"""Skips optimizer steps that would corrupt the weights."""
 
 import logging
 from typing import Any
@@ -13,13 +13,13 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteGuard(Callback):
-    """Leaves out optimizer steps whose loss or gradients hold NaN or Inf, on all ranks alike.
+    """Skips optimizer steps whose loss or gradients contain NaN or Inf, on all ranks together.
 
-    Weights and moments stay as they are; the schedule of the learning rate goes on. Such steps
-    are counted over the whole run, interruptions included, and logged as `train/skipped_steps`.
+    Weights and moments do not change; the learning-rate schedule advances. Skipped steps are
+    counted over the whole run, including resumes, and logged as `train/skipped_steps`.
 
     Raises:
-        ValueError: more than `max_skipped` of them.
+        ValueError: more than `max_skipped` steps were skipped.
     """
 
     def __init__(self, max_skipped: int = 10):
@@ -27,7 +27,7 @@ class NonFiniteGuard(Callback):
             raise ValueError(f"max_skipped={max_skipped} must be 0 or more")
         self.max_skipped = max_skipped
         self.skipped = 0
-        self._losses: list[Tensor] = []  # of the micro-batches of this step
+        self._losses: list[Tensor] = []  # losses of this step's micro-batches
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped}
@@ -50,7 +50,7 @@ class NonFiniteGuard(Callback):
         finite = finite_everywhere([*self._losses, *gradients])
         self._losses = []
         if not finite:
-            optimizer.zero_grad(set_to_none=True)  # without gradients nothing is updated
+            optimizer.zero_grad(set_to_none=True)  # no gradients, so no update
             self._count(trainer)
         pl_module.log("train/skipped_steps", float(self.skipped))
 

@@ -1,4 +1,4 @@
-"""The last sign of life of a run, for whoever looks at its directory."""
+"""Heartbeat: writes `status.json` while a run trains."""
 
 import json
 import logging
@@ -13,13 +13,19 @@ logger = logging.getLogger(__name__)
 
 
 class Heartbeat(Callback):
-    """Writes `status.json` in `folder`, at most every `every_s` seconds and at every end.
+    """Writes `status.json` in `folder`, at most every `every_s` seconds, and whenever a run ends.
 
-    `state` is `training`, `validating`, `testing`, `trained`, `tested`, `stopped` or `failed`, and
-    the last two have a `reason`; `step` of `total_steps` optimizer steps (null where training is
-    endless), `time` of writing in seconds since 1970, `starts` of the run, `wall_s` of all of
-    them, `metrics` as last logged. A process that was killed leaves the state that it was in.
-    Rank 0 alone writes, and without a disk it only warns.
+    Its fields:
+
+    - `state`: `training`, `validating`, `testing`, `trained`, `tested`, `stopped` or `failed`; the
+      last two have a `reason`.
+    - `step`, `total_steps`: optimizer steps; `total_steps` is null for endless training.
+    - `time`: time of writing, in seconds since 1970.
+    - `starts`: how often the run was started.
+    - `wall_s`: seconds of all starts together.
+    - `metrics`: last logged values.
+
+    A killed process leaves its last state. Only rank 0 writes; if writing fails, it only warns.
     """
 
     def __init__(self, folder: str | Path, every_s: float = 10.0):
@@ -29,7 +35,7 @@ class Heartbeat(Callback):
         self._written, self._starts = -math.inf, 0
         self._began, self._wall_before = time.monotonic(), 0.0
         self._total: int | None = None
-        self._step = 0  # where an earlier start came to, until this one trains
+        self._step = 0  # last step of earlier starts, until this start trains
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = trainer.estimated_stepping_batches
@@ -59,7 +65,7 @@ class Heartbeat(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if not self._starts:  # before training began: what earlier starts came to stays
+        if not self._starts:  # failed before training began: keep the values of earlier starts
             before = read_status(self.path)
             self._starts, self._wall_before = before.get("starts", 0), before.get("wall_s", 0.0)
             self._total, self._step = before.get("total_steps"), before.get("step", 0)
@@ -95,7 +101,7 @@ class Heartbeat(Callback):
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """Empty where there is none yet, or one that the disk lost."""
+    """Returns the status; empty if the file does not exist or cannot be read."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

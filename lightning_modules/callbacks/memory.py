@@ -1,4 +1,4 @@
-"""Where a training ran out of memory, and what would lower it, in one line."""
+"""Explains an out-of-memory error in one line: where it happened, and what to lower."""
 
 import os
 import re
@@ -17,20 +17,20 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether CUDA, or the CPU's allocator, had no more to give."""
+    """Returns whether the error means that CUDA or the CPU's allocator is out of memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 class OutOfMemory(Callback):
-    """Adds such a line to the error, as a note; `user_errors_in_one_line` prints it.
+    """Adds an explanation to an out-of-memory error as a note; `user_errors_in_one_line` prints it.
 
-    The stage is known by hooks on the network's stages, and on the results that gradients come
-    back to: none stands inside of a block, so blocks may be compiled, sharded or run twice.
+    Hooks on the network's components and on their outputs track the current component. No hook is
+    inside a block, so blocks may be compiled, sharded or recomputed.
 
     Args:
-        settings: what can be lowered: the value by config key, None where a run has no such key.
+        settings: values that can be lowered, by config key; None if a run has no such key.
     """
 
     def __init__(self, settings: Mapping[str, Any]):
@@ -41,7 +41,7 @@ class OutOfMemory(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         network: Any = pl_module.network
         for name, stage in network.named_children():
-            for module in (stage, *stage.children()):  # some stages run only part by part
+            for module in (stage, *stage.children()):  # some components run only in parts
                 self._handles += [
                     module.register_forward_pre_hook(partial(self._entered, name)),
                     module.register_forward_hook(partial(self._left, name)),
@@ -74,7 +74,7 @@ class OutOfMemory(Callback):
 
     def _left(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if is_running_again():
-            return  # still in the backward of this stage
+            return  # still in the backward pass of this component
         self._is_at("loss" if name == "llm" else name)
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(partial(self._is_at, name, True))
@@ -86,7 +86,7 @@ class OutOfMemory(Callback):
         return f"out of memory in {place}: {asked} asked, {free} free; set " + " or ".join(remedies)
 
     def _remedies(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        """Config keys to set, the likeliest to help first; two at most."""
+        """Returns at most two config keys to set; the most likely to help comes first."""
         known, remedies = self._settings, []
         stage: Any = getattr(pl_module.network, self._where, None)
         checkpointed = known.get("tuning.checkpointing")
@@ -110,7 +110,7 @@ class OutOfMemory(Callback):
 
 
 def _amounts(error: str) -> tuple[str, str]:
-    """How much was asked for and how much was there, as the error says or the system does."""
+    """Returns the requested and the free memory, from the error text or the system."""
     asked = re.search(r"tried to allocate ([\d.]+) (\w+)", error, re.IGNORECASE)
     free = re.search(r"of which ([\d.]+) (\w+) is free", error)
     there = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

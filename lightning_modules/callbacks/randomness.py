@@ -1,4 +1,4 @@
-"""Dropout that does not depend on who computes it, or when."""
+"""Seeds dropout so that it does not depend on ranks or interruptions."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -13,10 +13,10 @@ from datamodules.batch import data_rank
 class SeedByPosition(Callback):
     """Seeds torch for each training micro-batch from the run's seed, the epoch and its number.
 
-    The number counts the micro-batches of all ranks, so random numbers are the same for any
-    number of ranks and after any interruption, and no checkpoint holds a generator's state. Fresh
-    weights too depend on the seed alone. Whatever draws outside of training (loaders, validation)
-    finds the generators as it left them.
+    The number counts the micro-batches of all ranks. So random numbers are the same for any number
+    of ranks and after any interruption, and no checkpoint stores a generator's state. Initial
+    weights also depend only on the seed. Code outside of training (loaders, validation) is not
+    affected: the generators' states are restored after each micro-batch.
     """
 
     def __init__(self, seed: int):
@@ -24,7 +24,7 @@ class SeedByPosition(Callback):
         self._forked = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        torch.manual_seed(self.seed)  # weights are made after this
+        torch.manual_seed(self.seed)  # weights are initialised after this
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

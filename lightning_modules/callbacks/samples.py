@@ -1,4 +1,4 @@
-"""What is seen of a run while it runs."""
+"""Callbacks about samples: generated answers, bad samples, and the audit of trained samples."""
 
 import json
 import re
@@ -17,11 +17,10 @@ _COLUMNS = ["step", "key", "prompt", "answer", "generated"]
 
 
 class Generations(Callback):
-    """Answers of the model to the first validation batch, beside those that it should give.
+    """Writes the model's answers to the first validation batch, beside the expected answers.
 
-    They go to `generations.jsonl` in `folder`, and to W&B as a table. Questions come from the
-    datamodule's `conversation`, whose tokenizer reads and writes them. A model that has no
-    `generate` is passed over.
+    They go to `generations.jsonl` in `folder`, and to W&B as a table. The tokenizer is that of the
+    datamodule's `conversation`. If the model has no `generate`, nothing is written.
     """
 
     def __init__(self, folder: str | Path, count: int = 8, max_new_tokens: int = 16):
@@ -68,7 +67,7 @@ class Generations(Callback):
                 logger.log_table("val/generations", columns=_COLUMNS, data=rows, step=step)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        """Appends to the file; a resumed run replaces the steps that it takes again."""
+        """Appends rows to the file; a resumed run replaces the steps that it repeats."""
         path = self.folder / "generations.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
         earlier = [line for line in lines if json.loads(line)["step"] < rows[0]["step"]]
@@ -76,10 +75,10 @@ class Generations(Callback):
 
 
 class BadSamples(Callback):
-    """Counts over all ranks what the data refuses, and stops them together where it is too much.
+    """Counts bad samples over all ranks, and stops all ranks together if there are too many.
 
-    After each optimizer step, because the checkpoints that are written there take the counts along,
-    and because a rank that stopped alone would leave the others waiting for it.
+    It runs after each optimizer step, because checkpoints written there include the counts, and
+    because the others would wait for a rank that stops alone.
 
     Raises:
         BadSampleError: the share of bad samples is above `data.stream.max_bad_rate`.
@@ -108,18 +107,18 @@ class BadSamples(Callback):
 
 
 class SampleAudit(Callback):
-    """Which samples each optimizer step has learnt from: `samples.jsonl` in `folder`.
+    """Writes the samples of each optimizer step to `samples.jsonl` in `folder`.
 
-    A line is `{"step": n, "keys": [...]}`, n counted from 1, keys (shard file, sample) of all
-    ranks in the order of the run: micro-batch by micro-batch of the step, rank by rank in each. It
-    is written where `data.audit` is true; a resumed run replaces the steps that it takes again.
+    A line is `{"step": n, "keys": [...]}`; n starts at 1. The keys (shard file, sample) of all
+    ranks are in stream order: micro-batch by micro-batch, and rank by rank within each. The file is
+    only written if `data.audit` is true. A resumed run replaces the steps that it repeats.
     """
 
     def __init__(self, folder: str | Path):
         self._path = Path(folder) / "samples.jsonl"
         self._active = False
         self._step = 0
-        self._keys: list[list[str]] = []  # of this rank's micro-batches since the last step
+        self._keys: list[list[str]] = []  # keys of this rank's micro-batches since the last step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._active = datamodule_of(trainer).audit
@@ -155,12 +154,12 @@ class SampleAudit(Callback):
 
 
 def _readers(trainer: Trainer) -> int:
-    """How many ranks in a row read the same batches."""
+    """Returns the number of consecutive ranks that read the same batches."""
     return trainer.world_size // data_rank(trainer)[1]
 
 
 def _end_of_step(file: BinaryIO, step: int) -> int:
-    """Bytes of the whole lines up to `step`."""
+    """Returns the number of bytes of the complete lines up to `step`."""
     file.seek(0)
     end = 0
     for line in file:
@@ -171,5 +170,5 @@ def _end_of_step(file: BinaryIO, step: int) -> int:
 
 
 def without_folder(key: str) -> str:
-    """`shard.tar/sample` of a sample whose shard has a path or url before it."""
+    """Removes the path or URL before the shard name: `…/shard.tar/sample` -> `shard.tar/sample`."""
     return re.sub(r"^.*/(?=[^/]*\.tar/)", "", key)

@@ -1,4 +1,4 @@
-"""Scores with all that they depend on, so that two of them can be compared, or seen not to be."""
+"""Stores scores with everything they depend on, which shows whether two are comparable."""
 
 import json
 import os
@@ -18,16 +18,17 @@ _COLUMNS = ["step", "name", "value", "count", "parser", "max_new_tokens"]
 
 
 class ScoreBook(Callback):
-    """Keeps the scores of each validation in `scores.json`, and in W&B as a table.
+    """Stores the scores of each validation in `scores.json`, and in W&B as a table.
 
     A validation is `{"run", "step", "weights", "scores": [{"name", "value", "count", "parser",
-    "max_new_tokens"}], "generation", "prompt", "versions", ...}`; what is left out here comes from
-    the datamodule's `describe`. A resumed run replaces the steps that it takes again.
+    "max_new_tokens"}], "generation", "prompt", "versions", ...}`. The other fields come from the
+    datamodule's `describe`. A resumed run replaces the steps that it repeats.
 
     Args:
-        run: the name of what was trained.
-        weights: which were scored, where the run and the step do not say it: file and digest.
-        step: to which the model was trained; None: the trainer's.
+        folder: folder for `scores.json`.
+        run: name of the run that trained the model.
+        weights: file and digest of the scored weights, if run and step do not identify them.
+        step: training step of the model; None: the trainer's.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class ScoreBook(Callback):
                 logger.log_table("val/scores", columns=_COLUMNS, data=table, step=step)
 
     def write(self, validation: dict[str, Any]) -> None:
-        """Adds it behind those of earlier steps; later ones are dropped."""
+        """Appends a validation after those of earlier steps; drops those of later steps."""
         earlier = json.loads(self.path.read_text()) if self.path.is_file() else []
         kept = [former for former in earlier if former["step"] < validation["step"]]
         beside = self.path.with_name(self.path.name + ".partial")  # a kill leaves the old file
@@ -87,7 +88,7 @@ class ScoreBook(Callback):
 
 
 def _as_text(ids: list[int], tokenizer: Any) -> str:
-    """What stands before an answer, as the LLM reads it, `<visual>` in the place of visuals."""
+    """Decodes a prompt as the LLM reads it, with `<visual>` in place of visuals."""
     pieces: list[list[int]] = [[]]
     for token in ids:
         if token == VISUAL_SLOT:

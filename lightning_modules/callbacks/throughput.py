@@ -1,4 +1,4 @@
-"""How fast a training is: tokens per second, the share of the hardware used, the wait for data."""
+"""Measures training speed: tokens per second, MFU, and the time spent waiting for data."""
 
 import time
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ from lightning_modules.callbacks.flops import FlopMeter
 
 
 class Throughput(Callback):
-    """Means over all ranks and over the time between two logged steps, in bar and loggers.
+    """Logs means over all ranks and over the time between two logged steps, to bar and loggers.
 
-    - `train/tokens_per_s`: tokens that the LLM learns from, padding left out.
-    - `train/mfu`: FLOPs of the model (`flops.py`) over what the devices could do in that time.
-    - `train/data_wait`: share of the time from the end of a batch to the start of the next.
+    - `train/tokens_per_s`: tokens that the LLM reads with gradients, without padding.
+    - `train/mfu`: FLOPs of the model (`flops.py`) over the devices' peak FLOPs in that time.
+    - `train/data_wait`: share of time between the end of a batch and the start of the next.
 
-    Time for validation and checkpoints counts nowhere.
+    Time for validation and checkpoints is not included.
 
     Args:
-        peak_flops: of one device, per second; None: by its name. A CPU has none, and so no MFU.
-        known: FLOP/s of devices by the name that CUDA gives them.
+        peak_flops: FLOP/s of one device; None: looked up by its name. A CPU has none, so no MFU.
+        known: FLOP/s of devices, by their CUDA name.
     """
 
     def __init__(self, peak_flops: float | None = None, known: Mapping[str, float] | None = None):
@@ -46,7 +46,7 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._meter is not None
-        self._meter.reset()  # of what validation ran
+        self._meter.reset()  # drops the counts of validation
         self._started = time.perf_counter()
         if self._ended is not None:
             self._waited += self._started - self._ended
@@ -84,9 +84,9 @@ class Throughput(Callback):
         self._clear()
         device = trainer.strategy.root_device
         sums = trainer.strategy.reduce(torch.tensor(own, device=device), reduce_op="sum")
-        tokens, flops, waited, seconds = cast(Tensor, sums).tolist()  # of all ranks
+        tokens, flops, waited, seconds = cast(Tensor, sums).tolist()  # over all ranks
         ranks = data_rank(trainer)[1]
-        flops *= ranks / trainer.world_size  # each counts the layers that it shares as its own
+        flops *= ranks / trainer.world_size  # tensor-parallel ranks each count whole layers
         pl_module.log("train/tokens_per_s", tokens / seconds * ranks, prog_bar=True)
         pl_module.log("train/data_wait", waited / seconds, prog_bar=True)
         if self._peak:

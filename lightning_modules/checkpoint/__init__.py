@@ -1,9 +1,9 @@
-"""A run that is stopped goes on where it was.
+"""Checkpoints: a stopped run resumes where it was.
 
-checkpoints/last.ckpt      what the same command goes on from
-checkpoints/previous.ckpt  the one before, where the last one is damaged
+checkpoints/last.ckpt      the checkpoint from which the same command resumes
+checkpoints/previous.ckpt  the one before, used if the last one is damaged
 checkpoints/best.ckpt      weights of the best validation
-checkpoints/*.partial      what a killed save left; the next one removes it
+checkpoints/*.partial      left by a killed save; the next save removes it
 """
 
 from lightning_modules.checkpoint.callbacks import BestCheckpoint, LastCheckpoint

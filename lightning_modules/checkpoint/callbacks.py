@@ -1,4 +1,4 @@
-"""When checkpoints are saved, and when a run stops."""
+"""Callbacks that decide when checkpoints are saved and when a run stops."""
 
 import logging
 import time
@@ -33,19 +33,23 @@ logger = logging.getLogger(__name__)
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt`, which the same command resumes from, and the one before it.
+    """Writes `last.ckpt`, from which the same command resumes, and keeps the one before it.
 
-    It is written every `every_n_steps` optimizer steps, at the end of an epoch and of training,
-    and when the run is told to stop: by Ctrl-C, by SIGTERM, SIGUSR1 or SIGUSR2, and
-    `walltime_margin_s` before its time is over. Signals are only noted; after each step all ranks
-    agree whether one of them was told, save, and leave with `Preempted`.
+    It saves every `every_n_steps` optimizer steps, at the end of an epoch and of training, and when
+    the run must stop: on Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2, and `walltime_margin_s` seconds
+    before its time limit. A signal only sets a flag. After each step, all ranks agree whether one
+    of them got a signal; if so, they save and exit with `Preempted`.
 
     Args:
-        walltime: how long the run may take, as `24:00:00` or in seconds; without it SLURM is asked.
+        dirpath: folder for the checkpoints.
+        every_n_steps: optimizer steps between two checkpoints.
+        walltime_margin_s: seconds before the time limit at which the run stops.
+        walltime: time limit of the run, as `24:00:00` or in seconds; None: SLURM's limit.
 
     Raises:
-        ValueError: a number that makes no sense.
-        OSError: on all ranks, where there is no room; what was saved before stays.
+        ValueError: a number is out of range.
+        OSError: a checkpoint cannot be written, for example because the disk is full; raised on
+            all ranks, and earlier checkpoints stay.
     """
 
     def __init__(
@@ -62,8 +66,8 @@ class LastCheckpoint(Checkpoint):
         self.folder = Path(dirpath)
         self.every_n_steps = every_n_steps
         self._stops_at = stops_at(walltime, walltime_margin_s)
-        self._step = 0  # the last one that was seen to end
-        self._stopping: str | None = None  # as all ranks know
+        self._step = 0  # the last finished step
+        self._stopping: str | None = None  # the reason to stop that all ranks agreed on
         self._deferral = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -76,12 +80,13 @@ class LastCheckpoint(Checkpoint):
         self._deferral.enter_context(signals.deferred())
         resumed = trainer.ckpt_path and Path(trainer.ckpt_path).resolve()
         if trainer.is_global_zero and resumed == (self.folder / PREVIOUS).resolve():
-            remove(self.folder / LAST)  # damaged, and must not become the one before
+            remove(self.folder / LAST)  # it is damaged, and must not become the previous one
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # With accumulated gradients most batches end no step; the end of an epoch is saved as such.
+        # With gradient accumulation, most batches end no step. `on_train_epoch_end` saves the end
+        # of an epoch.
         ends_epoch = trainer.is_last_batch and not validation_is_next(trainer)
         if trainer.global_step == self._step or ends_epoch:
             return
@@ -93,7 +98,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # Not when it is agreed: the metrics of a step are logged behind its end.
+        # Stop here, not right after the agreement: a step's metrics are logged after its end.
         self._stop_if_agreed(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,7 +124,7 @@ class LastCheckpoint(Checkpoint):
         launcher = trainer.strategy.launcher
         alone = isinstance(exception, Preempted) and not self._stopping
         if alone and isinstance(launcher, _SubprocessScriptLauncher):
-            launcher.kill(9)  # ranks that would wait for this one
+            launcher.kill(9)  # the other ranks would wait for this one
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -140,7 +145,7 @@ class LastCheckpoint(Checkpoint):
             reason = "walltime"
         self._stopping = agree(trainer, reason)
         if self._stopping:
-            signals.received = self._stopping  # what comes now is told too late
+            signals.received = self._stopping  # later signals have no effect
 
     def _stop_if_agreed(self, trainer: Trainer) -> None:
         if not self._stopping:
@@ -159,14 +164,16 @@ class LastCheckpoint(Checkpoint):
 
 
 class BestCheckpoint(Checkpoint):
-    """Keeps the weights of the best validation in `best.ckpt`, for evaluation and not to resume.
+    """Saves the weights of the best validation in `best.ckpt`, for evaluation, not for resuming.
 
-    Not Lightning's ModelCheckpoint, which warns of the folder that a resumed run finds full and of
-    a run that was moved, and writes over shards in place.
+    It replaces Lightning's ModelCheckpoint, which warns if a resumed run finds a non-empty folder
+    or if a run was moved, and which overwrites shards in place.
 
     Args:
-        monitor: a metric that validation logs.
+        dirpath: folder for the checkpoint.
+        monitor: name of a metric that validation logs.
         mode: `min` or `max`.
+        filename: name of the checkpoint.
     """
 
     def __init__(
@@ -199,14 +206,14 @@ class BestCheckpoint(Checkpoint):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         value = trainer.callback_metrics.get(self.monitor)
-        # The word of one rank: a metric that is not synchronised differs between them.
+        # Use the value of one rank: an unsynchronised metric differs between ranks.
         value = trainer.strategy.broadcast(None if value is None else float(value))
         if value is None:
             raise ValueError(
                 f"callbacks.best.monitor={self.monitor} is not logged by validation, which logs "
                 f"{', '.join(sorted(trainer.callback_metrics))}"
             )
-        # NaN is no better than anything.
+        # NaN is never better.
         if value == value and (self.best is None or self._sign * (value - self.best) > 0):
             self.best = value
             save_whole(trainer, self.path, weights_only=True)

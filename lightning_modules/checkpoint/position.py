@@ -1,4 +1,4 @@
-"""Where a run stands, as Lightning's loops count it, in a checkpoint that others can go on from."""
+"""Adjusts the loop counters of Lightning in checkpoints, so that any number of ranks can resume."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ _COUNTERS = ("ready", "started", "processed", "completed")
 
 
 def rescale(checkpoint: dict[str, Any], world_size: int) -> None:
-    """Lightning counts the micro-batches of one rank; here those of another number of ranks.
+    """Converts Lightning's counters, which count the micro-batches of one rank, to `world_size`.
 
     Raises:
-        ValueError: the micro-batches of all ranks do not divide, so the checkpoint was not saved
-            at the end of a step of this global batch size.
+        ValueError: the number of micro-batches of all ranks is not divisible by `world_size`, so
+            the checkpoint was not saved at the end of a step of this global batch size.
     """
     then = checkpoint.get("world_size", world_size)
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -24,23 +24,23 @@ def rescale(checkpoint: dict[str, Any], world_size: int) -> None:
         )
     for counts in (progress["current"], progress["total"]):
         processed = counts["processed"] * then // world_size
-        # Within a batch one counter is ahead of another by one batch, whatever the world.
+        # Within a batch, one counter is one batch ahead of another, for any number of ranks.
         shift = processed - counts["processed"]
         for name in _COUNTERS:
             counts[name] += shift
 
 
 def validation_is_next(trainer: Trainer) -> bool:
-    """Whether the trainer validates before the next batch; asked at the end of one."""
+    """Returns whether the trainer validates before the next batch; call it after a batch."""
     fetcher: Any = trainer.fit_loop._data_fetcher
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def mark_validation_due(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Lets a run that goes on from the end of a batch validate where that comes next.
+    """Lets a run that resumes at the end of a batch validate, if validation is next.
 
-    Lightning takes a validation that no batch was seen of for one that is over. So the checkpoint
-    becomes one that was saved at its first batch.
+    Lightning treats a validation without any processed batch as finished. So the checkpoint is
+    changed as if it was saved at the first validation batch.
     """
     loops = checkpoint["loops"]["fit_loop"]
     progress = loops["epoch_loop.batch_progress"]
@@ -56,10 +56,10 @@ def mark_validation_due(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def leave_epoch_open(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Lets a run that ended within an epoch, by `max_steps` or a callback, go on within it.
+    """Lets a run that ended within an epoch, by `max_steps` or a callback, resume within it.
 
-    Lightning takes such an epoch for one that is over, and leaves the rest of its batches out. So
-    the checkpoint becomes one that was saved at the end of a batch, its validation behind it.
+    Lightning treats such an epoch as finished and skips its other batches. So the checkpoint is
+    changed as if it was saved at the end of a batch, after its validation.
     """
     loops = checkpoint["loops"]["fit_loop"]
     epochs = loops["epoch_progress"]
@@ -69,14 +69,15 @@ def leave_epoch_open(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     for span in ("current", "total"):
         epochs[span]["processed"] -= 1
         batches[span]["completed"] -= 1
-    if not trainer.fit_loop._should_accumulate():  # counted between the end of a batch and here
+    if not trainer.fit_loop._should_accumulate():  # Lightning counts it after the end of a batch
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
 def close_epoch(trainer: Trainer) -> None:
-    """Lets a run that goes on from the end of an epoch begin the next one; asked at its start.
+    """Lets a run that resumes at the end of an epoch begin the next one; call it at the start.
 
-    Under `max_steps` Lightning goes on in the epoch that is over, and counts one without batches.
+    With `max_steps`, Lightning would continue the finished epoch, and count an epoch without
+    batches.
     """
     loop = trainer.fit_loop
     if loop.restarted_on_epoch_end:

@@ -1,4 +1,4 @@
-"""What is done when the cluster, its clock or a person wants the process to stop."""
+"""Handles requests to stop: signals, the time limit and Ctrl-C."""
 
 import os
 import re
@@ -16,21 +16,23 @@ from torch.distributed import ReduceOp
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
-#: Why a run stops. Where ranks have different reasons the later one counts for all: a person's
-#: Ctrl-C is not followed by a requeue.
+#: Reasons to stop a run. If ranks have different reasons, the later one in this list counts for
+#: all. So Ctrl-C has priority, and no requeue follows it.
 _REASONS = ("walltime", "SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT")
 
-#: torchrun hands a Ctrl-C, which the terminal has given to all, on to all once more.
+#: The terminal sends Ctrl-C to all processes, and torchrun sends it to all once more within this
+#: time (seconds).
 _ECHO_S = 1.0
 
 _STARTED = time.time()
 
 
 class Preempted(BaseException):
-    """The run was told to stop, and did. Not an Exception: nobody may take it for a fault.
+    """Raised when a run stops on request.
 
-    `reason` is `SIGTERM`, `SIGUSR1`, `SIGUSR2` or `walltime`; within a training also `SIGINT`,
-    which `StopSignals.listen` makes a KeyboardInterrupt.
+    It is not a subclass of Exception, so that no handler treats it as an error. `reason` is
+    `SIGTERM`, `SIGUSR1`, `SIGUSR2` or `walltime`. Within a training it may be `SIGINT`, which
+    `StopSignals.listen` turns into KeyboardInterrupt.
     """
 
     def __init__(self, reason: str):
@@ -39,9 +41,10 @@ class Preempted(BaseException):
 
 
 class StopSignals:
-    """The signals that ask a process to stop; handlers belong to it, so one object does.
+    """Handles the signals that ask a process to stop.
 
-    `received` is the first that came. Later ones change nothing, but a second Ctrl-C kills.
+    Signal handlers belong to the process, so there is one object. `received` is the first signal.
+    Later signals have no effect, except that a second Ctrl-C kills the process.
     """
 
     def __init__(self) -> None:
@@ -52,10 +55,10 @@ class StopSignals:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """For the length of a program: a signal raises `Preempted` or KeyboardInterrupt at once.
+        """Makes signals raise `Preempted` or KeyboardInterrupt at once; use it around a program.
 
-        Lightning makes a KeyboardInterrupt an exit with code 1 and kills the other ranks; here it
-        is one again.
+        Lightning turns KeyboardInterrupt into an exit with code 1 and kills the other ranks. This
+        context turns it back into KeyboardInterrupt.
         """
         with self._handling():
             try:
@@ -71,10 +74,10 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """For the length of a training: a signal sets `received` and nothing else.
+        """Makes signals only set `received`; use it around a training.
 
-        Raising between two bytecodes of an optimizer step would leave weights that are ahead of
-        the counters.
+        An exception in the middle of an optimizer step would leave weights that are ahead of the
+        counters.
         """
         with self._handling():
             outer, self._deferred = self._deferred, True
@@ -86,10 +89,10 @@ class StopSignals:
     @contextmanager
     def _handling(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python gives signals to the main thread alone
+            yield  # only the main thread gets signals in Python
             return
         former = {number: signal.signal(number, self._handle) for number in _SIGNALS}
-        if self._handle not in former.values():  # not within another
+        if self._handle not in former.values():  # not nested
             self.received, self._interrupted_at, self._pid = None, None, os.getpid()
         try:
             yield
@@ -110,7 +113,7 @@ class StopSignals:
                 raise KeyboardInterrupt if number == signal.SIGINT else Preempted(self.received)
 
     def _is_second(self) -> bool:
-        """Whether a Ctrl-C is another one than the first."""
+        """Returns whether this is a second Ctrl-C, and not torchrun's copy of the first."""
         now = time.monotonic()
         if self._interrupted_at is None:
             self._interrupted_at = now
@@ -120,7 +123,7 @@ class StopSignals:
 
 
 def _as_before(number: int) -> None:
-    """In a forked child: dies of a SIGTERM, as its parent would have it, and of nothing else."""
+    """Handles a signal in a forked child: SIGTERM kills it, as its parent expects; others don't."""
     if number == signal.SIGTERM:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -130,7 +133,7 @@ signals = StopSignals()
 
 
 def agree(trainer: Trainer, reason: str | None) -> str | None:
-    """Why all ranks stop, where any of them has a reason: one all-reduce of one number."""
+    """Returns the reason for all ranks to stop, or None; takes one all-reduce of one number."""
     code = torch.tensor(0 if reason is None else _REASONS.index(reason) + 1)
     code = code.to(trainer.strategy.root_device)
     highest: Any = trainer.strategy.reduce(code, reduce_op=ReduceOp.MAX)  # pyright: ignore[reportArgumentType]
@@ -138,20 +141,21 @@ def agree(trainer: Trainer, reason: str | None) -> str | None:
 
 
 def stops_at(walltime: str | float | int | None, margin_s: float | int) -> float | None:
-    """When to stop before the scheduler does it, in seconds since 1970, where its plan is known.
+    """Returns the time to stop before the time limit, in seconds since 1970; None: no limit known.
 
-    `margin_s` before the end, but not in the first half of the time that is left now: a short job
-    should come to something.
+    It is `margin_s` before the limit, but not in the first half of the remaining time, so that a
+    short job still makes progress.
 
     Args:
-        walltime: seconds or `[days-]hours:minutes:seconds` since the process started; without it
-            SLURM's own word is taken.
+        walltime: seconds or `[days-]hours:minutes:seconds` since the process started; None: SLURM's
+            limit.
+        margin_s: seconds between the stop and the limit.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `walltime` has neither format, or is not positive.
     """
     end, now = _end(walltime), time.time()
-    if end is None or end < now:  # what a shell of an earlier job left
+    if end is None or end < now:  # inherited from the shell of an earlier job
         return None
     return max(end - margin_s, (now + end) / 2)
 
@@ -172,10 +176,10 @@ def _end(walltime: str | float | int | None) -> float | None:
 
 
 def leave_signals_to_us(trainer: Trainer) -> None:
-    """Keeps Lightning from putting its own handlers before these.
+    """Prevents Lightning from installing its own signal handlers.
 
-    Its SIGTERM handler waits in a broadcast for ranks that got no signal, and its handler of
-    SLURM's requeue signal saves between two bytecodes of a step.
+    Its SIGTERM handler waits in a broadcast for ranks that got no signal. Its handler of SLURM's
+    requeue signal saves in the middle of a step.
     """
     connector: Any = trainer._signal_connector
     connector.register_signal_handlers = lambda: None

@@ -1,4 +1,4 @@
-"""Weights as numbers: are they finite, which are they, and what does a checkpoint hold."""
+"""Reads weights from checkpoints, computes their digest, and checks that they are finite."""
 
 import hashlib
 import math
@@ -19,9 +19,10 @@ from torch.nn.utils import get_total_norm
 
 
 def sha256(module: nn.Module) -> str:
-    """Of the trained parameters, by name: name, shape and float32 values, little-endian.
+    """Returns a digest of the trained parameters: name, shape and little-endian float32 values.
 
-    The same for one process, DDP and FSDP. All ranks must ask: each parameter in turn is gathered.
+    It is the same for one process, DDP and FSDP. All ranks must call it, because each parameter is
+    gathered in turn.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(_trained(module), key=lambda item: item[0]):
@@ -33,7 +34,7 @@ def sha256(module: nn.Module) -> str:
 
 
 def _gathered(value: DTensor) -> Tensor:
-    """`value.full_tensor()`, axis by axis of the mesh: PyTorch warns where it has to find out."""
+    """Returns `value.full_tensor()`, gathered per mesh axis to avoid a warning of PyTorch."""
     for axis in range(value.device_mesh.ndim):
         placements = [Replicate()] * (axis + 1) + list(value.placements[axis + 1 :])
         value = value.redistribute(placements=placements)
@@ -41,14 +42,14 @@ def _gathered(value: DTensor) -> Tensor:
 
 
 def all_finite(module: nn.Module) -> bool:
-    """Whether every trained parameter is, on every rank. All ranks must ask."""
+    """Returns whether all trained parameters are finite on all ranks. All ranks must call it."""
     return finite_everywhere(parameter.detach() for _, parameter in _trained(module))
 
 
 def finite_everywhere(tensors: Iterable[Tensor]) -> bool:
-    """Whether no rank's tensors hold NaN or Inf: one number is reduced over all ranks.
+    """Returns whether no tensor of any rank contains NaN or Inf; reduces one number over all ranks.
 
-    Each rank may bring other tensors, at least one; of sharded ones it looks at its own piece.
+    Each rank may pass different tensors, but at least one. Of sharded tensors, it checks its shard.
     """
     pieces = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     largest = get_total_norm([piece for piece in pieces if piece.numel()], math.inf)
@@ -59,12 +60,12 @@ def finite_everywhere(tensors: Iterable[Tensor]) -> bool:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of one file, or a sharded one without what its optimizer keeps; on the CPU.
+    """Reads a checkpoint file, or a sharded checkpoint without its optimizer state, on the CPU.
 
-    Nothing in it is run, whoever has written it.
+    Never runs code from the checkpoint.
     """
     if path.is_file():
-        # Mapped: what is not used, such as the optimizer's moments, is never read.
+        # Memory-mapped: unused tensors, such as the optimizer's moments, are never read.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     checkpoint = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
     reader, prefix = _PlainReader(path), "state_dict."
@@ -74,7 +75,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         for key, about in stored.items()
         if key.startswith(prefix) and isinstance(about, TensorStorageMetadata)
     }
-    with warnings.catch_warnings():  # that it reads in this process alone, which is meant
+    with warnings.catch_warnings():  # loading in a single process is intended
         warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process.*")
         load(state, storage_reader=reader, no_dist=True)
     weights = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -82,16 +83,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What a checkpoint says beside its weights: steps, loops, the state of data and callbacks.
+    """Reads a checkpoint without its weights: steps, loops, the state of data and callbacks.
 
-    Tensors have shapes and no values, so nothing large is read.
+    Tensors have shapes but no values, so nothing large is read.
     """
     file = path / "meta.pt" if path.is_dir() else path
     return torch.load(file, map_location="meta", weights_only=True, mmap=True)
 
 
 class _PlainReader(FileSystemReader):
-    """PyTorch's reader of sharded checkpoints; their `.metadata` is a pickle, opened with care."""
+    """PyTorch's reader of sharded checkpoints, with a safe reader of the pickle `.metadata`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
@@ -103,7 +104,7 @@ class _PlainReader(FileSystemReader):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Refuses everything but what describes tensors and where they lie."""
+    """An unpickler that allows only classes that describe tensors and their location."""
 
     _named: Mapping[str, set[str]] = {
         "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath"},
@@ -124,10 +125,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _trained(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    """As they were named before `torch.compile`, and as they are kept.
+    """Yields the trained parameters, resharded, with their names before `torch.compile`.
 
-    What has no blocks of its own stays gathered after a forward without backward, in the dtype in
-    which it has travelled.
+    After a forward without backward, weights outside of blocks stay gathered, in the dtype in which
+    they were gathered. So all modules are resharded first.
     """
     for part in module.modules():
         if isinstance(part, FSDPModule):

@@ -1,7 +1,7 @@
-"""Checkpoints are whole or absent: how they take their name, and how a whole one is found.
+"""Atomic checkpoints: gives a checkpoint its name when it is whole, and finds whole checkpoints.
 
-A checkpoint is a file of `torch.save`, whose records carry checksums, or a folder of shards, which
-is whole once its marker lies in it.
+A checkpoint is a `torch.save` file, whose records have checksums, or a folder of shards, which is
+whole if it contains its marker.
 """
 
 import errno
@@ -18,15 +18,15 @@ logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
-#: In a folder of shards: the bytes of every other file, by name. Written last.
+#: A file in a folder of shards: the size in bytes of every other file, by name. Written last.
 MARKER = "whole.json"
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The checkpoint to go on from; None where none was ever written.
+    """Returns the checkpoint to resume from; None if none was ever written.
 
     Raises:
-        ValueError: some are there, and none of them is whole.
+        ValueError: there are checkpoints, but none of them is whole.
     """
     last, previous = folder / LAST, folder / PREVIOUS
     wrong = what_is_wrong(last)
@@ -45,10 +45,13 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def what_is_wrong(checkpoint: Path) -> str | None:
-    """Reads all of it; None where it is whole, else words that go on after its name."""
+    """Reads all of a checkpoint; returns None if it is whole, else the reason why not.
+
+    The reason continues a message after the checkpoint's name, such as "is missing".
+    """
     if checkpoint.is_dir():
         return _wrong_folder(checkpoint)
-    if not checkpoint.is_file():  # of a pipe, reading would not end
+    if not checkpoint.is_file():  # reading a pipe would never end
         return "is no file" if checkpoint.exists() else "is missing"
     if not zipfile.is_zipfile(checkpoint):
         return f"is cut or no checkpoint ({checkpoint.stat().st_size} bytes)"
@@ -57,10 +60,10 @@ def what_is_wrong(checkpoint: Path) -> str | None:
             damaged = records.testzip()
         if damaged is not None:
             return f"is damaged in {damaged}"
-        # The directory of the file has no checksum; PyTorch's reader is strict about it. No
-        # tensor is read.
+        # The zip directory has no checksum, but PyTorch's reader checks it strictly. No tensor is
+        # read.
         torch.load(checkpoint, mmap=True, map_location="meta", weights_only=True)
-    except Exception as error:  # whatever a flipped bit makes of a zip reader
+    except Exception as error:  # a flipped bit can cause any error in a zip reader
         return f"is damaged ({type(error).__name__}: {str(error).splitlines()[0]:.200})"
     return None
 
@@ -82,9 +85,9 @@ def _wrong_folder(folder: Path) -> str | None:
 
 
 def publish(partial: Path, target: Path, previous: Path | None = None) -> None:
-    """Gives what was written its name; what had it before becomes `previous`, or goes.
+    """Renames `partial` to `target`; the old `target` becomes `previous`, or is removed.
 
-    `target` or `previous` is whole between any two of these calls.
+    At every moment, `target` or `previous` is whole.
     """
     if partial.is_dir():
         _seal(partial)
@@ -93,7 +96,7 @@ def publish(partial: Path, target: Path, previous: Path | None = None) -> None:
         if previous.exists():
             previous.rename(stale)
         target.rename(previous)
-    elif target.is_dir():  # no rename replaces a folder
+    elif target.is_dir():  # a rename cannot replace a folder
         target.rename(stale)
     partial.rename(target)
     sync(target.parent)
@@ -113,19 +116,19 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems do so for a folder
+        if error.errno != errno.EINVAL:  # some network file systems raise it for a folder
             raise
     finally:
         os.close(descriptor)
 
 
 def _seal(folder: Path) -> None:
-    """Marks a folder of shards as whole, once all of it is on the disk."""
+    """Marks a folder of shards as whole, after all its files are on disk."""
     files = sorted(file for file in folder.iterdir() if file.name != MARKER)
     for file in files:
         sync(file)

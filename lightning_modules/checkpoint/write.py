@@ -1,4 +1,4 @@
-"""Saves a checkpoint so that it is whole or absent, and all ranks know which."""
+"""Saves checkpoints atomically; all ranks learn whether the save has failed."""
 
 import errno
 import os
@@ -16,9 +16,9 @@ from lightning_modules.checkpoint.whole import publish, remove, remove_leftovers
 
 
 class DiskCheckpointIO(TorchCheckpointIO):
-    """Writes where it is told to, and comes back when it is on the disk.
+    """Writes a checkpoint directly to its path, and returns when it is on disk.
 
-    Lightning's own builds the file in memory, then in `$TMPDIR`, and copies it where that is
+    Lightning's own class builds the file in memory, then in `$TMPDIR`, and copies it if that is on
     another file system.
     """
 
@@ -42,10 +42,10 @@ class DiskCheckpointIO(TorchCheckpointIO):
 def save_whole(
     trainer: Trainer, target: Path, previous: Path | None = None, weights_only: bool = False
 ) -> None:
-    """Saves `target`; what had its name becomes `previous`. Called by all ranks.
+    """Saves `target`; the old `target` becomes `previous`. All ranks must call it.
 
     Raises:
-        OSError: it cannot be written, on all ranks alike; what was there is as it was.
+        OSError: it cannot be written; raised on all ranks, and earlier files do not change.
     """
     partial = target.with_suffix(".partial")
     failure = None
@@ -64,7 +64,7 @@ def save_whole(
         written = _no_room(error)
         if written is None:
             raise
-        trainer.strategy.barrier("Trainer.save_checkpoint")  # in which the other ranks wait
+        trainer.strategy.barrier("Trainer.save_checkpoint")  # the other ranks wait in this barrier
 
     if trainer.is_global_zero:
         try:
@@ -79,17 +79,17 @@ def save_whole(
 
 
 def _all_fail_alike(trainer: Trainer, failure: str | None) -> None:
-    """What rank 0 saw happens to all, so that none waits for another."""
+    """Raises rank 0's failure on all ranks, so that no rank waits for another."""
     failure = trainer.strategy.broadcast(failure)
     if failure is not None:
         raise OSError(failure)
 
 
 def _no_room(error: BaseException) -> OSError | None:
-    """The operating system's word, where a failed write is what is behind an error.
+    """Returns the OSError behind an error; None if a failed write is not the cause.
 
-    PyTorch's writer notices later that the position in the file is not what it wrote, and errors
-    of other ranks arrive without the one that they came from.
+    After a failed write, PyTorch's writer may only report an unexpected file position. Errors from
+    other ranks arrive without their cause.
     """
     cause = None
     for link in _chain(error):
@@ -119,7 +119,7 @@ def _describe(trainer: Trainer, error: OSError, target: Path) -> str:
 
 
 def _size(trainer: Trainer) -> int:
-    """Bytes of weights and optimizer state, which are nearly all of a checkpoint."""
+    """Returns the bytes of weights and optimizer state, which are nearly the whole checkpoint."""
     tensors = list(trainer.lightning_module.state_dict().values())
     for optimizer in trainer.optimizers:
         tensors += [v for state in optimizer.state.values() for v in state.values()]

@@ -1,1 +1,1 @@
-"""Shares one model among ranks: FSDP2, tensor parallel, gathering."""
+"""Distributes one model over ranks: FSDP2, tensor parallelism and gathering."""

@@ -1,7 +1,7 @@
-"""Rows of all ranks in one tensor, through which gradients flow back to where each row is from.
+"""Gathers the rows of all ranks in one tensor; gradients flow back to the rank of each row.
 
-PyTorch has such a function under one name up to 2.12 and another from 2.13 on, and warns of the
-first; these two collectives are the same in all.
+PyTorch has such a function, but under one name up to 2.12 and another from 2.13 on, with a warning
+for the first. The two collectives used here are the same in all versions.
 """
 
 from typing import Any
@@ -26,10 +26,11 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(own: Float[Tensor, "b e"]) -> Float[Tensor, "all e"]:
-    """Rows of all ranks, rank by rank, as many of each; without ranks `own` itself.
+    """Returns the rows of all ranks, rank by rank; in a single process, returns `own`.
 
-    All ranks must ask, and all must go back: the gradient of a row is the sum of those that the
-    losses of all ranks have for it.
+    Each rank must have the same number of rows. All ranks must call this function, and all must run
+    the backward pass: the gradient of a row is the sum of its gradients from the losses of all
+    ranks.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return own

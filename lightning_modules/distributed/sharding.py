@@ -1,8 +1,8 @@
-"""FSDP2: every rank keeps a piece of each weight, gradient and moment.
+"""FSDP2: every rank keeps a shard of each weight, gradient and moment.
 
-With tensor parallelism ranks are a grid of two axes. Those of a row share the layers of the LLM and
-read the same batch; those of a column read different batches, and shard what they have alike: of
-the split layers their share, of all others the whole.
+With tensor parallelism, the ranks form a mesh of two axes. Tensor-parallel ranks share the layers
+of the LLM and read the same batch. Data-parallel ranks read different batches, and shard the
+weights that they have in common: their part of the split layers, and all other layers.
 """
 
 import math
@@ -29,15 +29,16 @@ from lightning_modules.llm.base import LanguageModel
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's FSDP2 over all ranks, however many there are.
+    """Lightning's FSDP2 strategy over all ranks.
 
-    A checkpoint is a folder with a file of each rank; any number of ranks can read it.
+    A checkpoint is a folder with one file per rank; any number of ranks can read it.
 
     Args:
-        tensor_parallel_size: ranks in a row that share the layers of the LLM; best of one node.
+        tensor_parallel_size: number of consecutive ranks that share the layers of the LLM; keep
+            them on one node.
 
     Raises:
-        ValueError: there is no such number.
+        ValueError: `tensor_parallel_size` is less than 1.
     """
 
     def __init__(self, process_group_backend: str | None = None, tensor_parallel_size: int = 1):
@@ -50,10 +51,10 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """How batches are shared among the ranks that read different ones, from the start on.
+        """Returns the number of data-parallel ranks and this process's data rank.
 
         Raises:
-            ValueError: the ranks do not make whole rows.
+            ValueError: the number of ranks is not divisible by `tensor_parallel_size`.
         """
         size, world = self.tensor_parallel_size, self.world_size
         if world % size:
@@ -84,16 +85,15 @@ def shard(
 ) -> None:
     """Shards `model` in place: each block gathers its weights when it runs, the rest all at once.
 
-    `mesh` has the axes `data_parallel` and `tensor_parallel`. Where the second has more than one
-    rank, these first split the blocks of the LLM among them.
+    `mesh` has the axes `data_parallel` and `tensor_parallel`. If the second axis has more than one
+    rank, the blocks of the LLM are first split over it.
 
-    Ranks gather together, so each must run the same blocks in the same order, a block once in a
-    forward. Gradients are summed in float32 whatever the precision. Weights are gathered, and
-    blocks run, in the dtype `travel`; None: in their own.
+    Ranks gather together. So each rank must run the same blocks in the same order, and each block
+    once per forward. Gradients are always summed in float32. Weights are gathered, and blocks run,
+    in the dtype `travel`; None: in their own dtype.
 
     Raises:
-        ValueError: weights of several dtypes would have to travel together, or the layers cannot
-            be shared.
+        ValueError: the trained weights have several dtypes, or the layers cannot be split.
     """
     if isinstance(model, FSDPModule):
         return
@@ -109,7 +109,7 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=travel, reduce_dtype=torch.float32)
     for part in (*blocks, model):
         fully_shard(part, mesh=mesh["data_parallel"], mp_policy=policy)
-    for name in ("generate", "log_probs"):  # what is called beside `forward`
+    for name in ("generate", "log_probs"):  # called directly, like `forward`
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
 
@@ -128,10 +128,11 @@ def _split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
 
 @torch.no_grad()
 def agree_on_gradients(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
-    """Of what is not split all ranks of a row, `mesh`, take the gradients of the first.
+    """Copies the gradients of unsplit weights from the first rank of `mesh` to the others.
 
-    They are alike but for the order in which a GPU adds. Where a gradient is next to nothing, AdamW
-    makes whole steps of that, and the weights of a row would drift apart.
+    `mesh` holds tensor-parallel ranks. Their gradients differ only by the order of additions on a
+    GPU. But if a gradient is close to zero, AdamW turns such differences into full steps, and the
+    weights would diverge.
     """
     if mesh.size() == 1:
         return
@@ -142,9 +143,10 @@ def agree_on_gradients(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
 
 @torch.no_grad()
 def clip_norm(parameters: Iterable[Tensor], largest: float) -> None:
-    """`clip_grad_norm_` of shards; PyTorch's takes none that are spread over different ranks.
+    """Clips the gradient norm of sharded weights, like `clip_grad_norm_`.
 
-    All ranks must ask. They get the same norm, to the last bit: one number is reduced over all.
+    PyTorch's function does not accept shards on different meshes. All ranks must call this one.
+    They get the same norm to the last bit, because one number is reduced over all ranks.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if largest <= 0 or not gradients:
@@ -161,7 +163,7 @@ def clip_norm(parameters: Iterable[Tensor], largest: float) -> None:
 
 
 def _copies(tensor: Tensor) -> int:
-    """Ranks that have the same piece."""
+    """Returns the number of ranks that hold the same shard."""
     if not isinstance(tensor, DTensor):
         return distributed.get_world_size()
     mesh, placements = tensor.device_mesh, tensor.placements
@@ -175,7 +177,10 @@ def _piece(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def whole_outside_of_blocks(model: nn.Module) -> Iterator[None]:
-    """Where parts of a sharded model are called one by one: blocks gather their own weights."""
+    """Gathers the weights outside of blocks, so that parts of a sharded model can be called alone.
+
+    Blocks still gather their own weights.
+    """
     if not isinstance(model, FSDPModule):
         yield
         return

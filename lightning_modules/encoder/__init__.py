@@ -1,4 +1,4 @@
-"""Vision towers: frames become patch features.
+"""Encoders: vision towers that turn frames into patch features.
 
-One file per family, and `base` with the contract.
+There is one file per model family; `base` holds the contract.
 """

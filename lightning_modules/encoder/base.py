@@ -1,4 +1,4 @@
-"""frames -> patches; prompt -> embedding. The contract of the first stage."""
+"""The contract of an encoder: frames -> patches, prompt -> embedding."""
 
 from abc import ABC, abstractmethod
 
@@ -9,16 +9,18 @@ from .chunks import CHUNK_FRAMES
 
 
 class Encoder(nn.Module, ABC):
-    """Turns frames into patch features, and puts patches and prompts into one space.
+    """Turns frames into patch features, and maps patches and prompts into one shared space.
 
-    Attributes a subclass sets:
-        width: d, of the patch features.
+    Attributes that a subclass sets:
+        width: d, the width of the patch features.
         grid: rows and columns of patches in a frame.
-        image_size: side of a frame in pixels, square.
-        per_frame: a frame's patches depend on that frame alone, so they may be kept and reused.
-        class_tokens: tokens that the blocks read of a frame beside its patches.
-        reads_prompts: `align` and `encode_prompt` work, so that a prompt can guide the pooler.
-        chunk_frames: frames that run at a time where no gradient is asked for; None: all.
+        image_size: side of a square frame in pixels.
+        per_frame: whether the patches of a frame depend on that frame alone, so that they may be
+            stored and reused.
+        class_tokens: tokens per frame that the blocks read besides the patches.
+        reads_prompts: whether `align` and `encode_prompt` work, so that a prompt can guide the
+            pooler.
+        chunk_frames: frames that run at a time when no gradient is needed; None: all.
     """
 
     width: int
@@ -33,33 +35,33 @@ class Encoder(nn.Module, ABC):
     def forward(
         self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
     ) -> Float[Tensor, "n p d"]:
-        """Patch features, class token left out. uint8 frames are normalised here.
+        """Returns the patch features without the class token. Normalises uint8 frames.
 
-        `frame_counts` says how many of the n frames belong to each visual.
+        `frame_counts` holds the number of frames of each visual; they sum to n.
         """
 
     @abstractmethod
     def align(self, patches: Float[Tensor, "*n p d"]) -> Float[Tensor, "*n p e"]:
-        """Patch features in the space shared with prompts; not normalised."""
+        """Maps patch features into the space shared with prompts; does not normalise them."""
 
     @abstractmethod
     def encode_prompt(
         self, prompt_ids: Int[Tensor, "b k"], prompt_mask: Bool[Tensor, "b k"]
     ) -> Float[Tensor, "b e"]:
-        """One embedding a prompt in the space shared with patches; not normalised."""
+        """Returns one embedding per prompt in the space shared with patches; not normalised."""
 
     @abstractmethod
     def prompt_modules(self) -> list[nn.Module]:
-        """What `align` and `encode_prompt` alone use."""
+        """Returns the modules that only `align` and `encode_prompt` use."""
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """The units to shard, in the order in which they run; each runs once for a batch."""
+        """Returns the units to shard, in the order in which they run; each runs once per batch."""
 
     @abstractmethod
     def to_spec(self) -> dict:
-        """Class path and arguments that rebuild this stage without reading its source again."""
+        """Returns the class path and arguments that rebuild this component without its source."""
 
     def copied(self) -> dict[str, str]:
-        """Parameters that start as copies of others, and of which; names as in the state dict."""
+        """Maps each parameter that starts as a copy to its original; names as in the state dict."""
         return {}

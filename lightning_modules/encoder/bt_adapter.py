@@ -1,8 +1,8 @@
-"""BT-Adapter: a second branch beside the last CLIP layers that lets frames see one another.
+"""BT-Adapter: a second branch beside the last CLIP layers, in which frames attend to each other.
 
 Liu et al., "BT-Adapter: Video Conversation is Feasible Without Video Instruction Tuning" (CVPR
-2024), as PPLLaVA uses it (ppllava/models/clip_btadapter.py). Stochastic depth, which the
-published code applies in training only, is left out.
+2024), as PPLLaVA uses it (ppllava/models/clip_btadapter.py). Stochastic depth is left out; the
+published code applies it in training only.
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,21 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 
 
 class BranchState(NamedTuple):
-    """What the branch carries from layer to layer, for visuals of the same length."""
+    """The branch's state between two layers, for visuals of the same length."""
 
     token: Float[Tensor, "v d"]  # one class token for the whole visual
     patches: Float[Tensor, "v t p d"]
 
 
 class TemporalLayer(GradientCheckpointingLayer):
-    """Attention of each patch to the same place in the visual's other frames."""
+    """A layer in which each patch attends to the patches at the same place in all frames."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = CLIPAttention(config)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
-        nn.init.zeros_(self.out.weight)  # a fresh branch does not mix frames
+        nn.init.zeros_(self.out.weight)  # an untrained branch does not mix frames
         nn.init.zeros_(self.out.bias)
 
     def forward(self, patches: Float[Tensor, "v t p d"]) -> Float[Tensor, "v t p d"]:
@@ -43,7 +43,7 @@ class TemporalLayer(GradientCheckpointingLayer):
 
 
 class SpatialLayer(CLIPEncoderLayer):
-    """A CLIP layer within each frame, with one class token for all frames of the visual."""
+    """A CLIP layer that runs within each frame, with one class token shared by all frames."""
 
     def forward(self, state: BranchState) -> BranchState:  # pyright: ignore[reportIncompatibleMethodOverride]
         token, patches = state
@@ -61,9 +61,9 @@ class BTAdapter(nn.Module):
     """Runs the last layers of a CLIP tower together with the branch beside them.
 
     Args:
-        config: of the tower.
-        trunk: the layers to run beside; the spatial layers start as copies of them.
-        max_frames: temporal positions, so the longest visual.
+        config: the tower's config.
+        trunk: the tower's layers beside the branch; the spatial layers start as copies of them.
+        max_frames: number of temporal positions; no visual may be longer.
     """
 
     def __init__(self, config: CLIPVisionConfig, trunk: Sequence[nn.Module], max_frames: int):
@@ -83,13 +83,13 @@ class BTAdapter(nn.Module):
         trunk: Sequence[nn.Module],
         positions: Float[Tensor, "s d"],
     ) -> Float[Tensor, "n s d"]:
-        """Class token of the trunk, and the mean of the trunk's and the branch's patches.
+        """Returns the trunk's class token and the mean of the trunk's and the branch's patches.
 
-        Axis s is the class token and, after it, the p patches; `positions` is the tower's own
-        table of them. Visuals of the same length go through the branch together.
+        Axis s holds the class token and then the p patches; `positions` is the tower's own position
+        table. Visuals of the same length run through the branch together.
 
         Raises:
-            ValueError: a visual is longer than the temporal positions.
+            ValueError: a visual has more frames than there are temporal positions.
         """
         longest = max(frame_counts)
         if longest > self.time_positions.num_embeddings:
@@ -115,7 +115,7 @@ class BTAdapter(nn.Module):
         hidden: Float[Tensor, "v t s d"],
         positions: Float[Tensor, "s d"],
     ) -> BranchState:
-        """The branch's next input: the trunk's output on top of what it carries, or its start."""
+        """Returns the branch's next input: state plus trunk output, or the first state."""
         token, patches = hidden[:, :, 0].mean(1), hidden[:, :, 1:]
         if state is not None:
             return BranchState(state.token + token, state.patches + patches)
@@ -125,7 +125,7 @@ class BTAdapter(nn.Module):
 
 
 def _frames_by_length(frame_counts: list[int], device: torch.device) -> list[Int[Tensor, "v t"]]:
-    """For each length of visuals: where their frames stand."""
+    """Returns the frame indices of the visuals, one tensor for each distinct length."""
     starts: dict[int, list[int]] = {}
     position = 0
     for count in frame_counts:

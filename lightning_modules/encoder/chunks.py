@@ -1,4 +1,4 @@
-"""Frames run a few at a time where no gradient is asked for."""
+"""Runs encoder layers on a few frames at a time when no gradient is needed."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -8,15 +8,16 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-#: Frames at a time, unless `model.encoder.chunk_frames` says otherwise. In a CLIP-L at 336 pixels
-#: these are 9,232 tokens, enough for a GPU; more only takes more memory.
+#: Default of `model.encoder.chunk_frames`. In a CLIP-L at 336 pixels, 16 frames are 9,232 tokens.
+#: That is enough to fill a GPU; more frames only take more memory.
 CHUNK_FRAMES = 16
 
 
 def check_chunk_frames(size: int | None) -> int | None:
-    """
+    """Returns `size` if it is valid.
+
     Raises:
-        ValueError: there is no such number of frames.
+        ValueError: `size` is less than 1.
     """
     if size is not None and size < 1:
         raise ValueError(
@@ -32,21 +33,20 @@ def run_layers(
     frames: Num[Tensor, "n c h w"],
     size: int | None,
 ) -> Float[Tensor, "n s d"]:
-    """`start`, then the layers, over frames that do not see one another.
+    """Runs `start` and then the layers on frames that do not attend to each other.
 
-    Where no gradient is asked for, `size` frames run at a time: the normalised copies of frames and
-    the wide activations of a layer exist for these alone, and each layer's result takes the place
-    of its input. Where a gradient is asked for, all of it is kept anyway, and all frames run at
-    once.
+    Without gradients, `size` frames run at a time. Only those frames need normalised copies and the
+    wide activations of a layer, and the result of each layer overwrites its input. With gradients,
+    all activations are kept anyway, so all frames run at once.
 
-    It is layer by layer, and not chunk by chunk, for FSDP2: its ranks gather the weights of a layer
-    together, and a rank with more frames has more chunks. So a layer is gathered once, before its
-    first chunk, and let go after its last one.
+    The outer loop is over layers, not over chunks, because of FSDP2. Its ranks gather the weights
+    of a layer together, but a rank with more frames has more chunks. So each layer is gathered
+    once before its first chunk, and resharded after its last chunk.
 
     Args:
-        start: from frames to what the first layer reads.
+        start: maps frames to the input of the first layer.
         reads: the modules whose parameters `start` reads.
-        size: None: all frames at once.
+        size: frames per chunk; None: all frames at once.
     """
     learns = frames.requires_grad or any(
         parameter.requires_grad for module in (*reads, *layers) for parameter in module.parameters()
@@ -66,9 +66,10 @@ def run_layers(
 def _in_chunks(
     run: Callable[[Tensor], Tensor], rows: Tensor, size: int, into: Tensor | None = None
 ) -> Tensor:
-    """`run(rows)`, `size` rows at a time; the results are written into `into` if it can hold them.
+    """Returns `run(rows)`, computed on `size` rows at a time.
 
-    It may be `rows` itself, as each chunk is read before it is written.
+    The results are written into `into` if the dtype fits. `into` may be `rows` itself, because each
+    chunk is read before it is written.
     """
     if len(rows) <= size:
         return run(rows)

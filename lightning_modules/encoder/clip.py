@@ -1,4 +1,4 @@
-"""CLIP as the encoder: transformers' vision and text towers, stopped where the features are."""
+"""CLIP as the encoder: transformers' vision and text towers, cut after the feature layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,29 +26,30 @@ from .towers import (
 
 
 class ClipEncoder(Encoder):
-    """Patches of hidden state `feature_layer`, in one space with prompts.
+    """An encoder that returns the patches of hidden state `feature_layer`, and reads prompts.
 
-    Give one of `source` and `config`.
+    Give either `source` or `config`.
 
     Args:
         source: hub id or folder of a whole CLIP model, vision and text.
-        config: sizes for a new one with random weights: `{"vision": {...}, "text": {...},
-            "projection_dim": n}`, the names in it those of transformers' CLIP configs.
-        feature_layer: as transformers counts hidden states: 0 before the first layer, -1 after
-            the last one. Layers behind it are neither kept nor run.
-        context_length: text positions. The tower's table is stretched to them where it is
-            shorter; None leaves it as it is.
-        kept_positions: how many of the first text positions stay unstretched.
-        bt_adapter: `{"depth": ..., "max_frames": ...}`: BT-Adapter beside the last `depth`
+        config: sizes of a new model with random weights: `{"vision": {...}, "text": {...},
+            "projection_dim": n}`, with the field names of transformers' CLIP configs.
+        feature_layer: index of the hidden state, as transformers counts: 0 is before the first
+            layer, -1 after the last one. Later layers are neither kept nor run.
+        context_length: number of text positions. A shorter position table is stretched to this
+            length; None leaves the table unchanged.
+        kept_positions: number of first text positions that are not stretched.
+        bt_adapter: `{"depth": ..., "max_frames": ...}`: adds BT-Adapter beside the last `depth`
             layers of the whole tower, for visuals of up to `max_frames`.
-        image_size: side of a frame in pixels, for the data to read; that of `source` or `config`.
-        attention: of both towers, as transformers calls it: sdpa, eager, flash_attention_2,
-            flex_attention, …
-        chunk_frames: frames that run at a time where no gradient is asked for; None: all at once.
-            The layers that BT-Adapter stands beside take all, since frames see one another there.
+        image_size: side of a frame in pixels, which the data reads; must equal that of `source` or
+            `config`.
+        attention: attention implementation of both towers, as transformers names it: sdpa, eager,
+            flash_attention_2, flex_attention, …
+        chunk_frames: frames that run at a time when no gradient is needed; None: all at once. The
+            layers beside BT-Adapter take all frames, because frames attend to each other there.
 
     Raises:
-        ValueError: the arguments do not fit together; the message says which and what would.
+        ValueError: the arguments do not fit together; the message names them and what would fit.
     """
 
     class_tokens = 1
@@ -100,16 +101,16 @@ class ClipEncoder(Encoder):
     def forward(
         self, frames: Num[Tensor, "n c h w"], frame_counts: list[int], class_token: bool = False
     ) -> Float[Tensor, "n p d"]:
-        """`class_token`: it stands before the patches, p is one more."""
+        """Returns the patches; with `class_token`, the class token comes first and p grows by 1."""
         return self.hidden_state(frames, frame_counts)[:, 0 if class_token else 1 :]
 
     def hidden_state(
         self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
     ) -> Float[Tensor, "n s d"]:
-        """`forward` with the class token: s is 1 + p.
+        """Returns the class token and the patches of each frame: s = 1 + p.
 
         Raises:
-            ValueError: frames of another size than the tower reads.
+            ValueError: the frames do not have the size that the tower reads.
         """
         tower, layers = self.vision, self.vision.encoder.layers
         hidden = run_tower(tower, layers[: self.branch_start], frames, self.chunk_frames)
@@ -125,10 +126,10 @@ class ClipEncoder(Encoder):
     def encode_prompt(
         self, prompt_ids: Int[Tensor, "b k"], prompt_mask: Bool[Tensor, "b k"]
     ) -> Float[Tensor, "b e"]:
-        """The state of each prompt's first end-of-text token, projected.
+        """Returns the projected state of the first end-of-text token of each prompt.
 
         Raises:
-            ValueError: the prompts are longer than the text tower's positions.
+            ValueError: the prompts have more tokens than the text tower has positions.
         """
         length = prompt_ids.shape[1]
         if length > self.context_length:
@@ -136,7 +137,7 @@ class ClipEncoder(Encoder):
                 f"a prompt of {length} tokens, but the text tower has {self.context_length} "
                 "positions: cut prompts there or raise model.encoder.context_length"
             )
-        # Positions are given because the tower's own are a buffer that no checkpoint holds.
+        # Pass positions: the tower's own are in a buffer that no checkpoint stores.
         positions = torch.arange(length, device=prompt_ids.device)[None]
         text = self.text(prompt_ids, attention_mask=prompt_mask, position_ids=positions)
         return self.text_projection(text.pooler_output)
@@ -146,7 +147,10 @@ class ClipEncoder(Encoder):
         return [*aligned, self.text, self.text_projection]
 
     def blocks(self) -> list[nn.Module]:
-        """BT-Adapter is one: its layers run once for each length that visuals have."""
+        """Returns the units to shard; BT-Adapter is one unit.
+
+        The layers of BT-Adapter run once for each distinct length of the visuals.
+        """
         beside = [self.adapter] if self.adapter else []
         return [*self.vision.encoder.layers, *beside, *self.text.encoder.layers]
 
@@ -179,7 +183,7 @@ class ClipEncoder(Encoder):
 
 
 def normalise(frames: Num[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-    """uint8 RGB to CLIP's input; floats are taken as that already."""
+    """Normalises uint8 RGB to CLIP's input; float frames are returned unchanged."""
     if frames.is_floating_point():
         return frames
     mean = torch.tensor(OPENAI_CLIP_MEAN, device=frames.device)[:, None, None]
@@ -197,10 +201,10 @@ def _load(source: str | None, config: Mapping[str, Any] | None) -> CLIPModel:
 
 
 def embed(tower: CLIPVisionModel, frames: Float[Tensor, "n c h w"]) -> Float[Tensor, "n s d"]:
-    """Class token, then patches, with their positions.
+    """Returns the embeddings of the class token and the patches, with positions added.
 
-    Not transformers' own forward: that reads the position ids from a buffer which no checkpoint
-    holds, so a tower that was built on the meta device would read whatever is in memory.
+    It replaces transformers' own forward, which reads the position ids from a buffer that no
+    checkpoint stores. A tower built on the meta device would read uninitialised memory there.
     """
     embeddings = tower.embeddings
     patches = embed_patches(embeddings, frames, tower.config.image_size)  # n p d
@@ -214,7 +218,7 @@ def run_tower(
     frames: Num[Tensor, "n c h w"],
     chunk_frames: int | None,
 ) -> Float[Tensor, "n s d"]:
-    """Hidden states behind `layers`, the first ones of `tower`."""
+    """Returns the hidden states after `layers`, which are the first layers of `tower`."""
 
     def start(part: Num[Tensor, "n c h w"]) -> Float[Tensor, "n s d"]:
         return tower.pre_layrnorm(embed(tower, normalise(part)))
@@ -224,7 +228,7 @@ def run_tower(
 
 
 def _branch_start(adapter_depth: int, kept: int, depth: int) -> int:
-    """Index of the first layer that has BT-Adapter beside it."""
+    """Returns the index of the first layer that has BT-Adapter beside it."""
     start = depth - adapter_depth
     if not 0 <= start < kept:
         raise ValueError(

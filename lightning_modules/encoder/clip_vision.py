@@ -1,4 +1,4 @@
-"""CLIP's vision tower without its text tower, as LLaVA's checkpoints hold it."""
+"""CLIP's vision tower without its text tower, as LLaVA's checkpoints store it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,12 +16,12 @@ from .towers import check_image_size, layers_before, tower_sizes
 
 
 class ClipVisionEncoder(Encoder):
-    """Patches of hidden state `feature_layer`; there is no space shared with prompts.
+    """An encoder that returns the patches of hidden state `feature_layer`; cannot read prompts.
 
     Args:
-        config: `{"vision": {...}}`, the names in it those of transformers' CLIPVisionConfig.
+        config: `{"vision": {...}}`, with the field names of transformers' CLIPVisionConfig.
         feature_layer, attention, chunk_frames: as in `ClipEncoder`.
-        image_size: side of a frame in pixels, for the data to read; that of `config`.
+        image_size: side of a frame in pixels, which the data reads; must equal that of `config`.
 
     Raises:
         ValueError: the arguments do not fit together.
@@ -68,7 +68,7 @@ class ClipVisionEncoder(Encoder):
         raise no_prompts()
 
     def prompt_modules(self) -> list[nn.Module]:
-        return [self.vision.post_layernorm]  # of the tower's own pooled output
+        return [self.vision.post_layernorm]  # only the tower's own pooled output needs it
 
     def blocks(self) -> list[nn.Module]:
         return list(self.vision.encoder.layers)

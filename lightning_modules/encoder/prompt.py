@@ -1,7 +1,8 @@
-"""More room for the question: CLIP's text positions stretched from 77 to 248.
+"""Stretches CLIP's text positions from 77 to 248, so that longer questions fit.
 
-The first positions, trained on nearly every caption, stay; the rest are stretched by linear
-interpolation (Long-CLIP, arXiv 2403.15378; PPLLaVA, arXiv 2411.02327, section 3.3).
+The first positions were trained on nearly every caption and stay unchanged. The others are
+stretched by linear interpolation (Long-CLIP, arXiv 2403.15378; PPLLaVA, arXiv 2411.02327,
+section 3.3).
 """
 
 import torch
@@ -13,12 +14,12 @@ from transformers import CLIPTextModel, SiglipTextModel
 def stretch_positions(
     table: Float[Tensor, "old d"], length: int, kept: int
 ) -> Float[Tensor, "length d"]:
-    """A table of `length` positions: `kept` as they are, each of the others in equal steps on.
+    """Returns a table of `length` positions: the first `kept` unchanged, the others interpolated.
 
-    The last position has no follower; it moves on by the step that leads to it.
+    The last position has no next one, so it is extrapolated with the step that leads to it.
 
     Raises:
-        ValueError: `length` is not `kept` plus a whole multiple of the others.
+        ValueError: `length` is not `kept` plus a whole multiple of the number of other positions.
     """
     others = table.shape[0] - kept
     factor, left_over = divmod(length - kept, others) if others > 1 else (0, 0)
@@ -35,9 +36,9 @@ def stretch_positions(
 
 
 class SplitPositions(nn.Module):
-    """A position table in two parameters, so that one can be trained and the other left alone.
+    """A position table in two parameters, so that one can be trained and the other frozen.
 
-    Stands in for the `nn.Embedding` of transformers' CLIP text tower.
+    It replaces the `nn.Embedding` of transformers' CLIP text tower.
     """
 
     def __init__(self, table: Float[Tensor, "length d"], kept: int):
@@ -54,9 +55,9 @@ class SplitPositions(nn.Module):
 
 
 def extend_context(text: CLIPTextModel | SiglipTextModel, length: int, kept: int) -> None:
-    """Gives `text`, in place, `length` positions; a table that long already is only split.
+    """Extends `text` to `length` positions, in place; a table of that length is only split.
 
-    Token embeddings and layers stay as trained.
+    Token embeddings and layers do not change.
     """
     table = text.embeddings.position_embedding.weight
     if table.shape[0] != length:

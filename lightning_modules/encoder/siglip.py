@@ -1,4 +1,4 @@
-"""SigLIP as the encoder: transformers' vision tower, and its text tower where there is one."""
+"""SigLIP as the encoder: transformers' vision tower, and its text tower if there is one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,17 +32,18 @@ from .towers import (
 
 
 class SiglipEncoder(Encoder):
-    """Patches of hidden state `feature_layer`, in one space with prompts if it has a text tower.
+    """An encoder that returns the patches of hidden state `feature_layer`.
 
-    Give one of `source` and `config`.
+    It reads prompts only if it has a text tower. Give either `source` or `config`.
 
     Args:
-        source: hub id or folder of a whole SigLIP, vision and text.
-        config: sizes for one with random weights: `{"vision": {...}, "text": {...}}`, the names
-            in it those of transformers' SigLIP configs. Without `text` no prompt is read.
+        source: hub id or folder of a whole SigLIP model, vision and text.
+        config: sizes of a new model with random weights: `{"vision": {...}, "text": {...}}`, with
+            the field names of transformers' SigLIP configs. Without `text`, it reads no prompts.
         feature_layer, context_length, kept_positions, attention, chunk_frames: as in
             `ClipEncoder`.
-        image_size: side of a frame in pixels, for the data to read; that of `source` or `config`.
+        image_size: side of a frame in pixels, which the data reads; must equal that of `source` or
+            `config`.
 
     Raises:
         ValueError: the arguments do not fit together.
@@ -80,7 +81,7 @@ class SiglipEncoder(Encoder):
 
         self.stretched = self.text is not None and context_length is not None
         if self.text is not None:
-            self.vision.head.probe.requires_grad_(False)  # `align` asks nothing with it
+            self.vision.head.probe.requires_grad_(False)  # `align` does not use it
             if context_length is not None:
                 extend_context(self.text, context_length, kept_positions)
             self.context_length = self.text.config.max_position_embeddings
@@ -92,8 +93,9 @@ class SiglipEncoder(Encoder):
         return run_layers(self._embed, reads, layers, frames, self.chunk_frames)
 
     def align(self, patches: Float[Tensor, "*n p d"]) -> Float[Tensor, "*n p e"]:
-        """What the tower's pooling head makes of each patch by itself: its attention to one patch
-        is that patch's value.
+        """Applies the tower's pooling head to each patch alone.
+
+        Attention over a single patch returns the value of that patch.
         """
         if self.text is None:
             raise no_prompts()
@@ -106,13 +108,13 @@ class SiglipEncoder(Encoder):
     def encode_prompt(
         self, prompt_ids: Int[Tensor, "b k"], prompt_mask: Bool[Tensor, "b k"]
     ) -> Float[Tensor, "b e"]:
-        """The state of the last position, projected.
+        """Returns the projected state of the last position of each prompt.
 
-        SigLIP was trained on texts that padding fills up to all positions, padding seen as well;
-        so every prompt is filled up here, however long its neighbours are.
+        SigLIP was trained on texts that are padded to all positions, and it attends to the padding.
+        So every prompt is padded to the full length here.
 
         Raises:
-            ValueError: the prompts are longer than the text tower's positions.
+            ValueError: the prompts have more tokens than the text tower has positions.
         """
         if self.text is None:
             raise no_prompts()
@@ -125,7 +127,7 @@ class SiglipEncoder(Encoder):
             )
         padding = self.text.config.pad_token_id
         filled = pad(prompt_ids.where(prompt_mask, padding), (0, room), value=padding)
-        # Positions are given because the tower's own are a buffer that no checkpoint holds.
+        # Pass positions: the tower's own are in a buffer that no checkpoint stores.
         positions = torch.arange(self.context_length, device=prompt_ids.device)[None]
         return self.text(filled, position_ids=positions).pooler_output
 
@@ -157,10 +159,12 @@ class SiglipEncoder(Encoder):
         return [self.vision.head] if self.vision.use_head else []
 
     def _embed(self, frames: Num[Tensor, "n c h w"]) -> Float[Tensor, "n p d"]:
-        """Not transformers' own forward, for the reason that `clip.embed` gives.
+        """Returns the patch embeddings with positions added.
+
+        It replaces transformers' own forward for the reason given in `clip.embed`.
 
         Raises:
-            ValueError: frames of another size than the tower reads.
+            ValueError: the frames do not have the size that the tower reads.
         """
         embeddings = self.vision.embeddings
         patches = embed_patches(embeddings, _normalise(frames), self.image_size)  # n p d
@@ -168,7 +172,7 @@ class SiglipEncoder(Encoder):
 
 
 def _normalise(frames: Num[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-    """uint8 RGB to -1 … 1; floats are taken as that already."""
+    """Normalises uint8 RGB to -1 … 1; float frames are returned unchanged."""
     return frames if frames.is_floating_point() else frames / 127.5 - 1
 
 

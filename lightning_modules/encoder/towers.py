@@ -1,4 +1,4 @@
-"""What encoders over transformers' vision and text towers share."""
+"""Helpers shared by the encoders that use transformers' vision and text towers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,18 +10,20 @@ from transformers import PretrainedConfig
 
 
 def check_given(source: str | None, config: Mapping[str, Any] | None) -> None:
-    """
+    """Checks that exactly one of `source` and `config` is given.
+
     Raises:
-        ValueError: neither or both of `source` and `config`.
+        ValueError: neither or both are given.
     """
     if (source is None) == (config is None):
         raise ValueError("set one of model.encoder.source and model.encoder.config, and only one")
 
 
 def check_image_size(asked: int | None, side: Any) -> None:
-    """
+    """Checks that the configured frame size is None or the size that the tower reads.
+
     Raises:
-        ValueError: another size is asked for than the tower reads.
+        ValueError: the sizes differ.
     """
     if asked not in (None, side):
         raise ValueError(
@@ -31,10 +33,10 @@ def check_image_size(asked: int | None, side: Any) -> None:
 
 
 def load_whole(model: Any, source: str | None, name: str) -> Any:
-    """`model.from_pretrained(source)` with all its weights; `name` is what people call it.
+    """Returns `model.from_pretrained(source)`; `name` is the model's name in the error message.
 
     Raises:
-        ValueError: `source` lacks some.
+        ValueError: `source` lacks some of the weights.
     """
     loaded, report = model.from_pretrained(
         source, dtype=torch.get_default_dtype(), output_loading_info=True
@@ -50,10 +52,10 @@ def load_whole(model: Any, source: str | None, name: str) -> Any:
 def embed_patches(
     embeddings: Any, frames: Float[Tensor, "n c h w"], side: Any
 ) -> Float[Tensor, "n p d"]:
-    """Each patch by itself, without its position.
+    """Returns the embedding of each patch, without positions.
 
     Raises:
-        ValueError: frames of another size than the tower reads.
+        ValueError: the frames do not have the size that the tower reads.
     """
     if frames.shape[-2:] != (side, side):
         raise ValueError(
@@ -65,7 +67,7 @@ def embed_patches(
 
 
 def layers_before(feature_layer: int, depth: int) -> int:
-    """How many layers run before hidden state `feature_layer` of a tower of `depth` layers."""
+    """Returns the number of layers before hidden state `feature_layer`, in a tower of `depth`."""
     count = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
     if not 0 <= count <= depth:
         raise ValueError(
@@ -76,6 +78,6 @@ def layers_before(feature_layer: int, depth: int) -> int:
 
 
 def tower_sizes(config: PretrainedConfig) -> dict[str, Any]:
-    """What rebuilds a tower: its architecture, without what transformers notes beside it."""
+    """Returns the config fields that rebuild a tower, without transformers' other metadata."""
     notes = ("transformers_version", "model_type", "architectures", "dtype", "projection_dim")
     return {k: v for k, v in config.to_diff_dict().items() if k not in notes}

@@ -1,4 +1,4 @@
-"""Published weights -> our stages: one file for each layout in which they are published."""
+"""Importers: convert published weights to our components; one file per published layout."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,10 +18,10 @@ IMPORTERS: tuple[type[Importer], ...] = (
 
 
 def detect(config: Mapping[str, Any]) -> type[Importer]:
-    """The importer of a checkpoint with this `config.json`.
+    """Returns the importer for a checkpoint with this `config.json`.
 
     Raises:
-        ValueError: there is none; the message names those that there are.
+        ValueError: there is none; the message lists the supported architectures.
     """
     found = config.get("architectures") or []
     for importer in IMPORTERS:

@@ -1,4 +1,4 @@
-"""The contract of an importer, and the walk from a published folder to one that we open."""
+"""The contract of an importer, and the conversion of a published folder to our format."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 
 REPORT = "import.json"
 
-#: What goes along unchanged where the source has it.
+#: Files that are copied unchanged if the source has them.
 _COPIED = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
@@ -27,17 +27,17 @@ _COPIED = (
 
 
 class Importer(ABC):
-    """Says of one published layout what our stages are, and what its names are in them.
+    """Maps one published layout to our components and their parameter names.
 
     Args:
         config: the source's `config.json`.
-        clip: hub id or folder of the CLIP whose text tower a source was made with, where its
-            config cannot be read from what the source names.
+        clip: hub id or folder of the CLIP whose text tower the source uses; needed if its config
+            cannot be read from the name in the source's config.
 
     Attributes:
-        name: for the command line.
-        architecture: of `config.json`, which tells the layout.
-        rules: from stored names to those of the model that `build` makes.
+        name: name for the command line.
+        architecture: entry in `config.json` that identifies the layout.
+        rules: map stored names to those of the model that `build` returns.
     """
 
     name: str
@@ -49,18 +49,18 @@ class Importer(ABC):
 
     @abstractmethod
     def stages(self) -> dict[str, dict[str, Any]]:
-        """A spec for each stage that the source has, sizes read from its config.
+        """Returns a spec for each component of the source, with sizes from its config.
 
         Raises:
-            ValueError: something that our stages do not do.
+            ValueError: the source uses something that our components do not support.
         """
 
     def on_purpose(self) -> list[str]:
-        """Globs of stored names that our stages have no use for."""
+        """Returns globs of stored names that our components do not need."""
         return ["*.position_ids", "*.rotary_emb.inv_freq"]
 
     def build(self) -> PreTrainedModel:
-        """The model to be filled, on whatever device torch is set to."""
+        """Returns the model to fill, on torch's current default device."""
         return VideoLanguageModel(VideoLanguageModelConfig(**self.stages()))
 
 
@@ -71,16 +71,20 @@ def import_folder(
     allowed: Allowed,
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Writes the model of `folder` into `out`; what went where is returned, and kept beside it.
+    """Writes the model of `folder` into `out`; returns a report, which is also stored in `out`.
 
-    Stored tensors are mapped and written one shard after the other, so that the weights are never
-    in memory twice.
+    Stored tensors are memory-mapped and written one shard after the other, so that the weights are
+    never in memory twice.
 
     Args:
-        dtype: of the weights, by name; None: that of most stored ones.
+        importer: importer for the layout of `folder`.
+        folder: folder with the published weights.
+        out: folder to write.
+        allowed: names that may stay unmatched.
+        dtype: name of the dtype to write; None: the most common stored dtype.
 
     Raises:
-        ValueError: files that cannot be read, or names and shapes that do not fit.
+        ValueError: files cannot be read, or names or shapes do not fit.
     """
     with torch.device("meta"):
         model = importer.build()
@@ -100,7 +104,7 @@ def import_folder(
 
 
 def _fresh(importer: Importer, names: Sequence[str]) -> dict[str, Tensor]:
-    """Starting values of what the source lacks, from a model that is made for them and dropped."""
+    """Returns initial values for parameters that the source lacks, from a temporary model."""
     made = importer.build().state_dict()
     return {name: made[name].clone() for name in names}
 

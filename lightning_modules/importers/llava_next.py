@@ -1,4 +1,4 @@
-"""LLaVA-NeXT as transformers keeps it (llava-hf/llava-v1.6-*): CLIP, two linears, an LLM."""
+"""LLaVA-NeXT as transformers stores it (llava-hf/llava-v1.6-*): CLIP, two linears, an LLM."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from lightning_modules.encoder.towers import tower_sizes
 from lightning_modules.importers.base import Importer
 from lightning_modules.importers.match import Rule
 
-#: With the prefixes of transformers 4.x, of 5.x, and of what 5.x writes for older readers.
+#: Matches the prefixes of transformers 4.x, of 5.x, and of 5.x when it writes for older readers.
 TOWER = r"(?:model\.)?vision_tower\.(?:vision_model\.)?"
 
 LLAVA_RULES = (
@@ -21,9 +21,9 @@ LLAVA_RULES = (
 
 
 class LlavaNextImporter(Importer):
-    """CLIP's vision tower alone: poolers that a prompt guides need an encoder that reads prompts.
+    """Imports LLaVA-NeXT with CLIP's vision tower only, so prompt-guided poolers cannot be used.
 
-    Patches are not pooled, as published, and rows of tiles end with `image_newline`.
+    As published, patches are not pooled, and rows of tiles end with `image_newline`.
     """
 
     name = "llava_next"
@@ -52,7 +52,7 @@ class LlavaNextImporter(Importer):
 
 
 def causal_lm(config: PreTrainedConfig) -> dict[str, Any]:
-    """The spec of an LLM with this config, whatever its weights' dtype."""
+    """Returns the spec of an LLM with this config, without the dtype of its weights."""
     notes = ("transformers_version", "architectures", "dtype", "_name_or_path")
     fields = {key: value for key, value in config.to_diff_dict().items() if key not in notes}
     return {
@@ -62,17 +62,17 @@ def causal_lm(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def layers_behind(vision: Any, feature_layer: int) -> list[str]:
-    """Globs of the vision layers behind hidden state `feature_layer`, which our towers drop."""
+    """Returns globs of the vision layers after hidden state `feature_layer`, which we drop."""
     depth = vision.num_hidden_layers
     kept = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
     return [f"*vision_tower.*layers.{layer}.*" for layer in range(kept, depth)]
 
 
 def check_projector(config: Any) -> None:
-    """Refuses what our projector does not compute.
+    """Refuses settings that our projector does not support.
 
     Raises:
-        ValueError: names the field of `config.json`.
+        ValueError: a setting is not supported; the message names the field of `config.json`.
     """
     wanted = {
         "projector_hidden_act": "gelu",

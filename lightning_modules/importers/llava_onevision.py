@@ -1,4 +1,4 @@
-"""LLaVA-OneVision as transformers keeps it: SigLIP's vision tower, two linears, Qwen2."""
+"""LLaVA-OneVision as transformers stores it: SigLIP's vision tower, two linears, Qwen2."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ from lightning_modules.importers.llava_next import (
 
 
 class LlavaOnevisionImporter(Importer):
-    """Images keep their patches; frames of videos are pooled by windows of 2 x 2.
+    """Imports LLaVA-OneVision: images keep their patches, video frames are pooled 2 x 2.
 
-    That is what the published bilinear halving computes on a grid of even sides. On the odd one of
-    27 x 27 it gives 14 x 14 from windows that overlap; ours are 13 x 13, the last row and column
-    left out.
+    On a grid with even sides, this equals the published bilinear halving. On the odd grid of
+    27 x 27, the published code gives 14 x 14 tokens from overlapping windows. Ours gives 13 x 13,
+    without the last row and column.
     """
 
     name = "llava_onevision"

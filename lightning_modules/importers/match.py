@@ -1,4 +1,4 @@
-"""Which stored tensor goes into which parameter; what is left over on either side is a mistake."""
+"""Matches stored tensors to parameters; unmatched names on either side are an error."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-#: Names of an error's message that lists many.
+#: Maximum number of names in an error message.
 _SHOWN = 3
 
 
 class Rule(NamedTuple):
-    """A stored name that starts with the regular expression `pattern` starts with `ours` here.
+    """A renaming rule: replaces the prefix `pattern` (a regular expression) of a name by `ours`.
 
-    `take` cuts or reshapes what is stored.
+    `take` slices or reshapes the stored tensor.
     """
 
     pattern: str
@@ -25,9 +25,9 @@ class Rule(NamedTuple):
 
 
 class Allowed(NamedTuple):
-    """Globs of names that may be left over: stored ones, and parameters of the model.
+    """Globs of names that may stay unmatched: stored names, and parameters of the model.
 
-    `key` is what a user sets them by, with `{}` for `unused` or `unfilled`.
+    `key` is the setting that a user changes, with `{}` for `unused` or `unfilled`.
     """
 
     unused: Sequence[str] = ()
@@ -37,11 +37,11 @@ class Allowed(NamedTuple):
 
 @dataclass
 class Match:
-    """Stored tensors by the names of parameters, and all that has no partner."""
+    """Stored tensors by parameter name, and all unmatched names."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)  # of a parameter: as it is stored
-    on_purpose: list[str] = field(default_factory=list)  # stored, and known to have no place here
+    names: dict[str, str] = field(default_factory=dict)  # parameter -> stored name
+    on_purpose: list[str] = field(default_factory=list)  # stored names known to be unneeded
     unused: list[str] = field(default_factory=list)
     unfilled: list[str] = field(default_factory=list)
 
@@ -52,14 +52,14 @@ def match(
     rules: Sequence[Rule],
     on_purpose: Sequence[str] = (),
 ) -> Match:
-    """Finds a place for every stored tensor; nothing is copied yet.
+    """Matches every stored tensor to a parameter; copies nothing yet.
 
-    A stored name takes the first rule that fits. `on_purpose` are globs of stored names that
-    count as no mistake where the module has no place for them. Of tied parameters one is enough.
+    The first rule that fits a stored name is used. `on_purpose` are globs of stored names that may
+    stay unmatched. Of tied parameters, one is enough.
 
     Raises:
-        ValueError: a tensor and its parameter differ in shape, or two tensors want one place, or
-            differ though their parameters are tied.
+        ValueError: a tensor and its parameter differ in shape, two tensors match one parameter, or
+            tensors of tied parameters differ.
     """
     parameters = module.state_dict(keep_vars=True)
     found = Match()
@@ -81,10 +81,11 @@ def match(
 
 
 def check(found: Match, allowed: Allowed, where: str) -> None:
-    """Lets what is left over pass only where it is allowed.
+    """Checks that all unmatched names are allowed.
 
     Raises:
-        ValueError: one line with the counts, the first names and what would allow them.
+        ValueError: some are not; one line with the counts, the first names and the setting that
+            would allow them.
     """
     unused = _not_in(found.unused, allowed.unused)
     unfilled = _not_in(found.unfilled, allowed.unfilled)
@@ -102,9 +103,9 @@ def check(found: Match, allowed: Allowed, where: str) -> None:
 
 
 def adopt(module: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Has a module that was built on the meta device keep these tensors as its parameters.
+    """Replaces the parameters of a module on the meta device by these tensors.
 
-    What has the dtype already is not copied, and so stays on disk until it is used.
+    Tensors that already have the dtype are not copied, so they stay on disk until they are used.
     """
     parameters = module.state_dict(keep_vars=True)
     aliases: dict[int, list[str]] = {}
@@ -122,7 +123,7 @@ def adopt(module: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -
 
 @torch.no_grad()
 def copy(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Writes the tensors into the parameters of a module that has them in memory."""
+    """Copies the tensors into the parameters of a module that is in memory."""
     parameters = module.state_dict(keep_vars=True)
     for name, value in values.items():
         parameters[name].copy_(value)

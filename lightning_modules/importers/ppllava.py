@@ -1,6 +1,6 @@
-"""PPLLaVA's published weights: LLaVA-NeXT, CLIP's text tower in its projector, BT-Adapter.
+"""PPLLaVA's published weights: LLaVA-NeXT, CLIP's text tower in the projector, and BT-Adapter.
 
-Liu et al., arXiv 2411.02327. Names and settings are those of its code,
+Liu et al., arXiv 2411.02327. Names and settings come from its code,
 ppllava/models/{llava_interleave,llava_projector,clip,clip_btadapter}.py.
 """
 
@@ -20,7 +20,7 @@ from lightning_modules.importers.llava_next import (
 )
 from lightning_modules.importers.match import Rule
 
-#: Fixed in the published code: positions that stay, and how much longer the rest becomes.
+#: Constants of the published code: number of kept positions, and stretch factor of the others.
 KEPT_POSITIONS, FACTOR = 20, 4
 
 
@@ -43,7 +43,7 @@ _TEMPORAL = rf"{TOWER}btadapter_T_layers\.(\d+)\."
 
 
 class PPLLaVAImporter(Importer):
-    """Needs the config of the CLIP that it was made with, which it names as `clip_weight`."""
+    """Imports PPLLaVA; also reads the config of its CLIP, which its config calls `clip_weight`."""
 
     name = "ppllava"
     architecture = "LlavaInterleaveForConditionalGeneration"
@@ -54,12 +54,12 @@ class PPLLaVAImporter(Importer):
         Rule(rf"{TOWER}btadapter_S_layers", "encoder.adapter.spatial"),
         Rule(rf"{TOWER}btadapter_cls_token", "encoder.adapter.class_token", Tensor.flatten),
         Rule(rf"{TOWER}btadapter_time_embed", "encoder.adapter.time_positions"),
-        # The tower's own is unused there: it is the guide's copy that aligns patches.
+        # PPLLaVA does not use the tower's own norm; the copy in its projector aligns patches.
         Rule(rf"{TOWER}post_layernorm", "unused"),
         Rule(rf"{_GUIDE}visual_ln", "encoder.vision.post_layernorm"),
         Rule(rf"{_GUIDE}visual_projection", "encoder.visual_projection"),
         Rule(rf"{_GUIDE}text_projection", "encoder.text_projection"),
-        # The extended context comes as two tables, each used in part.
+        # The extended context is stored as two tables, each used in part.
         Rule(rf"{_TABLE}$", f"{_OURS}.kept", _kept),
         Rule(rf"{_TABLE}_res$", f"{_OURS}.stretched", _stretched),
         Rule(rf"{_GUIDE}text_model", "encoder.text"),
@@ -97,14 +97,14 @@ class PPLLaVAImporter(Importer):
         return [*super().on_purpose(), *behind, *unreached, *own]
 
     def _llava(self) -> Any:
-        # `depth` and `max_T` among CLIP's own are BT-Adapter's.
+        # `depth` and `max_T` in the CLIP config belong to BT-Adapter.
         vision = {
             k: v for k, v in self.config["vision_config"].items() if k not in ("depth", "max_T")
         }
         return LlavaNextConfig.from_dict({**self.config, "vision_config": vision})
 
     def _branch(self, llava: Any) -> tuple[int, int]:
-        """How many layers run before the features, and the first one with BT-Adapter beside it."""
+        """Returns the number of layers before the features, and the first layer with BT-Adapter."""
         depth, layer = llava.vision_config.num_hidden_layers, llava.vision_feature_layer
         kept = layer if layer >= 0 else depth + 1 + layer
         beside = self.config.get("btadapter_depth", 4) if self.config.get("btadapter") else 0
@@ -130,7 +130,7 @@ class PPLLaVAImporter(Importer):
             if self.config.get("extend_clip")
             else None,
             "kept_positions": KEPT_POSITIONS,
-            # One that starts behind the features never reaches them.
+            # A BT-Adapter that starts after the features does not change them.
             "bt_adapter": adapter if start < kept else None,
         }
 

@@ -1,4 +1,4 @@
-"""The text model of Qwen2-VL as a plain Qwen2, whose rotary scheme is ours to choose."""
+"""Imports the text model of Qwen2-VL as a plain Qwen2, to combine with any rotary scheme."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from lightning_modules.spec import build
 
 
 class Qwen2VLTextImporter(Importer):
-    """Writes a Qwen2 that `model.llm.source` names; `rotary=mrope` with its sections runs it as
-    Qwen2-VL does.
+    """Writes a Qwen2 for `model.llm.source`.
 
-    Its vision tower reads frames in pairs and of any size, which is none of our encoders.
+    With `rotary=mrope` and its sections, it runs as in Qwen2-VL. The vision tower is not imported:
+    it reads frames in pairs and of any size, which none of our encoders does.
     """
 
     name = "qwen2_vl"

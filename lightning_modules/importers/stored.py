@@ -1,4 +1,4 @@
-"""Weights on disk as tensors by name. They are mapped, so bytes are read where they are used."""
+"""Opens weights on disk as tensors by name; they are memory-mapped, so bytes are read on use."""
 
 import json
 import pickle
@@ -8,15 +8,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-#: In the order of preference: names of a folder's weights without and with an index of shards.
+#: Names of weight files, in order of preference; with shards, `.index.json` is appended.
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def open_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder as transformers writes it: safetensors, else `.bin`.
+    """Returns all tensors of a folder in transformers' layout: safetensors, else `.bin`.
 
     Raises:
-        ValueError: no weights, a file that is missing or cut, or one that holds code.
+        ValueError: there are no weights, a file is missing or truncated, or a file contains code.
     """
     for name in _FILES:
         index = folder / f"{name}.index.json"
@@ -28,7 +28,7 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def open_file(path: Path) -> dict[str, Tensor]:
-    """As `open_weights`, of one file."""
+    """Returns all tensors of one file; raises errors as `open_weights` does."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     if path.suffix == ".safetensors":

@@ -1,1 +1,1 @@
-"""The LLM that reads the row: a decoder of transformers."""
+"""The LLM: a transformers decoder that reads text and visual tokens."""

@@ -1,4 +1,4 @@
-"""embeddings, positions -> hidden states -> logits. The contract of the fourth stage."""
+"""The contract of an LLM: embeddings, positions -> hidden states -> logits."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,24 +10,24 @@ from transformers import Cache
 
 
 class LanguageModel(nn.Module, ABC):
-    """A decoder that reads embeddings, so that visuals can stand among the words.
+    """A decoder that reads embeddings, so that a row can mix visual and text tokens.
 
-    `width` is m, of its embeddings and hidden states.
+    `width` is m, the width of its embeddings and hidden states.
     """
 
     width: int
 
     @abstractmethod
     def replace_rotary(self, build: Callable[[nn.Module], nn.Module]) -> None:
-        """Puts `build(rotary module of the decoder)` in its place.
+        """Replaces the decoder's rotary module by `build(rotary module)`.
 
         Raises:
-            ValueError: on text alone the new one would not give what the decoder's own gives.
+            ValueError: on text alone, the new module would differ from the decoder's own.
         """
 
     @abstractmethod
     def embed(self, ids: Int[Tensor, "*b l"]) -> Float[Tensor, "*b l m"]:
-        """Embeddings of text tokens."""
+        """Returns the embeddings of text tokens."""
 
     @abstractmethod
     def forward(
@@ -37,16 +37,20 @@ class LanguageModel(nn.Module, ABC):
         positions: Float[Tensor, "4 b l"],
         cache: Cache | None = None,
     ) -> Float[Tensor, "b l m"]:
-        """Hidden states after the last norm. `mask` covers the cached tokens too (k ≥ l).
+        """Returns the hidden states after the last norm.
 
-        Without mask and cache a row may hold several documents, which do not see each other: one
-        begins wherever row 0 of the positions is 0. `positions` as `RotaryScheme.batch_positions`
-        gives them. A `cache` is read and extended.
+        Without mask and cache, a row may hold several documents that do not attend to each other.
+        A document begins at each 0 in row 0 of the positions.
+
+        Args:
+            mask: False on padding; covers the cached tokens too (k ≥ l).
+            positions: the result of `RotaryScheme.batch_positions`.
+            cache: KV cache that is read and extended.
         """
 
     @abstractmethod
     def head(self, hidden: Float[Tensor, "*b m"]) -> Float[Tensor, "*b vocab"]:
-        """Logits."""
+        """Returns the logits."""
 
     @abstractmethod
     def generate(
@@ -57,29 +61,29 @@ class LanguageModel(nn.Module, ABC):
         following: Float[Tensor, "3 b"],
         **options,
     ) -> Int[Tensor, "b2 l2"]:
-        """New token ids after each row.
+        """Returns the new token ids for each row.
 
         Args:
-            following: where the first new token of each row stands, as
-                `RotaryScheme.batch_following` gives it; each further one is 1 behind it.
-            options: those of transformers' `GenerationMixin.generate`.
+            following: position of the first new token of each row, from
+                `RotaryScheme.batch_following`; each further token advances by 1.
+            options: arguments of transformers' `GenerationMixin.generate`.
         """
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """The units to shard, in the order in which they run; each runs once for a batch."""
+        """Returns the units to shard, in the order in which they run; each runs once per batch."""
 
     @abstractmethod
     def split(self, mesh: DeviceMesh) -> None:
         """Splits the layers of each block over the ranks of `mesh`, which has one axis.
 
-        What goes into a block and comes out of it stays whole, and the same on these ranks, whose
-        weights are alike before.
+        These ranks must have the same weights before. The input and output of a block stay whole,
+        and are the same on all these ranks.
 
         Raises:
-            ValueError: the layers cannot be shared by so many.
+            ValueError: the layers cannot be divided by the number of ranks.
         """
 
     @abstractmethod
     def to_spec(self) -> dict:
-        """Class path and arguments that rebuild this stage without reading its source again."""
+        """Returns the class path and arguments that rebuild this component without its source."""

@@ -1,4 +1,4 @@
-"""Any decoder of transformers with a rotary module of its own: the Llama and Qwen families."""
+"""Wraps any transformers decoder that has its own rotary module: the Llama and Qwen families."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -23,17 +23,18 @@ from lightning_modules.spec import set_attention
 
 
 class CausalLM(LanguageModel):
-    """transformers' own model; only its rotary module is ever replaced.
+    """A transformers model, unchanged except that its rotary module can be replaced.
 
     Args:
-        source: hub id, local folder or `.gguf` file whose weights to load; None: random weights.
-        config: without `source`, the fields of the transformers config, `model_type` among them.
-        attention: as transformers calls it: sdpa, eager, flash_attention_2, flex_attention, …
-        dtype: of the weights loaded from `source`, by name; None: as they are stored.
+        source: hub id, local folder or `.gguf` file to load weights from; None: random weights.
+        config: without `source`, the fields of the transformers config, including `model_type`.
+        attention: attention implementation, as transformers names it: sdpa, eager,
+            flash_attention_2, flex_attention, …
+        dtype: name of the dtype for weights loaded from `source`; None: as stored.
 
     Raises:
-        ValueError: neither or both of `source` and `config`, a decoder without a rotary module of
-            its own, or logits that are more than a scaled linear map.
+        ValueError: neither or both of `source` and `config` are given, the decoder has no rotary
+            module of its own, or its logits are not a scaled linear map.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class CausalLM(LanguageModel):
 
     @property
     def decoder(self) -> Any:
-        """The LLM without its head."""
+        """Returns the LLM without its head."""
         return self.lm.get_decoder()
 
     def replace_rotary(self, build: Callable[[nn.Module], nn.Module]) -> None:
@@ -84,7 +85,7 @@ class CausalLM(LanguageModel):
         ).last_hidden_state
 
     def _document_lengths(self, counts: Int[Tensor, "b l"]) -> dict[str, Any]:
-        """What flash kernels take to keep the documents of all rows apart; others read `counts`."""
+        """Returns the document lengths that flash kernels need; other kernels read `counts`."""
         implementation = self.lm.config._attn_implementation
         if not is_flash_attention_requested(requested_attention_implementation=implementation):
             return {}
@@ -126,13 +127,13 @@ class CausalLM(LanguageModel):
 
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:
-        """As transformers asks a part of a model, so that tied weights are saved once."""
+        """Maps tied weights to their originals; transformers reads it to save them only once."""
         return {f"lm.{a}": f"lm.{b}" for a, b in self.lm.all_tied_weights_keys.items()}
 
 
 @lru_cache
 def _cache_argument(decoder: type[nn.Module]) -> str:
-    """Name of the decoder's argument for a KV cache.
+    """Returns the name of the decoder's argument for a KV cache.
 
     transformers 5.24 renamed `past_key_values` to `cache`, one model family at a time. The old
     name still works there, with a warning.
@@ -141,11 +142,11 @@ def _cache_argument(decoder: type[nn.Module]) -> str:
 
 
 def _load(source: str, dtype: str | None) -> PreTrainedModel:
-    # Left open, transformers asks in the terminal whether to run code that comes with weights.
+    # Without this option, transformers asks in the terminal whether to run code from the source.
     options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": False}
     if source.endswith(".gguf"):
         path = Path(source).expanduser()
-        # Dequantised weights are plain floats, which can be trained and saved.
+        # Dequantised weights are plain floats, so they can be trained and saved.
         options |= {
             "gguf_file": path.name,
             "quantization_config": GgufConfig(dequantize=True),
@@ -156,7 +157,7 @@ def _load(source: str, dtype: str | None) -> PreTrainedModel:
 
 
 def _make(config: dict[str, Any]) -> PreTrainedModel:
-    fields = deepcopy(config)  # transformers writes into nested ones
+    fields = deepcopy(config)  # transformers modifies nested fields
     _check_rope_fields(fields)
     if "model_type" not in fields:
         raise ValueError("model.llm.config needs `model_type`, such as qwen2 or llama")
@@ -170,9 +171,10 @@ def _make(config: dict[str, Any]) -> PreTrainedModel:
 
 
 def _check_rope_fields(fields: dict[str, Any]) -> None:
-    """
+    """Checks the names of the rope fields.
+
     Raises:
-        ValueError: a field that transformers would pass over, and with it the asked frequencies.
+        ValueError: transformers would ignore a field, and so not use the requested frequencies.
     """
     known = {*RopeParameters.__annotations__, "type", "mrope_section", "mrope_interleaved"}
     for key in ("rope_parameters", "rope_scaling"):
@@ -184,9 +186,10 @@ def _check_rope_fields(fields: dict[str, Any]) -> None:
 
 
 def check_rotary(decoder: Any, config: Any) -> None:
-    """
+    """Checks that replacing `decoder.rotary_emb` changes every layer with rotary positions.
+
     Raises:
-        ValueError: replacing `decoder.rotary_emb` would not reach every layer that turns.
+        ValueError: the decoder has no such module, does not use it, or has several.
     """
     own = getattr(decoder, "rotary_emb", None)
     if own is None or getattr(config, "alibi", False):
@@ -208,18 +211,18 @@ def check_rotary(decoder: Any, config: Any) -> None:
 
 @torch.no_grad()
 def find_logit_scale(lm: PreTrainedModel) -> float:
-    """The number that `lm` multiplies its head's output with: 1 for Llama, 0.0625 for Cohere.
+    """Returns the factor of `lm` on its head's output: 1 for Llama, 0.0625 for Cohere.
 
-    Asked of `lm.forward` itself, while its decoder and its head pass on what they are given. So
-    this needs no weights, and knows the names of no model's fields.
+    It runs `lm.forward` while decoder and head return their input. So it needs no weights, and no
+    model-specific field names.
 
     Raises:
-        ValueError: `lm` does something else with its logits, such as Gemma2's soft cap, or its
-            decoder gives more than hidden states, such as Gemma4's.
+        ValueError: `lm` changes its logits in another way, such as Gemma2's soft cap, or needs more
+            from its decoder than hidden states, such as Gemma4.
     """
     decoder: Any = lm.get_decoder()
     head: Any = lm.get_output_embeddings()
-    with torch.device("cpu"):  # also while a model is made on the meta device
+    with torch.device("cpu"):  # even while a model is built on the meta device
         logits = torch.linspace(-60, 60, 7)[None, None]
         decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=logits)
         head.forward = lambda hidden: hidden
@@ -231,7 +234,7 @@ def find_logit_scale(lm: PreTrainedModel) -> float:
                 f"({error}); take a decoder of the Llama or Qwen family"
             ) from None
         finally:
-            del decoder.forward, head.forward  # the classes' own are there again
+            del decoder.forward, head.forward  # restores the methods of the classes
     scale = float(seen[0, 0, -1]) / 60
     if not torch.allclose(seen, scale * logits):
         raise ValueError(
@@ -244,11 +247,11 @@ def find_logit_scale(lm: PreTrainedModel) -> float:
 def _with_following(
     positions: Float[Tensor, "4 b l"], following: Float[Tensor, "3 b"]
 ) -> Float[Tensor, "8 b l"]:
-    """Positions from which transformers counts on to `following`, not to the last position + 1.
+    """Returns positions with which generation continues at `following`, not at the last one + 1.
 
-    transformers adds 1 to every row for each token that it generates. Rows 4 to 7 stand one step
-    before what they are to be at the first such token: -1, and `following` less 1. So row 4 is
-    negative for what was given and counts what is generated, whose places are in rows 5 to 7.
+    transformers adds 1 to every row for each generated token. Rows 4 to 7 hold the values one step
+    before the first such token: -1, and `following` - 1. So row 4 is negative for the given tokens
+    and counts the generated ones; rows 5 to 7 are the positions of the generated tokens.
     """
     length = positions.shape[-1]
     before = following.to(positions)[..., None].expand(-1, -1, length) - 1  # 3 b l
@@ -256,15 +259,15 @@ def _with_following(
 
 
 def _take_axis_positions(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Hands the positions on the axes to the rotary module, and row 0 to everything else.
+    """Passes the positions on the axes to the rotary module, and row 0 to everything else.
 
-    transformers reads masks and packed documents out of the positions; it must see text positions
-    there. Bare positions on three axes fail in training, or are silently taken for documents.
+    transformers derives masks and packed documents from the positions, so it must get text
+    positions. Positions on three axes would fail in training, or silently count as documents.
     """
     positions = kwargs.get("position_ids")
     if positions is not None and positions.ndim == 3:
         axes = positions[1:4]
-        if len(positions) > 4:  # generation, as `_with_following` prepares it
+        if len(positions) > 4:  # generation; prepared by `_with_following`
             axes = positions[5:].where(positions[4] >= 0, axes)
         decoder.rotary_emb.axis_positions = axes.float()
         kwargs = kwargs | {"position_ids": positions[0].long()}

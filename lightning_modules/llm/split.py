@@ -1,9 +1,9 @@
 """Tensor parallelism (Megatron-LM, arXiv 1909.08053): ranks share the layers of each block.
 
-Each has some of the attention heads and some channels of the MLP, of the queries, keys, values,
-gates and ups some rows, of the outputs and downs the columns that read them. What these two yield
-is summed over the ranks, so everything between blocks and around them is whole, the same on each.
-Which linear is split how is what transformers says of its decoders.
+Each rank holds some attention heads and some MLP channels. Query, key, value, gate and up
+projections are split by rows; output and down projections by the matching columns. The results of
+these two are summed over the ranks, so the tensors between blocks are whole, and the same on each
+rank. transformers' own plan for a decoder says how each linear is split.
 """
 
 import math
@@ -24,15 +24,15 @@ _STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise"
 
 
 def split_blocks(blocks: Iterable[nn.Module], config: Any, mesh: DeviceMesh) -> None:
-    """Splits each block of a decoder, in place, LoRA's weights with the linears beside them.
+    """Splits each block of a decoder, in place; LoRA's weights are split with their linears.
 
     Args:
-        config: transformers' own, of the decoder.
-        mesh: of one axis; its ranks have the same weights.
+        config: the decoder's transformers config.
+        mesh: has one axis; its ranks have the same weights.
 
     Raises:
-        ValueError: heads or channels do not divide, transformers does not say how, or dropout
-            would have to agree inside of what is split.
+        ValueError: heads or channels are not divisible by the number of ranks, transformers has no
+            plan for the decoder, or dropout would act inside a split layer.
     """
     _check(config, mesh.size())
     plan = _plan_of_block(config)
@@ -60,7 +60,7 @@ def _check(config: Any, size: int) -> None:
 
 
 def _plan_of_block(config: Any) -> dict[str, type[ParallelStyle]]:
-    """Path in a block -> how that linear is split."""
+    """Maps the path of each linear in a block to the way it is split."""
     start, plan = "layers.*.", config.base_model_tp_plan or {}
     own = {path.removeprefix(start): how for path, how in plan.items() if path.startswith(start)}
     unknown = sorted(set(own.values()) - set(_STYLES))
@@ -76,7 +76,7 @@ def _plan_of_block(config: Any) -> dict[str, type[ParallelStyle]]:
 def _styles(
     block: nn.Module, plan: Mapping[str, type[ParallelStyle]]
 ) -> Iterator[tuple[str, ParallelStyle]]:
-    """Also of LoRA: of its two halves the one that meets the split side of the linear is split."""
+    """Yields (path, style) for each linear, and for the half of LoRA on the linear's split side."""
     for path, style in plan.items():
         layer: Any = block.get_submodule(path)
         if isinstance(layer, nn.Linear):

@@ -1,9 +1,9 @@
-"""What a W&B run has stored on disk, over all the fragments that its interruptions left.
+"""Reads the rows that a W&B run has stored on disk, from all fragments of an interrupted run.
 
-Each process that logs into a run writes a transaction log of its own,
-`wandb/[offline-]run-<time>-<id>/run-<id>.wandb`. They are read by what `wandb leet inspect` calls,
-which stops without an error at a record that a kill has torn. The command itself would take more
-than a second each, and tell the server of it.
+Each process that logs into a run writes its own transaction log,
+`wandb/[offline-]run-<time>-<id>/run-<id>.wandb`. It is read with the program behind
+`wandb leet inspect`, which stops without an error at a record that a kill has cut off. The command
+itself would take more than a second per log, and would report to the server.
 """
 
 import csv
@@ -20,22 +20,22 @@ from wandb.util import get_core_path
 
 logger = logging.getLogger(__name__)
 
-#: What W&B's rows are plotted over, as Lightning names it.
+#: Lightning's name for the x-axis of W&B plots.
 TRAINER_STEP = "trainer/global_step"
 
-#: Copies of the tables that were logged, a line each; numbers have theirs in `metrics.csv`.
+#: Copies of the logged tables, one per line. Copies of numbers are in `metrics.csv`.
 _TABLES = "tables.jsonl"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One call of `run.log`.
+    """The values of one call of `run.log`.
 
-    Nested values come flat: a table under `val/generations` is `val/generations._type`, ….
+    Nested values are flattened: a table under `val/generations` is `val/generations._type`, ….
     """
 
     values: dict[str, Any]
-    files: Path  # what paths of media start at
+    files: Path  # folder that paths of media are relative to
 
     @property
     def wandb_step(self) -> int:
@@ -43,20 +43,19 @@ class Row:
 
     @property
     def trainer_step(self) -> int | None:
-        """None for what was logged without one."""
+        """Returns the trainer step; None if the row was logged without one."""
         step = self.values.get(TRAINER_STEP)
         return None if step is None else int(step)
 
     def keys(self) -> Iterator[str]:
-        """Of metrics: those that were logged, among others that they may be flattened to."""
+        """Yields the names of the logged metrics, and other names that come from flattening."""
         for key in self.values:
             yield key
             if "." in key:
                 yield key.rpartition(".")[0]
 
     def as_logged(self) -> dict[str, Any]:
-        """What logs this row again: numbers, and of the media those tables and images that are
-        still there."""
+        """Returns values to log this row again: numbers, and tables and images that still exist."""
         kinds = {k[: -len("._type")]: v for k, v in self.values.items() if k.endswith("._type")}
         logged = {"_timestamp": self.values["_timestamp"]}
         for key, value in self.values.items():
@@ -74,16 +73,16 @@ class Row:
 
 
 def find_fragments(folder: Path, run_id: str) -> list[Path]:
-    """Transaction logs of the run below `folder`, in the order in which they were begun."""
+    """Returns the run's transaction logs below `folder`, oldest first."""
     found = folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")
     return sorted(found, key=lambda path: path.parent.name.removeprefix("offline-"))
 
 
 def read_rows(fragments: Iterable[Path]) -> Iterator[Row]:
-    """Every row that is whole, in the order in which it was logged; 100,000 take about 13 s.
+    """Yields every complete row in logging order; 100,000 rows take about 13 s.
 
-    Blocks that the disk has damaged are left out, and so is a file that is no transaction log,
-    with a warning: a run is not to end by what was seen of it.
+    Damaged blocks are skipped. A file that is not a transaction log is skipped with a warning:
+    logging problems must not stop a run.
     """
     for path in fragments:
         command = [get_core_path(), "leet", "inspect", "--no-observability", "--json"]
@@ -100,7 +99,7 @@ def read_rows(fragments: Iterable[Path]) -> Iterator[Row]:
 
 
 def read_metrics(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """Steps and metrics of a `metrics.csv`, where there is one, row by row."""
+    """Yields (step, metrics) for each row of a `metrics.csv`, if the file exists."""
     if path.is_file():
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
@@ -110,7 +109,7 @@ def read_metrics(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 class Table(NamedTuple):
-    """A table as it was logged."""
+    """A logged table."""
 
     key: str
     columns: list[str]
@@ -119,16 +118,16 @@ class Table(NamedTuple):
 
 
 def append_table(folder: Path, table: Table) -> None:
-    """Beyond what a kill of this process can take when it returns."""
+    """Appends a table to its file; after the call, a kill of this process cannot lose it."""
     with open(folder / _TABLES, "ab+") as file:
         file.seek(max(0, file.tell() - 1))
         if file.read() not in (b"", b"\n"):
-            file.write(b"\n")  # behind what a kill has torn
+            file.write(b"\n")  # ends a line that a kill has cut off
         file.write(json.dumps(table._asdict()).encode() + b"\n")
 
 
 def read_tables(folder: Path) -> Iterator[Table]:
-    """Every table that is whole, in the order in which they were logged."""
+    """Yields every complete table in logging order."""
     if (folder / _TABLES).is_file():
         for line in (folder / _TABLES).read_bytes().splitlines():
             try:

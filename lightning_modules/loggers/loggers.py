@@ -1,4 +1,4 @@
-"""Loggers that a resumed run goes on with."""
+"""CSV and W&B loggers that a resumed run continues."""
 
 import csv
 import logging
@@ -28,21 +28,21 @@ from lightning_modules.loggers.history import (
 
 logger = logging.getLogger(__name__)
 
-#: Told with every row, and no reason to log one.
+#: Values that come with every row, but are no reason to log a row.
 _BESIDE = {"epoch"}
 
 _MODES = ("online", "offline", "disabled", "shared")
 
-#: Seconds that rows are kept back from the disk. By default W&B waits for 32 KiB, so that a kill
-#: leaves nothing of a small run.
+#: Seconds until W&B flushes rows to disk. By default it waits for 32 KiB, so a kill would lose all
+#: rows of a small run.
 _FLUSH_S = 0.1
 
 
 class ResumableCSVLogger(CSVLogger):
-    """`metrics.csv` in `save_dir` itself; a resumed run goes on in the same file.
+    """Writes `metrics.csv` in `save_dir` itself; a resumed run continues the same file.
 
-    Rows of steps that it takes again are replaced. Hyperparameters are not written: the run's
-    `config.yaml` holds them.
+    A resumed run replaces the rows of steps that it repeats. Hyperparameters are not written,
+    because the run's `config.yaml` holds them.
     """
 
     def __init__(self, save_dir: str | Path):
@@ -60,7 +60,7 @@ class ResumableCSVLogger(CSVLogger):
 
 class _ResumingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
-        """Keeps the file that is there, where Lightning's writer deletes it."""
+        """Keeps an existing file, which Lightning's writer would delete."""
         self._rows: list[dict[str, str]] = []
         if Path(self.metrics_file_path).is_file():
             with open(self.metrics_file_path, newline="") as file:
@@ -77,10 +77,10 @@ class _ResumingWriter(ExperimentWriter):
         super().log_metrics(metrics_dict, step)
 
     def _before(self, step: int, keys: Collection[str]) -> list[dict[str, str]]:
-        """Rows up to the one that is logged again.
+        """Returns the rows before the first one that is logged again.
 
-        A run that was stopped before a validation goes on with it, and its step's training row
-        stays.
+        A run that was stopped before a validation resumes with it, and the training row of that
+        step stays.
         """
         names = set(keys) - {"epoch", "step"}
         for number, row in enumerate(self._rows):
@@ -95,7 +95,7 @@ class _ResumingWriter(ExperimentWriter):
         self._write_all(rows)
 
     def _write_all(self, rows: list[dict[str, str]]) -> None:
-        """Beside the file, so that a kill leaves the old one."""
+        """Writes all rows atomically, so that a kill leaves the old file."""
         partial = Path(f"{self.metrics_file_path}.partial")
         with open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, self.metrics_keys)
@@ -105,20 +105,21 @@ class _ResumingWriter(ExperimentWriter):
 
 
 class ResumableWandbLogger(WandbLogger):
-    """One W&B run for a run directory, over all its interruptions: its id lies there in `run_id`.
+    """Logs to one W&B run per run directory, across all interruptions; `run_id` there holds its id.
 
-    W&B's own step goes on, offline too, and a metric is stored once for a trainer step, although
-    steps are taken again after an interruption. What counts as stored is what lies on the disk,
-    so a resumed run first makes up for what a kill has lost: online, rows that the server has not
-    received, those of offline fragments included; and the last rows before the kill, which
-    `metrics.csv` and `tables.jsonl` in `save_dir` still have.
+    W&B's own step continues after a resume, offline too. A metric is stored once per trainer step,
+    although steps are repeated after an interruption. Only rows on disk count as stored, so a
+    resumed run first logs what a kill has lost. Online, these are rows that the server has not
+    received, including those of offline fragments. In both modes, these are also the last rows
+    before the kill, which are still in `metrics.csv` and `tables.jsonl` in `save_dir`.
 
     Args:
-        best: of metrics, which end of the run the summary keeps: `min` or `max`, as `name.min`.
-        init_timeout: seconds; a server that does not answer by then has the run go on offline.
-        finish_timeout: seconds that the end of a run waits for uploads. What is left is sent when
-            the run is resumed.
-        options: those of Lightning's `WandbLogger`.
+        save_dir: the run directory.
+        best: `min` or `max` by metric name: the value that the summary keeps, as `name.min`.
+        init_timeout: seconds to wait for the server before the run continues offline.
+        finish_timeout: seconds that the end of a run waits for uploads. The rest is sent when the
+            run is resumed.
+        options: arguments of Lightning's `WandbLogger`.
     """
 
     def __init__(
@@ -142,35 +143,35 @@ class ResumableWandbLogger(WandbLogger):
             ),
             **options,
         )
-        # Lightning hands on an argument that W&B has done away with, and W&B warns of it.
+        # Lightning passes an argument that W&B has removed, and W&B warns about it.
         self._wandb_init.pop("anonymous", None)
         self._folder, self._best = Path(save_dir), dict(best or {})
-        self._stored: dict[str, int] = {}  # by metric, the last trainer step
+        self._stored: dict[str, int] = {}  # last stored trainer step of each metric
         self._ends: dict[str, int] = {}  # the same when this process began
-        self._next = 0  # W&B's step of the first row, until that is logged
-        self._waiting: list[tuple[Mapping[str, Any], int | None]] = []  # for the server
+        self._next = 0  # W&B's step for the first row; 0 after that row is logged
+        self._waiting: list[tuple[Mapping[str, Any], int | None]] = []  # rows not yet sent
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
-            # Not when it is built: a run that is refused until then leaves no id.
+            # Set the id here, not in the constructor: a run that is refused earlier leaves no id.
             self._id = self._wandb_init["id"] = _keep_id(self._folder / "run_id")
             fragments = find_fragments(self._folder, str(self._id))
             run = self._experiment = self._begin()
             run.define_metric(TRAINER_STEP)
             run.define_metric("*", step_metric=TRAINER_STEP, step_sync=True)
-            for name, end in self._best.items():  # no globs: `min` of a table breaks it
+            for name, end in self._best.items():  # no globs: W&B fails on the `min` of a table
                 run.define_metric(name, step_metric=TRAINER_STEP, step_sync=True, summary=end)
             self._go_on(run, fragments)
         return self._experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        run = self.experiment  # knows what is stored
+        run = self.experiment  # also fills `_stored`
         if step is not None:
             again = {k: v for k, v in metrics.items() if step <= self._stored.get(k, -1)}
-            # The same end may be reached again, and another test be run there.
+            # A finished run may be started again at its last step, for example for another test.
             ends = {k: v for k, v in again.items() if self._ends.get(k) == step}
             if newest := _numbers({k: ends[k] for k in ends.keys() - self._best - _BESIDE}):
                 run.summary.update(newest)
@@ -179,7 +180,7 @@ class ResumableWandbLogger(WandbLogger):
                 return
             self._note(metrics, step)
         if self._next:
-            # Offline, W&B starts at 0 unless told; and a row that is only told of is a row.
+            # Offline, W&B starts at step 0 unless it gets a step, even in an empty row.
             run.log({}, step=self._next, commit=False)
             self._next = 0
         try:
@@ -188,7 +189,7 @@ class ResumableWandbLogger(WandbLogger):
             else:
                 self._log_media(metrics, step)
         except OSError as error:
-            # A scheduler tells W&B's own process to go as well. The resumed run makes up for it.
+            # A scheduler also stops W&B's own process. The resumed run logs the lost rows.
             if signals.received is None:
                 raise
             logger.warning("W&B has gone before: %r", error)
@@ -202,13 +203,13 @@ class ResumableWandbLogger(WandbLogger):
         dataframe: Any = None,
         step: int | None = None,
     ) -> None:
-        """Keeps a copy in `tables.jsonl` first: W&B writes its own when it finds the time."""
+        """Logs a table; first writes a copy to `tables.jsonl`, because W&B writes its own later."""
         if columns is not None and data is not None and step is not None:
             append_table(self._folder, Table(key, columns, data, step))
         super().log_table(key, columns, data, dataframe, step)
 
     def _log_media(self, metrics: Mapping[str, Any], step: int | None) -> None:
-        """A table asks the server, and fails where that does not answer: it waits for the next."""
+        """Logs media; if the server does not answer, they wait for the next call."""
         self._waiting.append((metrics, step))
         try:
             while self._waiting:
@@ -219,10 +220,10 @@ class ResumableWandbLogger(WandbLogger):
             logger.warning("W&B does not answer, %d tables wait: %s", len(self._waiting), reason)
 
     def _begin(self) -> Any:
-        """The run of W&B, offline where the server does not answer.
+        """Starts the W&B run; offline if the server does not answer.
 
         Raises:
-            ValueError: W&B refuses the key, or there is none.
+            ValueError: W&B refuses the API key, or there is none.
         """
         try:
             return wandb.init(**self._wandb_init)
@@ -234,18 +235,18 @@ class ResumableWandbLogger(WandbLogger):
         except CommError as error:
             reason = str(error).splitlines()[0]
             logger.warning("W&B is not there, so this run is kept here, offline: %s", reason)
-            wandb.teardown()  # what was begun holds the id
+            wandb.teardown()  # the failed start still holds the id
             return wandb.init(**{**self._wandb_init, "mode": "offline"})
 
     def _go_on(self, run: Any, fragments: list[Path]) -> None:
-        """Numbers the next row behind those in `fragments`; logs those that got lost."""
+        """Sets the number of the next row to follow those in `fragments`, and logs lost rows."""
         last, unsent = -1, {}
         for row in read_rows(fragments):
             last = max(last, row.wandb_step)
             if row.trainer_step is not None:
                 self._note(row.keys(), row.trainer_step)
             if not run.offline and row.wandb_step >= run.starting_step:
-                unsent[row.wandb_step] = row  # sent before, maybe, by a run that was killed too
+                unsent[row.wandb_step] = row  # an earlier killed start may have sent it
         for step, row in sorted(unsent.items()):
             run.log(row.as_logged(), step=step)
         self._next = max(last + 1, run.starting_step)
@@ -263,10 +264,11 @@ class ResumableWandbLogger(WandbLogger):
 
 
 def finish_wandb(exit_code: int, preempted: bool = False) -> None:
-    """Ends the W&B run of this process, where there is one.
+    """Ends the W&B run of this process, if there is one.
 
     Args:
-        preempted: W&B shows the run as that instead of as failed until it goes on.
+        exit_code: exit code of the program.
+        preempted: W&B shows the run as preempted, not as failed, until it is resumed.
     """
     if wandb.run is not None and preempted:
         wandb.run.mark_preempting()
@@ -274,9 +276,10 @@ def finish_wandb(exit_code: int, preempted: bool = False) -> None:
 
 
 def _check(mode: str | None, best: dict[str, str], init_timeout: int, finish_timeout: int) -> None:
-    """
+    """Checks settings that W&B would refuse only when the run begins.
+
     Raises:
-        ValueError: a setting that W&B would refuse only when the run begins.
+        ValueError: a setting is wrong.
     """
     if mode not in (None, *_MODES):
         raise ValueError(f"mode={mode} must be {', '.join(_MODES)} (WANDB_MODE sets it)")
@@ -291,10 +294,10 @@ def _check(mode: str | None, best: dict[str, str], init_timeout: int, finish_tim
 
 
 def _keep_id(path: Path) -> str | None:
-    """The id of the run directory, decided by rank 0 alone, which is the only one to need it."""
+    """Returns the id of the run directory; only rank 0 needs it, and creates it if missing."""
     if not path.is_file() and rank_zero_only.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name("run_id.partial")  # a kill leaves no empty one
+        partial = path.with_name("run_id.partial")  # a kill leaves no empty file
         partial.write_text(secrets.token_hex(4))
         partial.replace(path)
     return path.read_text() if path.is_file() else None

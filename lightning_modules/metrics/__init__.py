@@ -1,4 +1,4 @@
-"""Turns what validation saw into numbers with names.
+"""Scores: turn validation results into named numbers.
 
-Each sample counts once, however it was batched and shared.
+Each sample counts once, for any batching and any number of ranks.
 """

@@ -1,4 +1,4 @@
-"""How sure a mean of right and wrong answers is."""
+"""Bootstrap confidence intervals for the mean of right and wrong answers."""
 
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class MeanInterval(NamedTuple):
-    """A mean and the two ends of its interval."""
+    """A mean and the two ends of its confidence interval."""
 
     mean: float
     low: float
@@ -22,15 +22,16 @@ def bootstrap_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> MeanInterval:
-    """Mean of `values` (1 right, 0 wrong) with its percentile bootstrap interval, Efron 1979.
+    """Returns the mean of `values` (1 right, 0 wrong) and its percentile bootstrap interval.
 
-    Answers about one needle rise and fall together, so treating them as independent makes the
-    interval too narrow. `clusters` names the needle of each value; whole clusters are then drawn
-    with replacement, each with all its values. Values that are all equal, or a single cluster,
-    give an interval of no width: it shows that nothing varied, not that nothing could.
+    The method is Efron's (1979). Answers about one needle are correlated, so the interval would be
+    too narrow if they were treated as independent. `clusters` names the needle of each value; whole
+    clusters are then drawn with replacement, each with all its values. If all values are equal, or
+    there is a single cluster, the interval has zero width. It then shows that nothing varied, not
+    that nothing could vary.
 
     Raises:
-        ValueError: no values, or not one cluster name for every value.
+        ValueError: there are no values, or the number of cluster names differs.
     """
     if len(values) == 0:
         raise ValueError("a mean needs at least one value")

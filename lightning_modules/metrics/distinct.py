@@ -1,4 +1,4 @@
-"""Means over the distinct samples of a validation."""
+"""Computes means over the distinct samples of a validation."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,10 +12,10 @@ from lightning_modules.metrics.base import distinct, mark
 
 
 class DistinctMeans(Metric):
-    """Numbers by name, each a mean over the terms of all samples that any rank has seen.
+    """Computes named means over the terms of all samples that any rank has seen.
 
-    A sample is known by its key and counts once, so the numbers depend neither on how samples were
-    batched nor on which of them were read twice because the number of ranks does not divide them.
+    A sample is identified by its key and counts once. So the means do not depend on batching, nor
+    on samples that are read twice because their number is not divisible by the number of ranks.
     """
 
     full_state_update = False
@@ -34,9 +34,9 @@ class DistinctMeans(Metric):
         terms: Num[Tensor, " b"],
         sums: Mapping[str, Float[Tensor, " b"]],
     ) -> None:
-        """Adds samples: the number of terms of each, and by name the sums over these terms.
+        """Adds samples: the number of terms of each, and named sums over these terms.
 
-        All updates have the same names, in the same order.
+        All updates must have the same names, in the same order.
         """
         self._names = tuple(sums)
         columns = [terms, *sums.values()]
@@ -44,8 +44,8 @@ class DistinctMeans(Metric):
         self.rows.append(torch.stack([column.detach().double() for column in columns], dim=1))
 
     def compute(self) -> dict[str, float]:
-        """Empty where no sample was seen, 0 where no sample has a term."""
-        if len(self.samples) == 0:  # a list, or one tensor where ranks have been gathered
+        """Returns the means by name: empty if no sample was seen, 0 if no sample has a term."""
+        if len(self.samples) == 0:  # a list, or one tensor after the ranks were gathered
             return {}
         places = distinct(dim_zero_cat(self.samples).cpu())
         terms, *sums = dim_zero_cat(self.rows).cpu()[places].sum(0).tolist()

@@ -1,4 +1,4 @@
-"""Multiple choice, by what the model finds likely and by what it says."""
+"""Scores for multiple choice, from the likelihood of the letters or from generated text."""
 
 from string import ascii_uppercase
 
@@ -11,10 +11,10 @@ from lightning_modules.metrics.base import Answered, Score, Value
 
 
 class LikeliestLetter(Score):
-    """Share of questions whose right letter is the likeliest of the options' letters.
+    """Computes the share of questions whose right letter is the most likely option letter.
 
-    Each letter's probability is that of its first token right after the prompt, as it would begin
-    the answer in the chat template. Nothing is generated, and nothing is left unparsed.
+    The probability of a letter is that of its first token right after the prompt, as at the start
+    of an answer in the chat template. Nothing is generated, so nothing needs parsing.
     """
 
     columns = 1
@@ -32,9 +32,10 @@ class LikeliestLetter(Score):
 
 
 class GeneratedLetter(Score):
-    """Share of questions whose greedily generated answer names the right letter.
+    """Computes the share of questions whose greedily generated answer names the right letter.
 
-    An answer that names none, or several, is wrong; `mc_unparsed` is the share of those.
+    An answer that names no letter or several letters is wrong; `mc_unparsed` is the share of such
+    answers.
     """
 
     columns = 2

@@ -1,4 +1,4 @@
-"""Answers in free words, by how they agree with the words of a right one."""
+"""Scores for free-form answers: word overlap with a right answer."""
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,9 +9,9 @@ from lightning_modules.metrics.base import Answered, Score, Value
 
 
 class OpenAnswer(Score):
-    """Exact match and F1 of words with the nearest of the right answers, from 0 to 1, as SQuAD.
+    """Computes SQuAD's exact match and word F1 with the closest right answer, from 0 to 1.
 
-    Case, punctuation and articles do not count: torchmetrics' own normalisation.
+    Case, punctuation and articles are ignored (torchmetrics' own normalisation).
     """
 
     columns = 2

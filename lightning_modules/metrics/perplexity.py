@@ -1,4 +1,4 @@
-"""How surprised the model is by the answers of held-out samples."""
+"""Perplexity of the answers of held-out samples."""
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -8,7 +8,7 @@ from lightning_modules.metrics.base import Answered, Score, Value
 
 
 class Perplexity(Score):
-    """exp of the mean negative log-probability of a labelled token, over all tokens alike."""
+    """Computes exp of the mean negative log-probability over all labelled tokens."""
 
     columns = 2
 

@@ -1,4 +1,4 @@
-"""Which caption belongs to which visual: recall over a whole validation set."""
+"""Retrieval recall between captions and visuals over a whole validation set."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-_AT_ONCE = 1024  # rows of the matrix of all similarities that are in memory
+_AT_ONCE = 1024  # rows of the similarity matrix that are in memory at a time
 
 
 class Retrieval(Metric):
-    """Zero-shot retrieval among all pairs that any rank has seen, each counted once.
+    """Scores zero-shot retrieval among all pairs that any rank has seen; each pair counts once.
 
-    `compute` gives `t2i_r1`, `t2i_r5`, `t2i_r10`: the share of captions whose own visual is among
-    the 1, 5, 10 most similar ones; `i2t_*` the same from visuals to captions; and `loss`, the
-    contrast of all pairs at once. None of them depends on how pairs were batched. Of equally
-    similar candidates the wrong ones count as nearer, so that a collapsed model finds nothing.
+    `compute` returns `t2i_r1`, `t2i_r5`, `t2i_r10`: the share of captions whose own visual is among
+    the 1, 5, 10 most similar ones. `i2t_*` is the same from visuals to captions. `loss` is the
+    contrastive loss over all pairs. None of them depends on the batching. Ties count as wrong, so
+    that a collapsed model finds nothing.
     """
 
     full_state_update = False
@@ -43,7 +43,7 @@ class Retrieval(Metric):
         keys: Sequence[str],
         scale: Float[Tensor, "1"],
     ) -> None:
-        """Unit vectors of pairs; a pair whose key was there before is the same pair."""
+        """Adds pairs as unit vectors; pairs with the same key count as one pair."""
         self.visuals.append(visuals.detach().float())
         self.captions.append(captions.detach().float())
         self.pairs.append(torch.tensor([_number(key) for key in keys], device=visuals.device))
@@ -64,13 +64,13 @@ class Retrieval(Metric):
 def _search(
     asked: Float[Tensor, "n e"], sought: Float[Tensor, "n e"], scale: Float[Tensor, ""]
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, ""]]:
-    """How many wrong ones are as near to each as its own, or nearer; and the mean loss."""
+    """Returns the number of wrong candidates that are at least as similar, and the mean loss."""
     nearer, losses = [], []
     for start in range(0, len(asked), _AT_ONCE):
         rows = asked[start : start + _AT_ONCE]
         similar = rows @ sought.T  # rows, n
         own = torch.arange(start, start + len(rows), device=rows.device)
-        further = similar < similar.gather(1, own[:, None])  # of NaN nothing is further
+        further = similar < similar.gather(1, own[:, None])  # NaN: nothing is further
         nearer.append((~further).sum(1) - 1)
         losses.append(cross_entropy(scale * similar, own, reduction="sum"))
     return torch.cat(nearer), torch.stack(losses).sum() / len(asked)
@@ -86,6 +86,6 @@ def _first_of_each(pairs: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
 
 
 def _number(key: str) -> int:
-    """63 bits of a hash, as ranks exchange tensors and no strings."""
+    """Returns 63 bits of a hash, because ranks exchange tensors, not strings."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -1,4 +1,4 @@
-"""Paired yes/no questions, one of which asks after what is not there, as VideoHallucer has them."""
+"""Scores for VideoHallucer's paired yes/no questions, one of which asks about absent content."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,19 +10,19 @@ from lightning_modules.metrics.base import Answered, Score, Value
 
 
 class YesNoPairs(Score):
-    """Accuracies of VideoHallucer (arXiv 2406.16338, §3.3), and which way the errors lean.
+    """Computes VideoHallucer's accuracies (arXiv 2406.16338, §3.3) and the bias of the errors.
 
-    - `pair_basic`, `pair_hallucinated`: share of the questions of either kind answered right.
-    - `pair_overall`: share of pairs all of whose questions are answered right; a pair of which
-      only one kind was seen is left out.
-    - `pair_yes_bias`: answers yes more often than right, as a share of all questions; below 0, less
-      often. HallusionBench's "yes percentage difference".
-    - `pair_false_yes`: share of the wrong answers that are a yes where no is right, its "false
-      positive ratio"; left out where nothing is wrong.
-    - `pair_unparsed`: share of answers that are neither; they are wrong.
+    - `pair_basic`, `pair_hallucinated`: share of right answers for each kind of question.
+    - `pair_overall`: share of pairs with all questions answered right. Pairs of which only one kind
+      was seen are left out.
+    - `pair_yes_bias`: share of questions answered yes minus share for which yes is right.
+      HallusionBench's "yes percentage difference".
+    - `pair_false_yes`: share of the wrong answers that say yes where no is right. HallusionBench's
+      "false positive ratio". Left out if no answer is wrong.
+    - `pair_unparsed`: share of answers that are neither yes nor no; they count as wrong.
 
-    The published script counts the yes of a hallucinated question by looking at the answer to the
-    basic one, so its two numbers of bias differ from these.
+    For a hallucinated question, the published script counts yes by looking at the answer to the
+    basic question, so its two bias numbers differ from these.
     """
 
     columns = 4  # hallucinated, yes is right, says yes, says no
@@ -61,7 +61,7 @@ def _mean(name: str, hits: Bool[Tensor, " n"]) -> dict[str, Value]:
 def _pairs(
     hallucinated: Bool[Tensor, " n"], right: Bool[Tensor, " n"], groups: Int[Tensor, " n"]
 ) -> Bool[Tensor, " p"]:
-    """Of every pair with both kinds of questions, whether all are right."""
+    """Returns, for every pair with both kinds of questions, whether all answers are right."""
     found = [groups == group for group in groups.unique()]
     whole = [pair for pair in found if hallucinated[pair].any() and not hallucinated[pair].all()]
     return torch.tensor([bool(right[pair].all()) for pair in whole], dtype=torch.bool)

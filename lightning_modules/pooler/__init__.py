@@ -1,4 +1,4 @@
-"""Fewer tokens: patch features become visual tokens.
+"""Poolers: turn patch features into fewer visual tokens.
 
-One file per method, and `base` with the contract.
+There is one file per method; `base` holds the contract.
 """

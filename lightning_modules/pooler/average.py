@@ -1,4 +1,4 @@
-"""The plain mean over each window: the baseline that takes no notice of the prompt."""
+"""The plain mean over each window: the baseline that ignores the prompt."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ from .windows import Windows
 
 
 class AveragePooler(Pooler):
-    """As `PromptGuidedPooler` with the same weight everywhere; windows as `Windows` says."""
+    """A pooler with equal weights in each window; the arguments are those of `Windows`."""
 
     def __init__(
         self,

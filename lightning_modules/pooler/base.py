@@ -1,4 +1,4 @@
-"""The contract of a pooler: patches and their relevance in, fewer tokens out."""
+"""The contract of a pooler: patches and their relevance -> fewer tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,14 +11,15 @@ from datamodules.batch import Grid
 
 
 class Pooler(nn.Module, ABC):
-    """A weighted mean over windows of one visual's patches; each window's weights sum to 1.
+    """Computes a weighted mean over windows of one visual's patches.
 
-    Because they sum to 1, a linear layer gives the same before and after the pooler.
+    The weights of a window sum to 1. So a linear layer gives the same result before and after the
+    pooler.
 
     Attributes:
-        uses_prompt: `forward` needs the relevance of every patch to a prompt.
-        last_effective_tokens: of the latest forward, for logs: how many patches count in a
-            window; None where all count the same.
+        uses_prompt: whether `forward` needs the relevance of every patch to a prompt.
+        last_effective_tokens: for logs: the effective number of patches per window in the latest
+            forward; None if all patches have equal weight.
     """
 
     uses_prompt: bool = False
@@ -30,16 +31,16 @@ class Pooler(nn.Module, ABC):
     ) -> Float[Tensor, "*n p"]:
         """Returns the cosine of each aligned patch and one prompt's embedding.
 
-        It is float32 whatever the precision, since poolers multiply it by up to 100.
+        It is float32 under every precision, because poolers multiply it by up to 100.
         """
         return cosine_similarity(patches.float(), prompt.float(), dim=-1)
 
     @abstractmethod
     def grid(self, before: Grid) -> Grid:
-        """The grid that is left of `before`.
+        """Returns the grid after pooling the grid `before`.
 
         Raises:
-            ValueError: the windows do not fit into `before`; the message says what would.
+            ValueError: the windows do not fit into `before`; the message says what would fit.
         """
 
     @abstractmethod
@@ -49,9 +50,9 @@ class Pooler(nn.Module, ABC):
         relevance: Float[Tensor, "t h w"] | None = None,
         expand: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "t2 h2 w2 m"]:
-        """Pools `expand(patches)`, a map of every patch by itself (`None`: the patches).
+        """Pools `expand(patches)`; `expand` maps each patch alone, and None pools the patches.
 
-        `relevance` is the cosine of each patch and the prompt. Where no gradient is asked for,
-        `expand` runs on a few frames at a time, so that its result never exists as a whole. Where
-        one is, its result is not kept for the backward pass, but made again there.
+        `relevance` is the cosine of each patch and the prompt. Without gradients, `expand` runs on
+        a few frames at a time, so that its whole result is never in memory. With gradients, its
+        result is recomputed in the backward pass instead of kept.
         """

@@ -1,4 +1,4 @@
-"""No pooling: every patch becomes a token."""
+"""A pooler that does not pool: every patch becomes a token."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from .base import Pooler
 
 
 class IdentityPooler(Pooler):
-    """Keeps all patches and their grid."""
+    """A pooler that keeps all patches and their grid."""
 
     def grid(self, before: Grid) -> Grid:
         return before

@@ -1,6 +1,7 @@
-"""Prompt-guided 3-D pooling: each window's mean leans to the patches that the question is about.
+"""Prompt-guided 3-D pooling: in each window, patches relevant to the question get more weight.
 
-PPLLaVA, arXiv 2411.02327, section 3.2; its code, ppllava/models/llava_projector.py and utils.py.
+Source: PPLLaVA, arXiv 2411.02327, section 3.2; code in ppllava/models/llava_projector.py and
+utils.py.
 """
 
 import math
@@ -17,24 +18,25 @@ from .windows import Windows
 
 
 class PromptGuidedPooler(Pooler):
-    """Weights: the softmax over each window of CLIP's logit, exp(logit_scale) * cosine.
+    """Weights patches by the softmax, over each window, of CLIP's logit exp(logit_scale) * cosine.
 
-    That is the paper's softmax over all patches of the visual, made to sum to 1 in each window.
-    The published code takes a second softmax instead: `double_softmax` has each window's weights
-    be the softmax of (the softmax over all patches) / temperature. Over thousands of patches
-    the first one leaves values near zero, so those weights are nearly equal, as
-    `last_effective_tokens` shows.
+    This equals the paper's softmax over all patches of the visual, normalised to sum to 1 in each
+    window. The published code applies a second softmax instead. With `double_softmax`, the weights
+    of a window are the softmax of (the softmax over all patches) / temperature. Over thousands of
+    patches, the first softmax gives values near zero, so these weights are nearly equal;
+    `last_effective_tokens` shows it.
 
     Args:
         kernel, stride, output_size, image_kernel, crop: as in `Windows`.
-        temperature: divides what the last softmax takes; None is 1, or 0.01 with double_softmax,
+        temperature: divides the input of the last softmax; None is 1, or 0.01 with double_softmax,
             as published.
-        logit_scale: ln of CLIP's temperature, kept with the weights and not trained; by default
-            where OpenAI's models end, ln 100.
+        logit_scale: ln of CLIP's logit scale, stored with the weights and not trained; the default
+            is ln 100, the value of OpenAI's trained models.
 
     Attributes:
-        last_effective_tokens: of the latest forward, the patches that count in a window: exp of
-            the entropy of its weights, averaged over windows. From 1 to the window's size.
+        last_effective_tokens: effective number of patches per window in the latest forward: exp of
+            the entropy of the weights, averaged over windows. It lies between 1 and the window's
+            size.
     """
 
     uses_prompt = True
@@ -56,7 +58,7 @@ class PromptGuidedPooler(Pooler):
         self.temperature = (0.01 if double_softmax else 1.0) if temperature is None else temperature
         if self.temperature <= 0:
             raise ValueError(f"model.pooler.temperature {temperature} must be above 0")
-        # One element rather than a scalar, which FSDP2 does not shard.
+        # A tensor of one element, because FSDP2 does not shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([logit_scale]), requires_grad=False)
 
     def grid(self, before: Grid) -> Grid:

@@ -1,4 +1,4 @@
-"""Windows over a grid of patches, and the weighted mean over each."""
+"""Places windows on a grid of patches, and computes the weighted mean of each window."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,24 +11,24 @@ from torch import Tensor
 from datamodules.batch import Grid
 from lightning_modules.recompute import made_again
 
-#: Frames expanded at a time where no gradient is asked for.
+#: Frames that are expanded at a time when no gradient is needed.
 CHUNK_FRAMES = 4
 
 
 class Windows:
-    """Where a pooler's windows lie: by kernel and stride, or straight from an output size.
+    """Sizes and distances of a pooler's windows, given by kernel and stride or by an output size.
 
-    Each triple is (time, rows, columns). Give a kernel (`stride` is the kernel's own if None), or
-    an output size, alone or with one of the other two. A visual of fewer frames than the output
-    size keeps them all.
+    Each triple is (time, rows, columns). Give a kernel (if `stride` is None, it equals the kernel),
+    or an output size, alone or with one of the other two. A visual with fewer frames than the
+    output size keeps all its frames.
 
     Args:
-        image_kernel: the kernel of visuals of one frame; `kernel` with a time of 1 if None.
-        crop: leave out the rows and columns that no window reads, as PPLLaVA's code does, instead
-            of refusing such windows. Frames that no window reads are always left out.
+        image_kernel: kernel for visuals of one frame; None: `kernel` with a time of 1.
+        crop: drops the rows and columns that no window reads, as PPLLaVA's code does. Without it,
+            such windows raise an error. Frames that no window reads are always dropped.
 
     Raises:
-        ValueError: none or all three of kernel, stride and output size.
+        ValueError: kernel and output size are both missing, or all three sizes are given.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Windows:
         self.crop = crop
 
     def fit(self, before: Grid) -> "FittedWindows":
-        """The windows on a grid of this size.
+        """Returns the windows on a grid of this size.
 
         Raises:
-            ValueError: they do not fit; the message names both and what would fit.
+            ValueError: the windows do not fit; the message names both sizes and what would fit.
         """
         kernel, stride, output_size = self.kernel, self.stride, self.output_size
         if before.t == 1:
@@ -99,14 +99,14 @@ class Windows:
 
 
 class FittedWindows(NamedTuple):
-    """Windows on one grid: `count` of them along each axis, from the first patch on."""
+    """Windows on one grid: `count` windows along each axis, starting at the first patch."""
 
     kernel: Grid
     stride: Grid
     count: Grid
 
     def gather(self, scores: Float[Tensor, "t h w"]) -> Float[Tensor, "t2 h2 w2 window"]:
-        """The scores of each window's patches."""
+        """Returns the scores of the patches of each window."""
         for axis in range(3):
             scores = scores.unfold(axis, self.kernel[axis], self.stride[axis])
             scores = scores.narrow(axis, 0, self.count[axis])
@@ -118,10 +118,11 @@ class FittedWindows(NamedTuple):
         weights: Float[Tensor, "t2 h2 w2 window"],
         expand: Callable[[Tensor], Tensor] | None,
     ) -> Float[Tensor, "t2 h2 w2 m"]:
-        """The weighted sum of `expand(patches)` in each window.
+        """Returns the weighted sum of `expand(patches)` in each window.
 
-        `expand` makes the widest tensors of all. Without gradients it runs on a few frames at a
-        time. With gradients its results are not kept, but made again in the backward pass.
+        The results of `expand` are the widest tensors of the model. Without gradients, `expand`
+        runs on a few frames at a time. With gradients, its results are recomputed in the backward
+        pass instead of kept.
         """
         if expand is None:
             return self._sum(patches, weights)
@@ -137,10 +138,10 @@ class FittedWindows(NamedTuple):
     def _sum(
         self, patches: Float[Tensor, "t h w m"], weights: Float[Tensor, "t2 h2 w2 window"]
     ) -> Float[Tensor, "t2 h2 w2 m"]:
-        """One small matrix product per row of windows and frame.
+        """Returns the weighted sums, with one small matrix product per row of windows and frame.
 
-        The rows of patches that such a row of windows reads are a view of `patches` where windows
-        neither overlap nor leave patches out, so the wide features are not copied.
+        If windows neither overlap nor skip patches, the patches that a row of windows reads are a
+        view of `patches`, so the wide features are not copied.
         """
         (kt, kh, kw), (st, sh, sw) = self.kernel, self.stride
         t2, h2, w2, _ = weights.shape
@@ -182,7 +183,7 @@ class _Axis(NamedTuple):
 
 
 def _place(size: int, kernel: int | None, stride: int | None, count: int | None) -> _Axis:
-    """What is not given, from what is (ppllava/models/utils.py:get_size)."""
+    """Computes the missing sizes from the given ones (ppllava/models/utils.py:get_size)."""
     if count is None:
         assert kernel is not None
         stride = kernel if stride is None else stride

@@ -1,4 +1,4 @@
-"""Rotary schemes: which position each token has, and which axis each frequency reads.
+"""Rotary schemes: the position of each token, and the axis that each frequency reads.
 
-One file per scheme, and `base` with the contract.
+There is one file per scheme; `base` holds the contract.
 """

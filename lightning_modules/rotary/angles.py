@@ -1,9 +1,9 @@
-"""The cos and sin of an LLM on text: its own frequencies, in its own order of channels.
+"""Computes cos and sin for text as an LLM does: with its own frequencies and channel order.
 
 transformers' rotary modules share the arithmetic (position times frequency, then cos and sin), but
-not the details. Llama's channels are two halves, Cohere's are pairs, GPT-OSS has each frequency
-once. Olmo2 keeps float32, others round. Gemma3 has other frequencies in some layers. `Angles`
-finds the details by asking the module itself, and refuses a module that it cannot repeat.
+not the details. Llama's channels are two halves, Cohere's are pairs, and GPT-OSS has each frequency
+once. Olmo2 keeps float32, others round. Gemma3 has different frequencies in some layers. `Angles`
+finds these details by running the module itself, and refuses a module that it cannot reproduce.
 """
 
 from collections.abc import Iterator
@@ -15,25 +15,26 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-#: Rounding of position * frequency in float32, in units of the position.
+#: Rounding error of position * frequency in float32, relative to the position.
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
 class Angles:
     """Turns `position * frequency` into the cos and sin that an LLM's layers expect.
 
-    No tensors are kept: they would be cast to bfloat16, or stay on the meta device, with the model.
+    It keeps no tensors, because they would be cast to bfloat16 or stay on the meta device with the
+    model.
 
     Args:
         original: the LLM's own rotary module, with or without real buffers.
 
     Raises:
-        ValueError: on text alone these angles would not be those of `original`.
+        ValueError: on text alone, these angles would differ from those of `original`.
     """
 
     def __init__(self, original: Any):
         name = type(original).__name__
-        extra = list(signature(type(original).forward).parameters)[3:]  # behind self, x, positions
+        extra = list(signature(type(original).forward).parameters)[3:]  # after self, x, positions
         if extra:
             raise ValueError(
                 f"model.llm: {name} has other angles in some layers than in others "
@@ -47,17 +48,17 @@ class Angles:
         self.config: Any = original.config
         self._default_parameters = original.compute_default_rope_parameters
         self._arrange, self._rounds = _halves, True
-        with torch.device("cpu"):  # also while a model is made on the meta device
+        with torch.device("cpu"):  # even while a model is built on the meta device
             self._learn_from(type(original))
 
     def frequencies(
         self, device: torch.device, length: int | Int[Tensor, ""]
     ) -> tuple[Float[Tensor, " f"], float]:
-        """Radians per position, fastest first, and the factor on cos and sin that YaRN asks for.
+        """Returns radians per position, fastest first, and YaRN's factor for cos and sin.
 
         Args:
-            length: tokens of the longest row; a tensor where the stock modules use one, as
-                `dynamic` then rounds as they do.
+            length: tokens of the longest row. Pass a tensor where the stock modules use one, so
+                that `dynamic` rounds as they do.
         """
         with torch.device(device):
             if self.rope_type == "default":
@@ -66,18 +67,18 @@ class Angles:
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether the longest row decides the frequencies."""
+        """Returns whether the frequencies depend on the longest row."""
         return self.rope_type in ("dynamic", "longrope")
 
     def turn(
         self, x: Tensor, places: Float[Tensor, "b l f"], frequencies: tuple[Tensor, float]
     ) -> tuple[Float[Tensor, "b l a"], Float[Tensor, "b l a"]]:
-        """cos and sin, in float32 until the end.
+        """Returns cos and sin, computed in float32 and cast at the end.
 
         Args:
-            x: only its dtype is read.
+            x: only its dtype is used.
             places: the position that each frequency reads.
-            frequencies: as `frequencies` gives them.
+            frequencies: the result of `frequencies`.
         """
         radians, factor = frequencies
         angle = self._arrange(places * radians.float())  # b l a
@@ -85,7 +86,7 @@ class Angles:
         return (cos.to(x.dtype), sin.to(x.dtype)) if self._rounds else (cos, sin)
 
     def _learn_from(self, kind: type[nn.Module]) -> None:
-        """Sets the order of channels and the dtype as fresh modules of this kind have them."""
+        """Finds the channel order and the dtype from new modules of this kind."""
         found = [_ask(kind(self.config), positions) for positions in self._rows()]
         half = torch.zeros(1, 1, dtype=torch.bfloat16)
         self._rounds = _ask(kind(self.config), torch.arange(2), half)[0].dtype == half.dtype
@@ -101,7 +102,7 @@ class Angles:
         )
 
     def _rows(self) -> Iterator[Int[Tensor, " l"]]:
-        """Positions in rows so short and so long that every scaling shows."""
+        """Yields positions of short and long rows, so that every scaling has an effect."""
         scaling = self.config.rope_parameters or {}
         limits = {
             getattr(self.config, "max_position_embeddings", None) or 1,
@@ -112,7 +113,7 @@ class Angles:
             yield torch.tensor(sorted(n for n in row if n < length))
 
     def _difference(self, found: list[tuple[Tensor, Tensor]]) -> float:
-        """The largest difference to the cos and sin of all rows; 1 is what rounding explains."""
+        """Returns the largest difference to `found`, in units of the expected rounding error."""
         worst = 0.0
         for positions, theirs in zip(self._rows(), found, strict=True):
             frequencies = self.frequencies(torch.device("cpu"), positions.max() + 1)
@@ -132,7 +133,7 @@ _ADVICE = "take an llm of the Llama, Qwen or Cohere family"
 def _ask(
     module: nn.Module, positions: Int[Tensor, " l"], x: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of one row of text, as `module` gives them."""
+    """Returns cos and sin of one row of text, computed by `module`."""
     x = torch.zeros(1, 1) if x is None else x
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         answer = module(x[None], positions[None])
@@ -140,15 +141,15 @@ def _ask(
 
 
 def _halves(angle: Float[Tensor, "b l f"]) -> Float[Tensor, "b l a"]:
-    """Llama's order: all frequencies, then all again."""
+    """Arranges channels in Llama's order: all frequencies, then all again."""
     return torch.cat([angle, angle], dim=-1)
 
 
 def _pairs(angle: Float[Tensor, "b l f"]) -> Float[Tensor, "b l a"]:
-    """Cohere's order: each frequency twice in a row."""
+    """Arranges channels in Cohere's order: each frequency twice in a row."""
     return angle.repeat_interleave(2, dim=-1)
 
 
 def _once(angle: Float[Tensor, "b l f"]) -> Float[Tensor, "b l f"]:
-    """GPT-OSS's order: its layers repeat the frequencies themselves."""
+    """Arranges channels in GPT-OSS's order: each frequency once; its layers repeat them."""
     return angle

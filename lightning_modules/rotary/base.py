@@ -1,8 +1,8 @@
-"""layout -> positions -> cos, sin. The contract of the third stage.
+"""The contract of a rotary scheme: layout -> positions -> cos, sin.
 
-A scheme states three facts: where the tokens of one visual stand (`place`), where the next text
-token stands (`advance`), and which axis each rotary frequency reads (`axes`). Everything else is
-the same for all of them and lives here: the walk over a layout, padding, and the angles.
+A scheme defines three things: the positions of one visual's tokens (`place`), the position of the
+next text token (`advance`), and the axis that each rotary frequency reads (`axes`). Everything else
+is the same for all schemes and is here: the loop over a layout, padding, and the angles.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ TIME, HEIGHT, WIDTH = range(3)
 
 
 class RotaryScheme(ABC):
-    """Positions on three axes (time, height, width) for text and visuals in any order.
+    """Computes positions on three axes (time, height, width) for text and visuals in any order.
 
     `text_step` is the distance between two text tokens, on all axes.
     """
@@ -32,22 +32,22 @@ class RotaryScheme(ABC):
 
     @abstractmethod
     def place(self, grid: Grid, start: float) -> Float[Tensor, "3 l"]:
-        """Positions of a visual whose turn comes at `start`: time by time, row by row."""
+        """Returns the positions of a visual that begins at `start`, in order time, row, column."""
 
     @abstractmethod
     def advance(self, placed: Float[Tensor, "3 l"]) -> float:
-        """Where the first text token after a visual placed at `placed` stands."""
+        """Returns the position of the first text token after a visual with positions `placed`."""
 
     @abstractmethod
     def axes(self, num_frequencies: int) -> Int[Tensor, " f"]:
-        """The axis (TIME, HEIGHT, WIDTH) that each frequency reads, fastest frequency first.
+        """Returns the axis (TIME, HEIGHT, WIDTH) that each frequency reads, fastest first.
 
         Raises:
-            ValueError: the scheme cannot share out so many frequencies.
+            ValueError: the scheme cannot distribute `num_frequencies` over its axes.
         """
 
     def positions(self, layout: Layout) -> Float[Tensor, "3 l"]:
-        """Positions of one row, in the units of the scheme."""
+        """Returns the positions of one row, in the units of the scheme."""
         start, parts = 0.0, [torch.zeros(3, 0)]
         for segment in layout:
             if isinstance(segment, Grid):
@@ -62,9 +62,9 @@ class RotaryScheme(ABC):
     def batch_positions(
         self, layouts: Sequence[Layout], padding_side: str = "right"
     ) -> Float[Tensor, "4 b l"]:
-        """What transformers' decoders take as `position_ids`: row 0 counts tokens, for masks.
+        """Returns `position_ids` for transformers' decoders: row 0 counts tokens, for masks.
 
-        Rows 1 to 3 are the axes in units of `text_step`, so that text moves on by 1.
+        Rows 1 to 3 are the axes, divided by `text_step`, so that text advances by 1.
         """
         rows = []
         for layout in layouts:
@@ -82,54 +82,55 @@ class RotaryScheme(ABC):
         return batch
 
     def batch_following(self, layouts: Sequence[Layout]) -> Float[Tensor, "3 b"]:
-        """Where one more text token stands behind each row, in the units of `batch_positions`.
+        """Returns the position of the next text token of each row, as in `batch_positions`.
 
-        Behind text it is the last position + 1. Behind a visual only the scheme knows.
+        After text it is the last position + 1. After a visual the scheme decides.
         """
         behind = [self.positions([*layout, 1])[:, -1] for layout in layouts]
         return torch.stack(behind, dim=1) / self.text_step
 
 
 class RotaryEmbedding(nn.Module):
-    """Takes the place of a transformers decoder's rotary module, for all its layers at once.
+    """Replaces the rotary module of a transformers decoder, for all its layers at once.
 
-    Frequencies, with whatever scaling the LLM's `rope_parameters` name (linear, dynamic, YaRN, …),
-    and the order of their channels stay the LLM's own; the scheme decides what they multiply. The
-    module keeps no tensors: it would see them cast to bfloat16 or left on the meta device.
-    Everything is float32 until the end.
+    The frequencies, their scaling (`rope_parameters`: linear, dynamic, YaRN, …) and the channel
+    order stay the LLM's own. The scheme decides which positions the frequencies multiply. The
+    module keeps no tensors, because they would be cast to bfloat16 or left on the meta device. All
+    arithmetic is float32; the result is cast at the end.
 
     Raises:
-        ValueError: on text alone it would not give what `original` gives, or the scheme cannot
-            share out so many frequencies.
+        ValueError: on text alone, it would differ from `original`, or the scheme cannot distribute
+            the frequencies over its axes.
     """
 
     def __init__(self, scheme: RotaryScheme, original: Any):
         super().__init__()
         self.scheme = scheme
         self.angles = Angles(original)
-        #: Rows 1 to 3 of the positions, put here by the LLM for the length of one forward.
+        #: Rows 1 to 3 of the positions, set by the LLM for the duration of one forward.
         self.axis_positions: Float[Tensor, "3 b l"] | None = None
-        with torch.device("cpu"):  # also while a model is made on the meta device
-            scheme.axes(self.frequencies(torch.device("cpu"), 1)[0].numel())  # a misfit stops here
+        with torch.device("cpu"):  # even while a model is built on the meta device
+            # Raises if the scheme does not fit the number of frequencies.
+            scheme.axes(self.frequencies(torch.device("cpu"), 1)[0].numel())
 
     def frequencies(
         self, device: torch.device, length: int | Int[Tensor, ""]
     ) -> tuple[Float[Tensor, " f"], float]:
-        """Radians per position, fastest first, and the factor on cos and sin that YaRN asks for."""
+        """Returns radians per position, fastest first, and YaRN's factor for cos and sin."""
         return self.angles.frequencies(device, length)
 
     @torch.no_grad()
     def forward(
         self, x: Float[Tensor, "b l m"], position_ids: Num[Tensor, "b2 l"]
     ) -> tuple[Float[Tensor, "b2 l a"], Float[Tensor, "b2 l a"]]:
-        """cos and sin as the LLM's own module gives them, in the dtype of `x` or in float32.
+        """Returns cos and sin as the LLM's own module does, in the dtype of `x` or in float32.
 
-        Text alone (`position_ids`) moves all axes together.
+        For text alone (`position_ids`), all axes have the same position.
         """
         axes = self.axis_positions
         if axes is None:
             axes = position_ids.float().expand(3, -1, -1)
-        # The length decides only the scalings that depend on it; others must not wait for it.
+        # Only some scalings need the length; for the others, avoid waiting for the GPU.
         length = position_ids.max() + 1 if self.angles.depends_on_length else 0
         frequencies = self.frequencies(x.device, length)
         reads = self.scheme.axes(frequencies[0].numel()).to(x.device)
@@ -138,10 +139,11 @@ class RotaryEmbedding(nn.Module):
 
 
 def split_sections(sections: Sequence[int] | None, num_frequencies: int) -> tuple[int, int, int]:
-    """How many frequencies time, height and width get; without `sections` 2 : 3 : 3 as Qwen2-VL.
+    """Returns the number of frequencies for time, height and width; default 2 : 3 : 3 (Qwen2-VL).
 
     Raises:
-        ValueError: the sections do not add up to `num_frequencies`.
+        ValueError: the sections do not add up to `num_frequencies`, or without `sections` it is
+            not divisible by 8.
     """
     if sections is None:
         if num_frequencies % 8:
@@ -161,6 +163,6 @@ def split_sections(sections: Sequence[int] | None, num_frequencies: int) -> tupl
 
 
 def grid_coordinates(grid: Grid) -> Float[Tensor, "3 l"]:
-    """Time step, row and column of every token of a grid, time by time, row by row."""
+    """Returns time step, row and column of every token of a grid, in order time, row, column."""
     t, h, w = (torch.arange(n).float() for n in grid)
     return torch.stack(torch.meshgrid(t, h, w, indexing="ij")).flatten(1)

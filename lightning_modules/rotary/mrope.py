@@ -1,4 +1,4 @@
-"""Time, height and width each in their own block of frequencies."""
+"""M-RoPE: time, height and width each have their own block of frequencies."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,8 @@ class MRope(RotaryScheme):
     """M-RoPE (Qwen2-VL, arXiv 2409.12191 §2.1; frequencies: VideoRoPE eq. 4).
 
     Args:
-        sections: frequencies for time, height and width, fastest first; without it 2 : 3 : 3.
+        sections: numbers of frequencies for time, height and width, fastest first; default
+            2 : 3 : 3.
     """
 
     def __init__(self, sections: Sequence[int] | None = None):

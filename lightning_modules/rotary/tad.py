@@ -1,4 +1,4 @@
-"""Temporal-aware dual RoPE: a token's number plus the number of its frame."""
+"""Temporal-aware dual RoPE: the position is the token's index plus the index of its frame."""
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +11,8 @@ from lightning_modules.rotary.base import TIME, RotaryScheme, grid_coordinates
 class TadRope(RotaryScheme):
     """TAD-RoPE (TC-LLaVA, arXiv 2409.03206), as VideoRoPE's repository computes it.
 
-    Every text token counts as a frame of its own, so text advances by 2, and so does each frame.
+    Every text token counts as a frame of its own. So text advances by 2, and so does each new
+    frame.
     """
 
     text_step = 2.0

@@ -1,4 +1,4 @@
-"""One number a token, visual or not: the rotary embedding of the LLM as it is."""
+"""Vanilla RoPE: each token, text or visual, has one position; the LLM's own rotary embedding."""
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +9,7 @@ from lightning_modules.rotary.base import TIME, RotaryScheme
 
 
 class VanillaRope(RotaryScheme):
-    """RoPE (arXiv 2104.09864), visual tokens flattened."""
+    """RoPE (arXiv 2104.09864) on flattened visual tokens."""
 
     def place(self, grid: Grid, start: float) -> Float[Tensor, "3 l"]:
         return (start + torch.arange(grid.size).float()).expand(3, -1)

@@ -1,4 +1,4 @@
-"""VideoRoPE: slow frequencies for time, frames along the diagonal, frames spaced apart."""
+"""VideoRoPE: slow frequencies for time, frames along the diagonal, and spaced time steps."""
 
 from collections.abc import Sequence
 
@@ -18,18 +18,19 @@ from lightning_modules.rotary.base import (
 
 
 class VideoRope(RotaryScheme):
-    """VideoRoPE (arXiv 2502.05173), positions and frequencies as its repository computes them.
+    """VideoRoPE (arXiv 2502.05173), with positions and frequencies as in its repository.
 
-    Where paper and code differ, this is the code: height reads the even and width the odd
-    frequencies; a frame is centred by (n - 1) // 2; text after a video starts one behind its last
-    time step (eq. 7 leaves `temporal_spacing` there). With all three parts off it is M-RoPE.
+    Where paper and code differ, this follows the code. Height reads the even frequencies, width the
+    odd ones. A frame is centred by (n - 1) // 2. Text after a video starts one position after the
+    last time step (eq. 7 has a distance of `temporal_spacing` there). With all three parts off, it
+    is M-RoPE.
 
     Args:
-        low_frequency_temporal: time reads the slowest frequencies, height and width alternate
-            over the others (eq. 6); else blocks of time, height, width.
-        diagonal_layout: height and width are centred and move on with time (eq. 7).
-        temporal_spacing: distance of two time steps, δ of eq. 7.
-        sections: frequencies for time, height and width; without it 2 : 3 : 3.
+        low_frequency_temporal: time reads the slowest frequencies, and height and width alternate
+            over the others (eq. 6). Otherwise time, height and width each have one block.
+        diagonal_layout: height and width are centred and advance with time (eq. 7).
+        temporal_spacing: distance between two time steps, δ in eq. 7.
+        sections: numbers of frequencies for time, height and width; default 2 : 3 : 3.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Puts visual tokens among the words of a row.
+"""Places visual tokens between the text tokens of a row.
 
-Tiles of one picture become one visual, and rows may be packed.
+The tiles of one image become one visual. Samples may be packed into shared rows.
 """

@@ -1,17 +1,17 @@
-"""Where samples lie in the rows that the LLM reads: one a row, or several that do not meet.
+"""Assigns samples to the rows that the LLM reads: one per row, or several packed into one row.
 
-Samples of one row are kept apart by their positions alone: row 0 of the positions restarts at 0
-with each, and no mask is given. What transformers 5.23 makes of that:
+Packed samples do not attend to each other. Only the positions separate them: row 0 of the positions
+restarts at 0 with each sample, and there is no mask. transformers 5.23 treats this as follows:
 
-- sdpa, eager, flex: without mask and cache it takes every step of row 0 other than +1 for the
-  start of another document, in each row of the batch by itself, and lets none see another. With
-  a mask it looks for none, so there must be none, and padding has to be a document too.
-- flash: the kernels see documents only where they are told the lengths, which transformers reads
-  out of the positions for a batch of one row alone. `CausalLM` tells them, for any number of rows.
+- sdpa, eager, flex: without mask and cache, every step of row 0 other than +1 starts a new
+  document. Documents of a row do not attend to each other. With a mask, transformers looks for no
+  documents, so there must be no mask, and padding must be a document too.
+- flash: the kernels separate documents only if they get the lengths. transformers reads the lengths
+  from the positions only for a batch of one row. `CausalLM` passes them for any number of rows.
 
-The rotary positions restart with each sample as well, so a packed sample has the numbers that it
-has alone, also where a scheme's positions are fractions. (Scalings whose frequencies depend on the
-length, `dynamic` and `longrope`, read the longest sample of the batch, packed or not.)
+The rotary positions restart with each sample, too. So a packed sample has the same positions as
+alone, even if a scheme's positions are fractions. (Scalings whose frequencies depend on the length,
+`dynamic` and `longrope`, use the longest sample of the batch, packed or not.)
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from torch import Tensor
 
 
 class Span(NamedTuple):
-    """The place of a sample: from column `start` to before `stop` of a row."""
+    """The place of a sample: columns `start` to `stop` (exclusive) of a row."""
 
     row: int
     start: int
@@ -34,27 +34,27 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """The spans of a batch's samples, in the samples' order, and the rows that hold them."""
+    """The spans of a batch's samples, in sample order, and the size of the rows that hold them."""
 
     spans: list[Span]
     rows: int
     width: int
 
     def spread(self, tokens: Shaped[Tensor, "n ..."], fill: int = 0) -> Shaped[Tensor, "b l ..."]:
-        """Puts the tokens of all samples, one sample after the other, in their places."""
+        """Moves the concatenated tokens of all samples to their places in the rows."""
         place = tuple(numbers.to(tokens.device) for numbers in self._place)
         rows = tokens.new_full((self.rows, self.width, *tokens.shape[1:]), fill)
-        return rows.index_put(place, tokens)  # no view, which FSDP's hooks would warn of
+        return rows.index_put(place, tokens)  # not a view: FSDP's hooks would warn about one
 
     @cached_property
     def _place(self) -> tuple[Tensor, Tensor]:
-        """Row and column of each token, one sample after the other."""
+        """Returns the row and the column of each token, one sample after the other."""
         lengths = torch.tensor([stop - start for _, start, stop in self.spans])
         row = torch.tensor([span.row for span in self.spans]).repeat_interleave(lengths)
         return row, torch.cat([torch.arange(start, stop) for _, start, stop in self.spans])
 
     def restart(self, positions: Float[Tensor, "4 b l"]) -> Float[Tensor, "4 b l"]:
-        """Makes documents of the padding at the end of rows, none longer than a sample."""
+        """Turns the padding at the end of rows into documents, none longer than a sample."""
         ends = [0] * self.rows
         for span in self.spans:
             ends[span.row] = max(ends[span.row], span.stop)
@@ -65,7 +65,7 @@ class Placement:
 
 
 def one_a_row(lengths: Sequence[int], padding_side: str = "right") -> Placement:
-    """Row i is sample i."""
+    """Places sample i in row i."""
     width = max(lengths)
     shifts = [width - n if padding_side == "left" else 0 for n in lengths]
     spans = [Span(row, at, at + n) for row, (at, n) in enumerate(zip(shifts, lengths, strict=True))]
@@ -73,9 +73,10 @@ def one_a_row(lengths: Sequence[int], padding_side: str = "right") -> Placement:
 
 
 def pack(lengths: Sequence[int], max_length: int) -> Placement:
-    """First fit, the longest first, into rows of at most `max_length` tokens.
+    """Packs samples into rows of at most `max_length` tokens: first fit, longest sample first.
 
-    A longer sample is taken as it is, and as rows have one width the others may be as long then.
+    If a sample is longer than that, its length becomes the limit for all rows, because all rows
+    have the same width.
     """
     capacity = max(max_length, *lengths)
     used: list[int] = []  # tokens of each row

@@ -1,9 +1,9 @@
-"""An image in tiles: one slot, two pieces: the thumbnail's grid, then the plane of all tiles.
+"""Splits an image in tiles into two pieces: its thumbnail, and the plane of all its tiles.
 
-As LLaVA-NeXT has it: the plane is the tiles' patches side by side, without the rows and columns
-that hold no picture, and a learnt embedding at the end of each row. A pooler sees the whole plane,
-edges and all, so that its windows lie as in each tile; of what it leaves goes out what was pooled
-from edges alone.
+Both pieces replace one slot. As in LLaVA-NeXT, the plane holds the patches of the tiles side by
+side, without the rows and columns of padding, and a learnt embedding ends each row. A pooler reads
+the whole plane, including padding, so that its windows lie as in each tile. After pooling, tokens
+that were pooled only from padding are dropped.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ from datamodules.batch import VISUAL_SLOT, Grid, Tiles, VideoBatch
 
 
 class Piece(NamedTuple):
-    """Patches that are pooled together, and tokens that stand together."""
+    """Patches that are pooled together, and whose tokens are adjacent."""
 
     patches: Float[Tensor, "t h w d"]
     row: int  # of the batch
-    tiles: Tiles | None = None  # where the patches are those of a plane
+    tiles: Tiles | None = None  # set if the patches are a plane
 
 
 def split_pieces(batch: VideoBatch, patches: Float[Tensor, "n h w d"]) -> list[Piece]:
-    """A piece for each visual; two for one in tiles."""
+    """Returns one piece for each visual, and two for an image in tiles."""
     if not batch.frame_counts:
         return []
     rows = (batch.input_ids == VISUAL_SLOT).nonzero()[:, 0].tolist()
@@ -42,7 +42,7 @@ def split_pieces(batch: VideoBatch, patches: Float[Tensor, "n h w d"]) -> list[P
 
 
 def join_pieces(batch: VideoBatch, pieces: Sequence[tuple[Tensor, Grid]]) -> list[list]:
-    """(tokens, grid) of all pieces -> those of each visual."""
+    """Groups the (tokens, grid) pairs of all pieces by visual."""
     rest = iter(pieces)
     return [[next(rest) for _ in range(2 if tiles else 1)] for tiles in batch.tiles]
 
@@ -52,7 +52,7 @@ def lay_out(
     piece: Piece,
     newline: Float[Tensor, " m"] | None,
 ) -> Float[Tensor, "1 h2 w2 m"]:
-    """The tokens pooled from a plane, without its edges and with `newline` at the end of rows."""
+    """Drops the padding tokens of a pooled plane, and ends each row with `newline`."""
     assert piece.tiles is not None
     before, after = piece.patches.shape[1:3], tokens.shape[1:3]
     rows, columns = (
@@ -67,10 +67,10 @@ def lay_out(
 
 
 def edges(tiles: Tiles, height: int, width: int) -> tuple[int, int]:
-    """How many rows of patches hold no picture above and below; columns left and right.
+    """Returns the padding of a plane: rows above (and below), columns on the left (and right).
 
-    Of a plane of height x width patches. One row or column of picture stays at least: LLaVA-NeXT
-    leaves nothing of a picture that is thinner than half a patch.
+    The plane has height x width patches. At least one row or column of the image stays: LLaVA-NeXT
+    drops an image completely if it is thinner than half a patch.
     """
     if tiles.width / tiles.height > width / height:
         inner = int(round(tiles.height * (width / tiles.width), 7))

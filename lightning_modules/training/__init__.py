@@ -1,4 +1,4 @@
-"""The stages of training, one LightningModule each.
+"""The stages of training: one LightningModule for each.
 
-`base` has what they share: network, steps, optimizer.
+`base` holds the shared parts: network, steps and optimizer.
 """

@@ -1,4 +1,4 @@
-"""What every stage of training shares: the network, when it is built, its steps and optimizer."""
+"""The base class of all stages of training: builds the network, runs steps, makes the optimizer."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -23,16 +23,18 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class TrainingModule(LightningModule, Generic[Network]):
-    """Builds one network from the specs of its stages, and optimises what of it is trained.
+    """Builds one network from the specs of its components, and optimises its trained parameters.
 
     Args:
-        model: `encoder`, `pooler`, `rotary` and `llm`, a spec each; built in `configure_model`.
-        optimizer: takes parameters.
-        scheduler: takes the optimizer and the steps of the whole training; one step a batch.
-        tuning: what is trained; None: all of it.
+        model: one spec each for `encoder`, `pooler`, `rotary` and `llm`; built in
+            `configure_model`.
+        optimizer: called with the parameters.
+        scheduler: called with the optimizer and the total number of steps; steps once per
+            optimizer step.
+        tuning: selects the trained parameters; None: all of them.
         init: folder or checkpoint whose weights a new training starts from, as in `Initial`.
-        init_allow: globs of what may be left over, under `unused` and `unfilled`.
-        loss_mean: what the loss of an optimizer step is a mean of, as in `StepLoss`.
+        init_allow: globs of names that may stay unmatched, under `unused` and `unfilled`.
+        loss_mean: how the loss of an optimizer step is averaged, as in `StepLoss`.
     """
 
     def __init__(
@@ -53,13 +55,13 @@ class TrainingModule(LightningModule, Generic[Network]):
             self.spec["lora"] = dict(self.tuning.lora)
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self.init = Initial(init, **(init_allow or {})) if init else None
-        self.resumed = False  # whether a checkpoint is loaded next, which has its own weights
+        self.resumed = False  # whether a checkpoint, with its own weights, is loaded next
         self.model: Network | None = None
         self._precision = Precision()
 
     @property
     def precision(self) -> Precision:
-        """What casts weights and forwards: the trainer's plugin; without one, what was set here."""
+        """Returns the trainer's precision plugin; without a trainer, the plugin set here."""
         return self._precision if self._trainer is None else self._trainer.precision_plugin
 
     @precision.setter
@@ -68,43 +70,46 @@ class TrainingModule(LightningModule, Generic[Network]):
 
     @abstractmethod
     def build(self) -> Network:
-        """A new network of `spec`, on whatever device and with whatever dtype torch is set to."""
+        """Builds a new network from `spec`, on torch's current default device and dtype."""
 
     def configure_model(self) -> None:
         if self.model is None:
-            self.model = self.build().train()  # what was loaded from a source is not so by itself
+            self.model = self.build().train()  # components loaded from a source are in eval mode
             if self.init is not None and not self.resumed:
                 self.init.fill(self.model, self.spec)
             self.tuning.prepare(self.model)
         self.shard(self.model)
 
     def shard(self, network: Any) -> None:
-        """Spreads a network over the ranks by its `blocks`, where the strategy is to have it so."""
+        """Shards a network over the ranks by its `blocks`, if the strategy shards models."""
         if self.device_mesh is not None:
             mixed = self.precision.precision == "bf16-mixed"
             travel = torch.bfloat16 if mixed else None
             shard(network, network.blocks(), self.device_mesh, travel)
 
     def beside(self) -> list[nn.Module]:
-        """Networks that the steps need and that are not trained, nor among the submodules."""
+        """Returns networks that the steps need, but that are neither trained nor submodules."""
         return []
 
     def check_sharing(self, data: VideoDataModule, ranks: int, accumulation: int) -> None:
-        """Refuses what the loss does not allow: here, nothing.
+        """Checks that the loss allows this batch layout; here, it allows every layout.
 
         Args:
             data: the datamodule.
-            accumulation: micro-batches of an optimizer step, of each of so many ranks.
+            ranks: number of ranks.
+            accumulation: micro-batches per optimizer step on each rank.
 
         Raises:
-            ValueError: says what to change.
+            ValueError: the layout is not allowed; the message says what to change.
         """
 
     def check(self) -> None:
-        """Finds mistakes in the stages on the meta device, before weights or data are read.
+        """Finds mistakes in the components on the meta device, before weights or data are read.
+
+        It does nothing if a component has a `source`.
 
         Raises:
-            ValueError: names the stage and what to change. A stage with a `source` is left out.
+            ValueError: a component is wrong; the message names it and what to change.
         """
         if not any(spec.get("source") for spec in self.spec.values()):
             with torch.device("meta"):
@@ -117,19 +122,20 @@ class TrainingModule(LightningModule, Generic[Network]):
         """Finds mistakes in the optimizer, its groups and the schedule before anything is read.
 
         Raises:
-            ValueError: names the key.
+            ValueError: one of them is wrong; the message names the key.
         """
         try_optimizer(self._make_optimizer, self._make_scheduler, self.tuning.groups)
 
     def on_fit_start(self) -> None:
-        """
+        """Checks that the device can compute all gradients.
+
         Raises:
-            ValueError: training needs a gradient that a CPU has no kernel for.
+            ValueError: training needs a gradient for which the CPU has no kernel.
         """
         for stage, spec in self.spec.items():
             if spec.get("attention") != "flex_attention" or self.device.type != "cpu":
                 continue
-            # Gradients on their way to other stages run through the LLM, trained or not.
+            # Gradients to other components run through the LLM, even if it is frozen.
             if stage == "llm" or any(
                 p.requires_grad for p in getattr(self.network, stage).parameters()
             ):
@@ -140,7 +146,7 @@ class TrainingModule(LightningModule, Generic[Network]):
 
     @property
     def network(self) -> Network:
-        """The model, once it is there."""
+        """Returns the model; builds it if needed."""
         if self.model is None:
             self.configure_model()
         assert self.model is not None
@@ -148,9 +154,9 @@ class TrainingModule(LightningModule, Generic[Network]):
 
     @property
     def data_group(self) -> ProcessGroup | None:
-        """The ranks that read different micro-batches, this one among them; None: no other does.
+        """Returns the group of data-parallel ranks, including this one; None for a single process.
 
-        Ranks that split the layers of a model among them read the same, and count once.
+        Tensor-parallel ranks read the same micro-batches and count once.
         """
         if self.device_mesh is not None:
             return self.device_mesh["data_parallel"].get_group()
@@ -163,12 +169,12 @@ class TrainingModule(LightningModule, Generic[Network]):
     ) -> Tensor:
         """Adds a micro-batch to the optimizer step, as `StepLoss.add`; returns its loss.
 
-        `beside` are more sums, which `log_step` gets for all micro-batches and ranks together.
+        `beside` holds further sums. `log_step` gets them summed over all micro-batches and ranks.
         """
         return self.step_loss.add(total, terms, samples, self.data_group, **beside)
 
     def log_step(self, sums: Mapping[str, float]) -> None:
-        """Logs an optimizer step, once, from the sums over its micro-batches and ranks."""
+        """Logs an optimizer step from the sums over its micro-batches and ranks; called once."""
         loss = sums["loss"] / max(1.0, sums["terms"])
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
 
@@ -187,10 +193,10 @@ class TrainingModule(LightningModule, Generic[Network]):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Lightning's. It is called for the last micro-batch of a step, also where that is short.
+        """Overrides Lightning's hook, which runs at the last micro-batch of each step.
 
-        The gradients become those of the step's loss before anybody looks at them, clips them or
-        judges whether they are finite.
+        It first rescales the gradients to those of the step's loss. Logging, clipping and the check
+        for finite values come after that.
         """
 
         def closure() -> Any:
@@ -214,10 +220,10 @@ class TrainingModule(LightningModule, Generic[Network]):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Lightning's, also for shards of several kinds and for fused optimizers in bf16-mixed.
+        """Clips as Lightning does, and supports mixed shards and fused optimizers in bf16-mixed.
 
-        These it refuses, as they undo the scaling of float16's gradients by themselves; those of
-        bfloat16 are not scaled.
+        Lightning refuses fused optimizers, because they unscale float16 gradients themselves.
+        bfloat16 gradients are not scaled, so clipping is safe.
         """
         plugin = self.trainer.precision_plugin
         if self.device_mesh is not None:

@@ -1,8 +1,8 @@
 """Post-training of CLIP on long captions, after its text context was stretched from 77 positions.
 
-Visuals and captions that belong together are pulled together, against all others of the global
-batch (Long-CLIP, arXiv 2403.15378; PPLLaVA, arXiv 2411.02327, section 3.3). Of the text positions
-those that were stretched are trained, the ones kept stay as they are.
+A contrastive loss compares each visual and its caption with all others of the global batch
+(Long-CLIP, arXiv 2403.15378; PPLLaVA, arXiv 2411.02327, section 3.3). Stretched text positions are
+trained; kept positions are frozen.
 """
 
 import math
@@ -29,26 +29,26 @@ _LARGEST_LOG_SCALE = math.log(100)  # CLIP, arXiv 2103.00020, section 2.5
 
 
 class Pairs(NamedTuple):
-    """Unit vectors; row i of the one belongs to row i of the other."""
+    """Unit vectors of visuals and captions; row i of one belongs to row i of the other."""
 
     visuals: Float[Tensor, "b e"]
     captions: Float[Tensor, "b e"]
-    scale: Float[Tensor, "1"]  # of their similarities in the loss: 1 / temperature
+    scale: Float[Tensor, "1"]  # factor on the similarities in the loss: 1 / temperature
 
 
 class ContrastiveClip(nn.Module):
-    """A visual and a caption a row in, a unit vector of each out.
+    """Embeds the visual and the caption of each row as unit vectors.
 
-    1. encoder:  frames (n c h w)       -> class tokens (n d), by frame
+    1. encoder:  frames (n c h w)       -> class tokens (n d), per frame
     2. encoder:  class tokens           -> embeddings (n e), then means over frames (b e)
     3. encoder:  captions (b k)         -> embeddings (b e)
 
-    With `feature_layer` -1 these are the embeddings of CLIP itself. A video counts its frames
-    alike (CLIP4Clip's mean pooling, arXiv 2104.08860).
+    With `feature_layer` -1 these are the embeddings of CLIP itself. All frames of a video have the
+    same weight (CLIP4Clip's mean pooling, arXiv 2104.08860).
 
     Args:
         encoder: spec of a `ClipEncoder`.
-        temperature: to start from; 0.01 is what CLIP's own weights have come to.
+        temperature: initial temperature; CLIP's own weights ended at 0.01.
     """
 
     def __init__(self, encoder: Mapping[str, Any], temperature: float):
@@ -59,16 +59,17 @@ class ContrastiveClip(nn.Module):
                 f"model.encoder is {type(self.encoder).__name__}, but the context of CLIP alone is "
                 "trained here: choose encoder=clip_large_336 or another ClipEncoder"
             )
-        # One element and not none, as FSDP2 shards no scalar.
+        # A tensor of one element, because FSDP2 does not shard scalars.
         self.logit_scale = nn.Parameter(torch.full((1,), -math.log(temperature)))
         positions = self.encoder.text.embeddings.position_embedding
         if isinstance(positions, SplitPositions):
             positions.kept.requires_grad_(False)
 
     def forward(self, batch: VideoBatch) -> Pairs:
-        """
+        """Returns the embeddings of all pairs.
+
         Raises:
-            ValueError: there is not one visual a row.
+            ValueError: a row does not have exactly one visual.
         """
         if len(batch.frame_counts) != len(batch):
             raise ValueError(
@@ -87,7 +88,7 @@ class ContrastiveClip(nn.Module):
         )
 
     def blocks(self) -> list[nn.Module]:
-        """The units to shard, in the order in which they run."""
+        """Returns the units to shard, in the order in which they run."""
         return self.encoder.blocks()
 
     @torch.no_grad()
@@ -96,18 +97,18 @@ class ContrastiveClip(nn.Module):
 
 
 class ClipContextModule(TrainingModule[ContrastiveClip]):
-    """Trains `encoder` of `model` on captions; the other stages are not built.
+    """Trains `encoder` of `model` on captions; the other components are not built.
 
-    The contrast is over all pairs that the ranks read at once. The gradient is that of one process
-    with all of them.
+    The loss contrasts the pairs of all ranks. The gradient equals that of one process that reads
+    all pairs.
 
     Args:
         temperature: as in `ContrastiveClip`.
-        training: whatever else `TrainingModule` takes.
+        training: other arguments of `TrainingModule`.
 
     Raises:
-        ValueError: an optimizer step has several micro-batches, which would not see each other, or
-            ranks have batches of different sizes.
+        ValueError: an optimizer step has several micro-batches, which could not be compared with
+            each other, or ranks have batches of different sizes.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
         self.retrieval.update(pairs.visuals, pairs.captions, batch.keys, pairs.scale)
 
     def on_validation_epoch_end(self) -> None:
-        scores = self.retrieval.compute()  # of all ranks, and so the same on each
+        scores = self.retrieval.compute()  # over all ranks, so the same on each
         self.retrieval.reset()
         self.log("val/loss", scores.pop("loss"), prog_bar=True, sync_dist=True)
         self.log_dict({f"val/{name}": score for name, score in scores.items()}, sync_dist=True)
@@ -175,14 +176,15 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
         self.network.clamp_scale()  # before a checkpoint of this step is written
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The encoder's spec travels with the weights, as plain containers."""
+        """Stores the encoder's spec with the weights, as plain containers."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["stages"] = {"encoder": self.network.encoder.to_spec()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """
+        """Checks that the checkpoint belongs to this stage of training.
+
         Raises:
-            ValueError: the checkpoint is of another stage of training.
+            ValueError: the checkpoint belongs to another stage of training.
         """
         super().on_load_checkpoint(checkpoint)
         stages = checkpoint.get("stages", {})
@@ -197,10 +199,10 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
 def contrast(
     own: Pairs, visuals: Float[Tensor, "all e"], captions: Float[Tensor, "all e"], rank: int
 ) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE of this rank's pairs against those of all ranks, summed over `own` pairs.
+    """Returns the symmetric InfoNCE loss of this rank's pairs against all, summed over `own` pairs.
 
-    Each rank computes its rows of the matrix of similarities. The sum over ranks, divided by the
-    number of all pairs, is the loss of the whole matrix.
+    Each rank computes its rows of the similarity matrix. The sum over ranks, divided by the number
+    of all pairs, is the loss of the whole matrix.
     """
     target = torch.arange(len(own.visuals), device=visuals.device) + rank * len(own.visuals)
     of_visuals = cross_entropy(own.scale * own.visuals @ captions.T, target, reduction="sum")

@@ -1,4 +1,4 @@
-"""What a training starts from: the weights of a model that was saved or trained before."""
+"""Initial weights of a training: read from a model that was saved or trained before."""
 
 import json
 import logging
@@ -19,22 +19,23 @@ from lightning_modules.lora import is_lora
 
 logger = logging.getLogger(__name__)
 
-#: Stages keep their names from one training to the next.
+#: Components keep their names from one training to the next.
 _SAME = (Rule("", ""),)
 
-#: In the names of what LoRA stands beside (peft).
+#: Part of the names of weights that have LoRA beside them (peft).
 _BASE = ".base_layer."
 
 
 class Initial:
-    """The weights of one of these, for a network whose parameters have the same names:
+    """Initial weights for a network whose parameters have the same names.
 
-    a folder that `save_pretrained` or ropelab-import wrote; a run directory, of which the newest
-    whole checkpoint counts; or one checkpoint of it by its path, such as `checkpoints/best.ckpt`.
+    `path` is a folder written by `save_pretrained` or ropelab-import, a run directory (its newest
+    whole checkpoint is used), or one checkpoint such as `checkpoints/best.ckpt`.
 
     Args:
-        unused: globs of stored names that may have no place in the network.
-        unfilled: globs of the network's parameters that may keep the values they were made with.
+        path: where the weights are.
+        unused: globs of stored names that the network need not have.
+        unfilled: globs of the network's parameters that may keep their initial values.
     """
 
     def __init__(self, path: str, unused: Sequence[str] = (), unfilled: Sequence[str] = ()):
@@ -43,25 +44,25 @@ class Initial:
         self._opened: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
     def match(self, network: nn.Module) -> Match:
-        """Finds a place for each tensor, on the meta device too.
+        """Matches each stored tensor to a parameter; works on the meta device, too.
 
         Raises:
-            ValueError: nothing that can be read, or names or shapes that do not fit.
+            ValueError: the weights cannot be read, or names or shapes do not fit.
         """
         if self._opened is None:
             self._opened = _open(self.path)
         stored = _with_copies(_into_adapted(self._opened[0], network), network)
         found = match(stored, network, _SAME)
-        if not any(map(is_lora, stored)):  # fresh adapters change nothing yet
+        if not any(map(is_lora, stored)):  # new adapters do not change the output yet
             found.unfilled = [name for name in found.unfilled if not is_lora(name)]
         check(found, self._allowed, f"init={self.path}")
         return found
 
     def fill(self, network: nn.Module, spec: Mapping[str, Any]) -> None:
-        """Copies tensor by tensor; under several ranks each reads for itself.
+        """Copies the weights into the network, tensor by tensor; each rank reads them itself.
 
-        Whatever rotary scheme the weights were trained with, that of `spec` is used; a line in the
-        log says where the two differ, as one says which parts are not in the stored weights.
+        The rotary scheme is always that of `spec`. If the weights were trained with another one, a
+        warning is logged. The log also names the parts that the stored weights lack.
         """
         found = self.match(network)
         copy(network, found.values)
@@ -81,13 +82,13 @@ class Initial:
 
 
 def _into_adapted(stored: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Weights saved without LoRA, by the names that they have in a network with it."""
+    """Renames weights saved without LoRA to the names in a network with LoRA."""
     beside = {name.replace(_BASE, "."): name for name in network.state_dict() if _BASE in name}
     return {beside.get(name, name): value for name, value in stored.items()}
 
 
 def _with_copies(stored: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Parameters that start as copies of others do so here, too, where they are not stored."""
+    """Adds parameters that start as copies of others, if none of them is stored."""
     encoder = getattr(network, "encoder", None)
     copied = encoder.copied() if isinstance(encoder, Encoder) else {}
     pairs = {f"encoder.{name}": f"encoder.{of}" for name, of in copied.items()}
@@ -97,14 +98,14 @@ def _with_copies(stored: dict[str, Tensor], network: nn.Module) -> dict[str, Ten
 
 
 def _parts(names: Sequence[str], others: Mapping[str, Tensor]) -> list[str]:
-    """What a reader calls these parameters: their stages, or parts of those that others are in."""
+    """Returns short names: the component, or a part of it if `others` are in the same component."""
     shared = {name.partition(".")[0] for name in others}
     paths = [name.split(".")[:2] for name in names]
     return list(dict.fromkeys(".".join(p) if p[0] in shared else p[0] for p in paths))
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by the network's names, and the specs of the stages where they are known."""
+    """Returns tensors by the network's names, and the specs of the components if known."""
     if (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_text())
         if config.get("model_type") != "ropelab":

@@ -1,4 +1,4 @@
-"""Instruction tuning: steps, logging, the stages in its checkpoints. The maths is the model's."""
+"""Instruction tuning: training steps, logging and checkpoints around a `VideoLanguageModel`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,13 +18,13 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
     """Trains a `VideoLanguageModel` on the answers of conversations.
 
     Args:
-        packing: tokens of a row of the LLM that samples share in training, or as many as the
-            longest sample has; `None` gives each sample a row. The loss is the same.
-        scores: by any name; numbers beside the loss of validation. Their values by name are in
-            `scored` after each.
+        packing: maximum tokens of a row that samples share in training; a longer sample raises it.
+            `None` gives each sample its own row. The loss is the same.
+        scores: validation scores besides the loss, under any names. After each validation,
+            `scored` holds their values by name.
 
     Attributes:
-        in_bar: names of the numbers that a progress bar shows.
+        in_bar: names of the numbers in the progress bar.
     """
 
     in_bar: tuple[str, ...] = ("loss",)
@@ -78,7 +78,7 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.means.compute().items():
-            # Every rank has computed the same number, from the samples of all.
+            # Every rank computes the same number, from the samples of all ranks.
             options = {"prog_bar": name in self.in_bar, "reduce_fx": "max"}
             self.log(f"val/{name}", value, sync_dist=True, **options)
         self.means.reset()
@@ -91,16 +91,16 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
             score.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The stages travel with the weights, as plain containers."""
+        """Stores the components' specs with the weights, as plain containers."""
         super().on_save_checkpoint(checkpoint)
         config = self.network.config
         checkpoint["stages"] = {stage: getattr(config, stage) for stage in self.spec}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses weights of another rotary scheme, pooler, LoRA or tiles, or of no LLM.
+        """Refuses weights with another rotary scheme, pooler, LoRA or tiles, or without an LLM.
 
         Raises:
-            ValueError: names the stage that differs and both specs.
+            ValueError: a component differs; the message names it and both specs.
         """
         super().on_load_checkpoint(checkpoint)
         stages = checkpoint.get("stages", {})

@@ -1,4 +1,4 @@
-"""Learning rate over the steps of a training."""
+"""Learning-rate schedules, and early checks of the optimizer."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,12 +14,12 @@ from transformers import get_scheduler
 def schedule(
     optimizer: Optimizer, steps: int, *, name: str = "cosine", warmup: float = 0.03, **options: Any
 ) -> LRScheduler:
-    """One of transformers' schedules, its warm-up given as a share of all steps.
+    """Returns one of transformers' schedules; `warmup` is a fraction of all steps.
 
     `name` is one that `transformers.get_scheduler` knows: cosine, linear, constant_with_warmup, …
 
     Raises:
-        ValueError: `warmup` is no share, or there is no such schedule.
+        ValueError: `warmup` is not in [0, 1], or there is no such schedule.
     """
     if not 0 <= warmup <= 1:
         raise ValueError(f"warmup={warmup} must be a share of all steps, from 0 to 1")
@@ -35,10 +35,10 @@ def schedule(
 def follow(
     optimizer: Optimizer, make: Callable[[Optimizer, int], LRScheduler], steps: int, done: int
 ) -> LRScheduler:
-    """Returns a scheduler for `steps` steps that stands after the first `done` of them.
+    """Returns a scheduler for `steps` steps, advanced by `done` steps.
 
-    A checkpoint keeps the learning rate of the length that its training had then. Going through the
-    steps anew gives that of the length it has now, also where the training was extended.
+    A checkpoint stores the learning rate for the length that the training had then. Repeating the
+    steps gives the rate for its length now, so a training can be extended.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"]
@@ -55,10 +55,10 @@ def try_optimizer(
     make_scheduler: Callable[[Optimizer, int], Any] | None,
     groups: Mapping[str, Mapping[str, Any] | None],
 ) -> None:
-    """Builds the optimizer and the schedule once for a single number, to find mistakes in them.
+    """Builds the optimizer and the schedule once, for a single parameter, to find mistakes in them.
 
     Raises:
-        ValueError: one of them cannot be built; the line names the key.
+        ValueError: one of them cannot be built; the message names the key.
     """
     optimizer = _try(make_optimizer, "optim.optimizer", getattr(make_optimizer, "keywords", {}))
     for part, options in groups.items():
@@ -79,7 +79,7 @@ def _try(make: Callable[..., Optimizer], key: str, options: Mapping[str, Any]) -
 
 
 def _culprit(make: Callable[..., Optimizer], options: Mapping[str, Any]) -> str | None:
-    """The only option without which the optimizer can be built."""
+    """Returns the first option without which the optimizer can be built, or None."""
     plain: Any = getattr(make, "func", make)
     known = {**getattr(make, "keywords", {}), **options}
     for name in options:

@@ -1,4 +1,4 @@
-"""The loss of an optimizer step: one mean over its terms, however they were shared out.
+"""The loss of an optimizer step: one mean over all its terms, on all ranks and micro-batches.
 
     micro-batch   returns sum of its terms / unit ---- backward ----+  gradients add up
     micro-batch   ...                                               |
@@ -6,8 +6,8 @@
     one all-reduce of (sum of the loss, number of terms, ...)       gradients x factor
                                                                     -> clipping, optimizer
 
-A term is a labelled token, a pair of answers or a caption. A mean of each micro-batch's mean would
-weigh a term by how few others share its micro-batch.
+A term is a labelled token, a pair of answers or a caption. A mean of the micro-batches' means would
+give a term more weight if its micro-batch has fewer terms.
 """
 
 from collections.abc import Iterable
@@ -23,17 +23,17 @@ MEANS = ("step", "micro_batch")
 
 
 class StepLoss:
-    """Collects the micro-batches of the optimizer step in progress, and ends the step.
+    """Collects the micro-batches of the current optimizer step, and finishes the step.
 
     Attributes:
         samples: samples that all ranks have trained on since the training began.
 
     Args:
-        mean: `step` weighs all terms of a step alike. `micro_batch` takes the mean of the means of
-            the micro-batches, as many published trainers do.
+        mean: `step` gives all terms of a step the same weight. `micro_batch` takes the mean of the
+            micro-batches' means, as many published trainers do.
 
     Raises:
-        ValueError: `mean` is neither.
+        ValueError: `mean` is neither of these.
     """
 
     def __init__(self, mean: str = "step"):
@@ -52,13 +52,14 @@ class StepLoss:
         group: ProcessGroup | None = None,
         **beside: Tensor | float | int,
     ) -> Float[Tensor, ""]:
-        """Adds a micro-batch to the step; returns the number to go backward from.
+        """Adds a micro-batch to the step; returns the loss to call `backward` on.
 
         Args:
             total: sum of the loss over the micro-batch's terms.
-            terms: how many they are.
-            group: the ranks that read other micro-batches than this one. All of them must call.
-            beside: other sums, for logs. Their names must be the same in every call.
+            terms: number of terms.
+            samples: number of samples.
+            group: the data-parallel ranks, or None. All of them must call this method.
+            beside: further sums, for logs. Their names must be the same in every call.
         """
         count = torch.as_tensor(terms, device=total.device)
         if self.mean == "micro_batch":
@@ -67,7 +68,7 @@ class StepLoss:
             self._unit = _unit(count, group)
         numbers = {"loss": total, "terms": count, "samples": samples, **beside}
         for name, number in numbers.items():
-            # float64 counts tokens exactly, and adds up losses without loss of digits
+            # float64 counts tokens exactly, and sums losses without losing digits.
             own = torch.as_tensor(number, device=total.device).detach().double()
             self._sums[name] = self._sums[name] + own if name in self._sums else own
         return total / self._unit
@@ -78,10 +79,10 @@ class StepLoss:
         accumulation: int,
         group: ProcessGroup | None = None,
     ) -> dict[str, float]:
-        """Makes the gradients those of the step's mean; returns the sums of all ranks.
+        """Rescales the gradients to those of the step's mean; returns the sums over all ranks.
 
-        `parameters` have gradients that were divided by `accumulation` and averaged over the ranks
-        of `group`, as Lightning and the strategies do. They must not have been clipped.
+        The gradients of `parameters` must be divided by `accumulation` and averaged over the ranks
+        of `group`, as Lightning and the strategies do. They must not be clipped yet.
         """
         assert self._unit is not None
         stacked = torch.stack(list(self._sums.values()))
@@ -91,12 +92,12 @@ class StepLoss:
         self._sums = {}
         self.samples += round(sums["samples"])
         divided = accumulation * (1 if group is None else group.size())
-        # A step without any label has gradients of 0, which stay what they are.
+        # Without any label, all gradients of a step are 0 and stay 0.
         scale_gradients(parameters, float(self._unit) * divided / max(1.0, sums["terms"]))
         return sums
 
     def start(self) -> None:
-        """Forgets the micro-batches of a step that was never taken."""
+        """Discards the micro-batches of an unfinished step."""
         self._sums = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,11 +108,12 @@ class StepLoss:
 
 
 def _unit(terms: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Power of two near the number of terms in the first micro-batch, the same on all ranks.
+    """Returns a power of two near the number of terms in the first micro-batch; same on all ranks.
 
-    Sums are divided by it, so that gradients have the size of a micro-batch's mean: those of a sum
-    over thousands of tokens would overflow in float16 (largest number 65,504), and a GradScaler
-    would skip a dozen steps until it had found its scale. A power of two changes no digit.
+    Sums are divided by it, so that gradients have the size of those of a micro-batch's mean.
+    Gradients of a sum over thousands of tokens would overflow in float16 (largest number 65,504),
+    and a GradScaler would skip a dozen steps until it found its scale. Division by a power of two
+    is exact.
     """
     mean = terms.detach().double()
     if group is not None:
@@ -122,9 +124,9 @@ def _unit(terms: Tensor, group: ProcessGroup | None) -> Tensor:
 
 @torch.no_grad()
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Multiplies gradients in place, of shards the rank's own piece.
+    """Multiplies gradients in place; of a sharded gradient, each rank scales its own shard.
 
-    `factor` is a number and no tensor: PyTorch rounds a tensor to the dtype of the gradients.
+    `factor` is a number, because PyTorch would round a tensor to the dtype of the gradients.
     """
     if factor == 1:
         return

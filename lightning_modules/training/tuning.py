@@ -1,4 +1,4 @@
-"""What of a network is trained, with which rates, and how its blocks run for that."""
+"""Selects the trained parameters, their optimizer options, checkpointing and compilation."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,19 +17,21 @@ from lightning_modules.lora import is_lora
 
 @dataclass(frozen=True)
 class Tuning:
-    """One word each of the command line: `tuning.freeze=[encoder]`, `tuning.checkpointing=[llm]`.
+    """Tuning options: `tuning.freeze=[encoder]`, `tuning.checkpointing=[llm]`, …
 
-    `freeze` and `groups` name parts of the network: a stage (`encoder`), a path in it
-    (`encoder.text.embeddings`), or either with `*` and `?`; with a part go all parameters below.
+    `freeze` and `groups` name parts of the network: a component (`encoder`), a path in it
+    (`encoder.text.embeddings`), or a pattern with `*` and `?`. A part includes all parameters
+    below it.
 
     Attributes:
-        freeze: parts that are not trained. LoRA's own weights always are.
-        lora: arguments of `add_lora`, kept in the model's config and so with its weights.
-        groups: options of the optimizer (`lr`, `weight_decay`, …) by part, in the place of those
-            of `optim.optimizer`; None: no group. The last part that holds a parameter decides.
-        decay_norms_and_biases: whether weight decay pulls at parameters of one axis, too.
-        checkpointing: stages whose blocks keep their input alone, and run again in the backward.
-        compile: stages whose blocks are compiled, layer by layer.
+        freeze: parts that are not trained. LoRA's own weights are always trained.
+        lora: arguments of `add_lora`; stored in the model's config, and so with its weights.
+        groups: optimizer options (`lr`, `weight_decay`, …) by part, which override those of
+            `optim.optimizer`; None: no group. The last part that contains a parameter decides.
+        decay_norms_and_biases: whether weight decay also applies to parameters of one axis.
+        checkpointing: components whose blocks use activation checkpointing: they keep only their
+            input, and run again in the backward pass.
+        compile: components whose blocks are compiled, layer by layer.
         compiler: options of `torch.compile`: `mode`, `dynamic`, `backend`, …
     """
 
@@ -42,10 +44,12 @@ class Tuning:
     compiler: Mapping[str, Any] = field(default_factory=dict)
 
     def prepare(self, network: nn.Module) -> None:
-        """Freezes, checkpoints and compiles, in place; names in the state dict stay.
+        """Applies freezing, activation checkpointing and compilation, in place.
+
+        The names in the state dict do not change.
 
         Raises:
-            ValueError: a part that is not there, or nothing left to train.
+            ValueError: a part does not exist, or nothing is left to train.
         """
         if self.lora and not any(is_lora(name) for name, _ in network.named_parameters()):
             raise ValueError("this stage of training has no LoRA: choose tuning=full")
@@ -55,14 +59,14 @@ class Tuning:
                     parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in network.parameters()):
             raise ValueError(f"tuning.freeze={list(self.freeze)} leaves nothing to train")
-        self.parameter_groups(network)  # a mistake in them shows here
+        self.parameter_groups(network)  # raises if a group is wrong
         for block in _blocks(network, self.checkpointing, "checkpointing"):
             recompute(block)
         for block in _blocks(network, self.compile, "compile"):
             compile_layers(block, self.compiler)
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
-        """What is trained, as an optimizer takes it: a group of each part, and one of the rest."""
+        """Returns the optimizer's parameter groups: one for each part, and one for the rest."""
         own = {part: options for part, options in self.groups.items() if options}
         owner = {name: "rest" for name, p in network.named_parameters() if p.requires_grad}
         for part in own:
@@ -77,7 +81,7 @@ class Tuning:
         return groups if own else [{"params": group["params"]} for group in groups]
 
     def spare_norms_and_biases(self, optimizer: Optimizer) -> None:
-        """Splits each group that decays: what has one axis goes into a group that does not."""
+        """Moves parameters of one axis from groups with weight decay to groups without it."""
         if self.decay_norms_and_biases:
             return
         for group in list(optimizer.param_groups):
@@ -94,10 +98,11 @@ class Tuning:
 
 
 def recompute(block: nn.Module) -> None:
-    """Has each layer of a block keep its input alone, and run again when gradients come by.
+    """Turns on activation checkpointing for each layer of a block.
 
-    Random numbers are drawn again as they were, so dropout is the same. transformers wraps the
-    layer's `forward`, inside of the hooks by which FSDP2 gathers its weights.
+    A layer keeps only its input and runs again in the backward pass, with the same random numbers,
+    so dropout is the same. transformers wraps the layer's `forward`, inside the hooks with which
+    FSDP2 gathers the weights.
     """
     for layer in _layers(block):
         layer.gradient_checkpointing = True
@@ -105,11 +110,11 @@ def recompute(block: nn.Module) -> None:
 
 
 def compile_layers(block: nn.Module, options: Mapping[str, Any]) -> None:
-    """Has each layer of a block run compiled from its first call on.
+    """Compiles each layer of a block, at its first call.
 
-    PyTorch counts what it has compiled by function, and transformers has one around the layers of
-    all kinds. At PyTorch's limit of 8 the layers of five kinds, in training and in validation, with
-    a mask and without, would run uncompiled after a while, with a warning at most.
+    PyTorch counts compilations per function, and transformers has one function around the layers of
+    all kinds. There are five kinds of layers, in training and validation, with and without a mask.
+    With PyTorch's limit of 8, layers would run uncompiled after a while, with at most a warning.
     """
     torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)
     for layer in _layers(block):
@@ -117,10 +122,10 @@ def compile_layers(block: nn.Module, options: Mapping[str, Any]) -> None:
 
 
 def _layers(block: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The block itself, or those that it runs as often as lengths of visuals ask for.
+    """Returns the layers of a block: the block itself, or the layers inside BT-Adapter.
 
-    Their inputs are tensors alone. Compiled as a whole, such a block would be compiled again for
-    every list of lengths, and after eight of them no more.
+    The inputs of a layer are only tensors. BT-Adapter also takes a list of visual lengths; compiled
+    as a whole, it would be compiled again for each new list, until PyTorch's limit is reached.
     """
     return [layer for layer in block.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
@@ -139,10 +144,10 @@ def _blocks(network: nn.Module, stages: Iterable[str], key: str) -> list[nn.Modu
 
 
 def _below(network: nn.Module, part: str, key: str) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of a part, by name.
+    """Returns the (name, parameter) pairs of a part.
 
     Raises:
-        ValueError: there is no such part; the line names those beside which it was looked for.
+        ValueError: there is no such part; the message lists the parts at the level of the mistake.
     """
     found = [
         (name, parameter)
@@ -159,13 +164,13 @@ def _below(network: nn.Module, part: str, key: str) -> list[tuple[str, nn.Parame
 
 
 def _paths(name: str) -> list[str]:
-    """`a.b.c` -> a, a.b, a.b.c."""
+    """Returns all prefixes of a path: `a.b.c` -> a, a.b, a.b.c."""
     words = name.split(".")
     return [".".join(words[: n + 1]) for n in range(len(words))]
 
 
 def _nearest(network: nn.Module, part: str) -> tuple[str, list[str]]:
-    """How far a path leads, and where one can go from there."""
+    """Returns the longest existing prefix of a path, and the names below it."""
     where = "it"
     for path in _paths(part):
         word = path.rpartition(".")[2]

@@ -1,1 +1,1 @@
-"""Asks a model for answers, and reads option or yes and no from them."""
+"""Generates answers with a model, and parses an option letter or yes/no from them."""

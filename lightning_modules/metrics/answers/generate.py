@@ -1,4 +1,4 @@
-"""A batch of validation -> what the model answers to each of its samples."""
+"""Computes the model's answers to the samples of a validation batch."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,8 +15,8 @@ from lightning_modules.loss import sequence_log_probs
 from lightning_modules.metrics.base import Answered, Score
 from lightning_modules.model import Output, VideoLanguageModel
 
-#: Greedy, whatever the generation config that came with an LLM asks for; Qwen2's has a penalty on
-#: repetition, for one, which would change scores.
+#: Greedy decoding. It overrides the generation config of the LLM, which would change scores;
+#: Qwen2's, for example, has a repetition penalty.
 GREEDY: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
@@ -35,12 +35,12 @@ def read_answers(
     scores: Sequence[Score],
     tokenizer: Callable[[], Any],
 ) -> list[Answered]:
-    """What `scores` ask for, of every row of the batch.
+    """Returns the answers that `scores` need, one for every row of the batch.
 
-    `output` is that of `network(batch)`: the token before an answer does not see it, so that the
-    same forward pass tells how likely each option's letter was. Answers are generated for the rows
-    alone of which a score wants the text, by the longest of these scores; `tokenizer` is called
-    only then.
+    `output` is the result of `network(batch)`. The token before an answer does not attend to it, so
+    the same forward pass gives the likelihood of each option's letter. Text is generated only for
+    rows whose text a score needs, with the largest `max_new_tokens` of these scores. `tokenizer` is
+    called only then.
     """
     with torch.no_grad(), whole_outside_of_blocks(network):
         head = network.llm.head
@@ -61,7 +61,7 @@ def option_log_probs(
     tasks: Sequence[Task | None],
     head: Callable[[Tensor], Tensor],
 ) -> list[tuple[float, ...]]:
-    """Of each row, the log-probabilities of its options' letters where its answer begins."""
+    """Returns, for each row, the log-probabilities of the option letters at the answer's start."""
     rows = [row for row, task in enumerate(tasks) if task and task.options]
     found: list[tuple[float, ...]] = [()] * len(tasks)
     if not rows:
@@ -81,9 +81,10 @@ def generate_answers(
     lengths: Sequence[int],
     tokenizer: Callable[[], Any],
 ) -> list[Callable[[int], str]]:
-    """Of each row, the text of its answer's first so many tokens; of length 0 none is generated.
+    """Returns, for each row, a function: N -> text of the first N generated tokens.
 
-    Ranks that share the weights generate together: one with nothing to ask reads along.
+    Rows with length 0 are not generated. Ranks with sharded weights must generate together, so a
+    rank without questions generates for its first row and drops the result.
     """
     said: list[Callable[[int], str]] = [_nothing] * len(lengths)
     rows = [row for row, length in enumerate(lengths) if length]

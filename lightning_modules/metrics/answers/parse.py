@@ -1,21 +1,22 @@
-"""Reads from a generated text which option, or which of yes and no, it means; or nothing.
+"""Parses an option letter, or yes or no, from a generated text.
 
-Scores depend on this as much as on the model. A change here therefore needs another `VERSION`,
-which stands beside every score. A text that cannot be read means nothing: it is never guessed. It
-counts as wrong, and is counted.
+Scores depend on the parser as much as on the model. Every change here therefore needs a new
+`VERSION`, which is stored with every score. The parser never guesses: a text that it cannot read
+gives None, which counts as wrong, and the share of such texts is reported.
 
-The published judges guess. Those of Video-MME and MLVU take the first capital of A to D that stands
-anywhere in the text, so "A" in "And …"; MVBench's also takes the article of "a red car".
+The published judges guess. Those of Video-MME and MLVU take the first capital letter A to D
+anywhere in the text, such as "A" in "And …". MVBench's also takes the article of "a red car".
 """
 
 import re
 from string import ascii_uppercase
 
-#: Of the rules below.
+#: Version of the rules below.
 VERSION = 2
 
 # --- markup ---------------------------------------------------------------------------------------
-# It goes away first: **B**, `B`, \boxed{\text{B}}, <answer>B</answer> are "B" or "Answer: B".
+# Markup is removed first: **B**, `B`, \boxed{\text{B}}, <answer>B</answer> become "B" or
+# "Answer: B".
 _MARKUP = [
     (re.compile("[\u2018\u2019]"), "'"),
     (re.compile("[\u201c\u201d]"), '"'),
@@ -29,12 +30,12 @@ _MARKUP = [
 ]
 
 # --- a letter by itself ---------------------------------------------------------------------------
-# In brackets or quotes it is sure. A bare one is no part of a word ("B-roll", "d'accord") or of an
-# abbreviation ("a.m."). Bare "A" and "I" are also words: behind these no more words may follow in
-# the line, but for some with which no sentence goes on after an article ("A best matches", but
-# not "A best friend") or a pronoun ("I fits").
+# A letter in brackets or quotes is certain. A bare letter must not be part of a word ("B-roll",
+# "d'accord") or of an abbreviation ("a.m."). Bare "A" and "I" are also words. After them, the line
+# must end, or continue with words that cannot follow an article ("A best matches", but not "A best
+# friend") or a pronoun ("I fits").
 _SURE = r"[(\"]([A-Za-z])[)\"]"
-_ANOTHER = "anotherletter"  # takes the place of a letter that is denied
+_ANOTHER = "anotherletter"  # replaces a letter that the text denies
 _AFTER_BOTH = (
     r"because|since|is|fits|looks|appears|seems|matches|describes|shows|which|it\s+is|has\s+to"
     r"|best\s+(?:answers|captures|describes|explains|fits|matches|reflects|represents|shows|suits)"
@@ -46,8 +47,8 @@ _AFTER_A = (
     r"|and\s+(?:the|this|it))\b"
 )
 _AFTER_I = rf"(?:{_AFTER_BOTH})\b"
-# What stands in brackets or quotes behind a letter names its option, unless a noun follows: an
-# "A (red) car". Behind a small "a" quotes are those of a noun: it is a "selfie".
+# Text in brackets or quotes after a letter names its option, unless a noun follows: an "A (red)
+# car". After a small "a", quotes belong to a noun: it is a "selfie".
 _END_OF_OPTION = rf"""[ \t]* (?: [.;:!?\n](?!\s*[A-Z][ ]*[("'\t]) | [-–—]\s | \Z
     | ,? [ \t]* (?:because|since|as|which|the|it|so|{_ANOTHER}
                  |is\s+(?:the\s+)?(?:right|correct|best|answer))\b )"""  # noqa: RUF001
@@ -75,18 +76,18 @@ _IS = r"(?i:\s+(?:is|was|(?:would|should|must)\s+be|(?:seems|appears)\s+to\s+be)
 _SURELY = r"(?i:\s+(?:most\s+)?(?:likely|probably|clearly|certainly|definitely|therefore|thus))"
 _CHOOSE = r"(?i:choose|pick|select|say|go\s+with)"
 _SO = r"(?i:\b(?:therefore|thus|hence)|(?:^|[.,;]\s+)so)"
-_NOT_CUT = r"(?![aIi]\s*$)"  # "what he holds is a" ends before its noun
+_NOT_CUT = r"(?![aIi]\s*$)"  # rejects "what he holds is a", cut off before its noun
 
-#: From the surest to the least sure; the first that finds anything decides.
+#: Ordered from most to least certain; the first rule that finds a letter decides.
 _RULES = [
     # "The answer is (B) red", "Answer: B", "The correct option is B"
     _rule(
         rf"\b(?:(?i:answer)(?:\s+{_NAMED})?(?:{_IS}{_SURELY}?)?|{_NAMED}{_IS}{_SURELY}?)\W+"
         rf"(?:(?i:the\s+)?{_NAMED}\W+)?{_LETTER}"
     ),
-    # "B", "(b).", and so in a line of a longer text
+    # "B", "(b).", also as one line of a longer text
     _rule(r"^[^\w\n]*([A-Za-z])[^\w\n]*$", re.MULTILINE),
-    # "B. red", "(b) red", "B - red", a line each
+    # "B. red", "(b) red", "B - red", each on its own line
     _rule(
         rf"^[^\w\n]*(?: {_SURE} | ([A-Z])[ ]*\t"
         rf"| ([A-Za-z])(?:[.):\]}}](?=\s|$)|\s+(?:[-–—:=]|[-=]?>|→)\s))",  # noqa: RUF001
@@ -111,7 +112,7 @@ _RULES = [
     _rule(r"\(([A-Z])\)"),
 ]
 
-# "B is wrong" and "not B" do not name B. A word takes their place.
+# "B is wrong" and "not B" do not name B. A placeholder word replaces them.
 _DENIED = _rule(
     rf"""\b(?i:not|neither|nor)\s+(?:{_NAMED}\s+)?{_LETTER}
     | (?:{_SURE}|\b([A-Za-z]){_ALONE})
@@ -119,7 +120,7 @@ _DENIED = _rule(
       |(?:is|was|are|looks|appears|seems)\s+(?:wrong|incorrect|false|unlikely))\b"""
 )
 
-# "(A) or (B)", "A, b", "A/B": no answer, whatever rule would find one in it.
+# "(A) or (B)", "A, b", "A/B": not an answer, even if a rule finds a letter in it.
 _SEVERAL = _rule(
     rf"(?<![\w'])\(?([A-Za-z])[).]*\s*(?:,|/|&|\bor\b|\band\b)\s*(?:{_NAMED}\s+)?{_LETTER}"
 )
@@ -131,7 +132,7 @@ _ANSWERED = re.compile(r"\banswer(?:\s+is)?\W+(yes|no)\b", re.IGNORECASE)
 def parse_letter(text: str, options: int) -> str | None:
     """Returns the letter of one of `options` options: A, B, ...
 
-    None where no rule finds a letter, or the first rule that does finds several.
+    Returns None if no rule finds a letter, or if the first rule that finds one finds several.
     """
     letters = set(ascii_uppercase[:options])
     text = _DENIED.sub(_ANOTHER, _without_markup(text))
@@ -155,11 +156,11 @@ def _found(match: re.Match[str]) -> list[str]:
 
 
 def parse_yes_no(text: str) -> bool | None:
-    """Returns True for yes, False for no, None where the text says neither or both.
+    """Returns True for yes, False for no, None if the text says neither or both.
 
-    Decides by the word that the text begins with, or that follows "answer", or the only one of the
-    two in it. The published scorer of VideoHallucer takes either word anywhere, and so calls
-    "No, yes" right whatever was asked.
+    The first word of the text decides, or the word after "answer", or the only one of the two words
+    in the text. The published scorer of VideoHallucer accepts either word anywhere, so it counts
+    "No, yes" as right for every question.
     """
     text = _without_markup(text)
     words = [(match.start(), match.group().lower()) for match in _YES_NO.finditer(text)]

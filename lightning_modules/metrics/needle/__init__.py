@@ -1,1 +1,1 @@
-"""Scores of a needle test, with a prefix that is read once for all needles."""
+"""Scores of a needle test, with a prefix cache that is shared by all needles."""

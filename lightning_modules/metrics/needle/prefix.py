@@ -1,4 +1,4 @@
-"""Rows that begin alike are read once."""
+"""A prefix cache: the LLM reads the common beginning of several rows only once."""
 
 import copy
 
@@ -11,16 +11,16 @@ from lightning_modules.model import LanguageInputs, VideoLanguageModel
 
 
 class PrefixCache:
-    """Keys and values of a beginning that consecutive calls share.
+    """A KV cache of the prefix that consecutive calls share.
 
-    A needle grid is made of haystacks that differ from the needle on: what stands before it is
-    read once for all its needles, and the next depth reads on from there. Two rows are alike as
-    far as embeddings and positions agree, so this holds for every pooler and rotary scheme, and
-    shares nothing where nothing is alike.
+    The haystacks of a needle test are equal up to the needle. The part before it is read once for
+    all needles, and the next depth continues from there. Two rows share the tokens whose embeddings
+    and positions are equal. So this works for every pooler and rotary scheme; if nothing is equal,
+    nothing is shared.
 
     Attributes:
         computed: tokens that went through the LLM.
-        recomputed: tokens that would have without sharing.
+        recomputed: tokens that would go through the LLM without sharing.
     """
 
     def __init__(self, model: VideoLanguageModel):
@@ -32,9 +32,9 @@ class PrefixCache:
 
     @torch.no_grad()
     def hidden(self, inputs: LanguageInputs) -> tuple[Float[Tensor, "b k m"], int]:
-        """Hidden states of each row from token `start` on, and `start`; rows padded on the right.
+        """Returns the hidden states of each row from token `start`, and `start`.
 
-        Every row keeps at least its last token for itself.
+        Rows are padded on the right. At least the last token of a row is never shared.
         """
         lengths = inputs.mask.sum(1)
         start = min(self._alike(inputs), int(lengths.min()) - 1)
@@ -51,12 +51,12 @@ class PrefixCache:
         return hidden, start
 
     def _alike(self, inputs: LanguageInputs) -> int:
-        """Tokens from the left on that are the same in all rows."""
+        """Returns the number of tokens from the left that are equal in all rows."""
         embeds, positions = inputs.embeds, inputs.positions
         return _agreement(embeds[:1], embeds, positions[:, :1], positions)
 
     def _read(self, inputs: LanguageInputs, stop: int) -> None:
-        """Makes the cache hold the first `stop` tokens of the first row."""
+        """Fills the cache with the first `stop` tokens of the first row."""
         embeds, positions = inputs.embeds[:1, :stop], inputs.positions[:, :1, :stop]
         kept = 0
         if self._embeds is not None and self._positions is not None:
@@ -82,9 +82,10 @@ def _agreement(
     a_positions: Float[Tensor, "4 b l"],
     b_positions: Float[Tensor, "4 b2 l"],
 ) -> int:
-    """Tokens from the left on in which `a` and every row of `b` agree.
+    """Returns the number of tokens from the left that are equal in `a` and every row of `b`.
 
-    Up to rounding: the same frame, projected in another batch, may differ in its last bits.
+    The comparison allows rounding errors: the same frame, projected in another batch, may differ in
+    its last bits.
     """
     scale = b.abs().amax() if b.numel() else torch.zeros((), device=b.device)
     far = (a - b).abs().amax(-1) > 64 * torch.finfo(b.dtype).eps * scale  # b2 l

@@ -1,4 +1,4 @@
-"""V-NIAH and V-NIAH-D: is the needle found, wherever it stands, and is that what is measured?"""
+"""Scores of V-NIAH and V-NIAH-D: needle accuracy, and canaries that show it is valid."""
 
 import json
 from dataclasses import dataclass, field
@@ -18,22 +18,22 @@ from lightning_modules.metrics.bootstrap import bootstrap_interval
 from lightning_modules.metrics.needle.prefix import PrefixCache
 from lightning_modules.model import VideoLanguageModel
 
-#: Frames of the bank that the encoder takes at a time.
+#: Frames that the encoder reads at a time.
 _ENCODED_AT_ONCE = 64
 
 
 @dataclass
 class NeedleScores:
-    """Cells of every condition, and what tells that they measure retrieval."""
+    """The cells of every condition, and the data of the canaries."""
 
     cells: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     answers: dict[int, str] = field(default_factory=dict)
-    #: By frames: the depth of the frame that was changed, and the largest change of a logit.
+    #: By number of frames: depth of the changed frame, and largest change of a logit.
     sensitivity: dict[int, tuple[float, float]] = field(default_factory=dict)
     token_forwards: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """`conditions`, `canaries` and `token_forwards` as a report reads them."""
+        """Returns `conditions`, `canaries` and `token_forwards` in the format of a report."""
         tested = [name for name in self.cells if name not in ("blind", "ceiling")]
         return {
             "conditions": {name: self._condition(name) for name in tested},
@@ -66,7 +66,7 @@ class NeedleScores:
         }
 
     def _sensitivity(self) -> dict[str, int | float]:
-        """Of the length at which the logits changed least."""
+        """Returns the result for the video length at which the logits changed least."""
         frames, (depth, change) = min(self.sensitivity.items(), key=lambda item: item[1][1])
         return {"frames": frames, "depth": depth, "max_logit_change": change}
 
@@ -74,15 +74,15 @@ class NeedleScores:
 class NeedleModule(LightningModule):
     """Scores a `HaystackDataModule`'s rows: `trainer.test(NeedleModule(model), datamodule)`.
 
-    An answer is right where every token of it has the highest logit, given those before it, as
-    the published harness scores. Two canaries come from extra rows of the grid: `blind`, no
-    needle at all, and `ceiling`, nothing but the needle. A third compares the logits with and
-    without a needle at depth 0.5: they must differ, at every length, or the model does not see
-    the middle of the video (the published harness did not).
+    An answer is right if each of its tokens has the highest logit, given the tokens before it, as
+    in the published harness. Three canaries test the measurement itself. `blind` has no needle, and
+    `ceiling` has only the needle. The third compares the logits with and without a needle at depth
+    0.5. They must differ at every length; otherwise the model does not see the middle of the video
+    (the published harness did not).
 
     Args:
-        protocol: what is written beside the numbers, unchanged.
-        folder: where `needle.json` goes; None writes none.
+        protocol: facts that are written beside the numbers, unchanged.
+        folder: folder for `needle.json`; None: no file is written.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class NeedleModule(LightningModule):
     @torch.no_grad()
     def on_test_start(self) -> None:
         if isinstance(self.model, FSDPModule):
-            self.model.unshard()  # its parts are called one by one; the blocks gather their own
+            self.model.unshard()  # for calls of single parts; blocks gather their own weights
         self.scores = NeedleScores()
         self._prefixes = PrefixCache(self.model)
         self._blind_logits: dict[tuple[int, float], list[Tensor]] = {}
@@ -113,7 +113,7 @@ class NeedleModule(LightningModule):
             parts = self._bank.split(_ENCODED_AT_ONCE)
             self._patches = torch.cat(
                 [self.model.encoder(part.to(self.device), [len(part)]) for part in parts]
-            )  # every frame that any row shows, p d
+            )  # all frames of all rows, p d
 
     def test_step(self, row: Any, batch_idx: int) -> None:
         inputs = self.model.compose(row.text, self._row_patches(row.order))
@@ -156,14 +156,14 @@ class NeedleModule(LightningModule):
             (self.folder / "needle.json").write_text(text)
 
     def _row_patches(self, order: Tensor) -> Float[Tensor, "n p d"]:
-        """Patches of the frames of all rows, in turn."""
+        """Returns the patches of the frames of all rows, row by row."""
         if self.model.encoder.per_frame:
             return self._patches[order.flatten()]
         frames = self._bank[order.flatten().cpu()].to(self.device)
         return self.model.encoder(frames, [order.shape[1]] * order.shape[0])
 
     def _compare(self, row: Any, logits: list[Tensor]) -> None:
-        """The change that one frame makes: the blind row against the same with its needle."""
+        """Records how much the needle frame changes the logits of the blind row."""
         place = (row.frames, row.depth)
         if row.condition == "blind":
             self._blind_logits[place] = logits

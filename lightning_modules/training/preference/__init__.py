@@ -1,1 +1,1 @@
-"""Preference tuning: pairs of answers, their loss, and the reference model."""
+"""Preference tuning on pairs of answers: the module, the losses and the reference model."""

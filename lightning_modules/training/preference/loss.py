@@ -1,9 +1,9 @@
 """Preference losses: log-probabilities of a chosen and a rejected answer -> loss of each pair.
 
-All are functions of the margin by which the policy prefers the chosen answer more than the
-reference does. DPO: Rafailov et al., arXiv 2305.18290; label smoothing: Mitchell's "conservative
-DPO" (ericmitchell.ai/cdpo.pdf); IPO: Azar et al., arXiv 2310.12036; hinge: SLiC as Liu et al. read
-it, arXiv 2309.06657.
+All losses are functions of the margin: by how much more than the reference the policy prefers the
+chosen answer. Sources: DPO: Rafailov et al., arXiv 2305.18290; label smoothing: Mitchell's
+"conservative DPO" (ericmitchell.ai/cdpo.pdf); IPO: Azar et al., arXiv 2310.12036; hinge: SLiC as in
+Liu et al., arXiv 2309.06657.
 """
 
 from abc import ABC, abstractmethod
@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 
 class PreferenceLoss(ABC):
-    """Losses of pairs; `beta` says how dear it is to leave the reference.
+    """Computes the loss of each pair.
+
+    Args:
+        beta: strength of the pull towards the reference model.
 
     Raises:
         ValueError: `beta` is not above 0.
     """
 
-    #: Whether log-probabilities are means over the tokens of an answer, and not sums.
+    #: Whether log-probabilities are means over the tokens of an answer, instead of sums.
     per_token = False
 
     def __init__(self, beta: float = 0.1):
@@ -38,14 +41,15 @@ class PreferenceLoss(ABC):
 
     @abstractmethod
     def of_margin(self, margin: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """Losses by how much more than the reference the policy prefers the chosen answers."""
+        """Returns the losses for the margins of the policy over the reference."""
 
 
 class SigmoidLoss(PreferenceLoss):
-    """DPO's own: the negative log-likelihood of the preference under Bradley-Terry.
+    """The DPO loss: negative log-likelihood of the preference in the Bradley-Terry model.
 
     Args:
-        label_smoothing: share of pairs that are taken to be labelled the wrong way round.
+        beta: as in `PreferenceLoss`.
+        label_smoothing: assumed share of pairs with swapped labels.
 
     Raises:
         ValueError: `label_smoothing` is not in [0, 0.5).
@@ -66,10 +70,10 @@ class SigmoidLoss(PreferenceLoss):
 
 
 class IPOLoss(PreferenceLoss):
-    """Regression of the margin to 1 / (2 beta), on means over tokens.
+    """The IPO loss: squared distance of the margin to 1 / (2 beta), on means over tokens.
 
-    The paper does not say so, but its authors confirmed to those of TRL that its results are for
-    means; sums would ask a longer answer for the same margin.
+    The paper does not mention means, but its authors confirmed to the authors of TRL that its
+    results use them. With sums, long answers would need the same margin as short ones.
     """
 
     per_token = True
@@ -79,7 +83,7 @@ class IPOLoss(PreferenceLoss):
 
 
 class HingeLoss(PreferenceLoss):
-    """Nothing more to learn once the margin is 1 / beta."""
+    """The hinge loss: zero once the margin reaches 1 / beta."""
 
     def of_margin(self, margin: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         return (1 - self.beta * margin).relu()

@@ -1,4 +1,4 @@
-"""Preference tuning: the answer that people chose becomes likelier than the one they did not."""
+"""Preference tuning: makes the answer that people chose more likely than the rejected answer."""
 
 import hashlib
 import json
@@ -18,15 +18,16 @@ from lightning_modules.training.preference.reference import Reference
 
 
 class PreferenceModule(VideoLLMModule):
-    """DPO and its kin, on pairs of answers about the same visuals.
+    """Trains with DPO and related losses on pairs of answers about the same visuals.
 
     Args:
-        model, optimizer, scheduler: as in `TrainingModule`; so is what stands in `training`.
-        loss: of a pair.
-        reference: what the policy is held close to.
+        model, optimizer, scheduler: as in `TrainingModule`.
+        training: other arguments of `VideoLLMModule` and `TrainingModule`.
+        loss: loss of a pair.
+        reference: reference model that the policy must stay close to.
         dpo_alpha: weight of `loss`.
-        gamma: weight of the mean negative log-likelihood of a chosen answer's tokens, which keeps
-            the chosen answers likely (RPO: Pang et al., arXiv 2404.19733).
+        gamma: weight of the mean negative log-likelihood of the chosen answer's tokens, which keeps
+            chosen answers likely (RPO: Pang et al., arXiv 2404.19733).
     """
 
     in_bar = ("loss", "reward_margin", "reward_accuracy")
@@ -57,7 +58,7 @@ class PreferenceModule(VideoLLMModule):
         return [] if self.reference.network is None else [self.reference.network]
 
     def build_initial(self) -> VideoLanguageModel:
-        """A new network with the weights that training starts from."""
+        """Returns a new network with the initial weights of the training."""
         network = self.build()
         if self.init is not None:
             self.init.fill(network, self.spec)
@@ -90,7 +91,7 @@ class PreferenceModule(VideoLLMModule):
     def judge(
         self, policy: LogProbs, reference: Float[Tensor, "b 2"]
     ) -> dict[str, Float[Tensor, " b"]]:
-        """Loss, rewards and log-probabilities of each pair."""
+        """Returns loss, rewards and log-probabilities of each pair, by name."""
         counts = policy.counts.clamp(min=1)
         scale = counts if self.loss.per_token else 1
         preference = self.loss(*(policy.sums / scale).unbind(1), *(reference / scale).unbind(1))
@@ -112,7 +113,7 @@ class PreferenceModule(VideoLLMModule):
         return values
 
     def settings(self) -> dict[str, str]:
-        """What log-probabilities depend on beside the weights: a digest by name."""
+        """Returns digests, by name, of the settings that log-probabilities depend on."""
         if not self._settings:
             self._settings = (
                 model_settings(self.network.config) | datamodule_of(self.trainer).settings()
@@ -121,7 +122,7 @@ class PreferenceModule(VideoLLMModule):
 
 
 def model_settings(config: VideoLanguageModelConfig) -> dict[str, str]:
-    """Digests of the stages as a checkpoint keeps them, without the sizes of their weights."""
+    """Returns digests of the components' specs as in a checkpoint, without their sizes."""
     encoder = {k: v for k, v in (config.encoder or {}).items() if k not in ("config", "source")}
     stages = {"encoder": encoder, "pooler": config.pooler, "rotary": config.rotary}
     return {f"model.{stage}": digest(spec) for stage, spec in stages.items()}

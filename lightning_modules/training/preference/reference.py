@@ -1,4 +1,4 @@
-"""Where the reference's log-probabilities come from: shards, a frozen copy, or the model itself."""
+"""Sources of the reference log-probabilities: shards, a frozen copy, or the model without LoRA."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -18,38 +18,41 @@ Settings = Callable[[], Mapping[str, str]]
 
 
 class Reference(ABC):
-    """What the policy is held close to. It is no module: nothing of it is trained or saved.
+    """The reference that the policy must stay close to.
+
+    It is not a `nn.Module`, so that nothing of it is trained or saved.
 
     Attributes:
-        network: a model of its own, where it has one and `prepare` has been called.
+        network: the reference's own model, if it has one; set by `prepare`.
     """
 
     network: VideoLanguageModel | None = None
 
     def prepare(self, stage: TrainingModule[Any], build: Callable[[], VideoLanguageModel]) -> None:
-        """Called before the policy is built; `build` makes a model as training begins with it."""
+        """Prepares the reference before the policy is built; `build` returns an initial model."""
         return
 
     @abstractmethod
     def log_probs(
         self, policy: VideoLanguageModel, batch: PreferenceBatch, settings: Settings
     ) -> Float[Tensor, "b 2"]:
-        """Summed over the tokens of the chosen and of the rejected answers, in float32.
+        """Returns log-probabilities summed over the tokens of each answer, in float32.
 
-        `settings` are digests by name of what they depend on beside the weights.
+        The columns are the chosen and the rejected answers. `settings` returns digests, by name, of
+        the settings that they depend on besides the weights.
         """
 
 
 class StreamedReference(Reference):
-    """They stand in the shards, where `ropelab-reference` has written them."""
+    """Reads log-probabilities that `ropelab-reference` has written into the shards."""
 
     def log_probs(
         self, policy: VideoLanguageModel, batch: PreferenceBatch, settings: Settings
     ) -> Float[Tensor, "b 2"]:
-        """As they were read.
+        """Returns the log-probabilities that were read with the batch.
 
         Raises:
-            ValueError: there are none, or they were made with other settings than those here.
+            ValueError: there are none, or they were made with different settings.
         """
         if batch.reference is None:
             raise ValueError(
@@ -68,10 +71,10 @@ class StreamedReference(Reference):
 
 
 class FrozenReference(Reference):
-    """A second model with the weights that the training starts from, also after an interruption.
+    """Uses a second model with the initial weights of the training, even after a resume.
 
-    It is built as the policy is, from the same random numbers where there are no weights to read,
-    and sharded as the policy is.
+    It is built and sharded like the policy. Without stored weights, it is initialised from the same
+    random numbers.
     """
 
     def prepare(self, stage: TrainingModule[Any], build: Callable[[], VideoLanguageModel]) -> None:
@@ -91,13 +94,14 @@ class FrozenReference(Reference):
 
 
 class BaseReference(Reference):
-    """The policy without its LoRA; nothing else of it may be trained."""
+    """Uses the policy without its LoRA; no other weights may be trained."""
 
     @torch.no_grad()
     def log_probs(
         self, policy: VideoLanguageModel, batch: PreferenceBatch, settings: Settings
     ) -> Float[Tensor, "b 2"]:
-        """
+        """Returns the log-probabilities of the policy without LoRA.
+
         Raises:
             ValueError: there is no LoRA, or other weights are trained.
         """
@@ -116,7 +120,7 @@ class BaseReference(Reference):
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards each module is in the mode that it was in."""
+    """Sets `network` to eval mode inside the context, and restores each module's mode after it."""
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:
