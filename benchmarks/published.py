@@ -38,7 +38,8 @@ class PublishedModel(VideoLanguageModel):
         inputs = self.compose(batch, states[-2][:, 1:], packing=packing)
         hidden = self.llm(inputs.embeds, inputs.attention_mask, inputs.positions)
         loss = full_logits_loss(hidden, inputs.labels, self.llm.head)  # pyright: ignore[reportArgumentType]
-        return Output(loss, (inputs.labels[:, 1:] != IGNORE_INDEX).sum(), hidden, inputs)
+        terms = (inputs.labels[:, 1:] != IGNORE_INDEX).sum()
+        return Output((loss * terms)[None], terms[None], hidden, inputs)  # one row: their sum
 
     def pool(
         self, pieces: Sequence[Piece], relevance: Sequence[Tensor | None]

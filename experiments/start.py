@@ -14,7 +14,6 @@ from experiments import CONFIG_DIR, launcher
 from experiments.run.hydra_errors import hydra_errors_in_one_line
 from experiments.run.process import leave_on_signals, run_alone
 
-
 #: Options of Hydra that print something and train nothing.
 _SHOW = {"-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info"}
 

@@ -20,7 +20,7 @@ class Generations(Callback):
     """Writes the model's answers to the first validation batch, beside the expected answers.
 
     They go to `generations.jsonl` in `folder`, and to W&B as a table. The tokenizer is that of the
-    datamodule's `conversation`. If the model has no `generate`, nothing is written.
+    datamodule. If the model has no `generate`, nothing is written.
     """
 
     def __init__(self, folder: str | Path, count: int = 8, max_new_tokens: int = 16):
