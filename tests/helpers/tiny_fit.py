@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import torch
-from lightning import Callback, LightningDataModule
+from lightning import Callback
 from torch.nn.utils import get_total_norm
 
+from datamodules.base import VideoDataModule
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Tiles, VideoBatch, pad_rows
 from experiments import evaluate, train
 from experiments.reporting.data import load_run
@@ -102,12 +103,14 @@ class Share:
         return map(self._make, self._numbers)
 
 
-class Batches(LightningDataModule):
-    audit = True
-
+class Batches(VideoDataModule):
     def __init__(self, steps, make=make_batch):
-        super().__init__()
+        super().__init__(1, audit=True)
         self._count, self._make = steps * PER_STEP, make
+
+    @property
+    def tokenizer(self):
+        raise AssertionError("nothing is written as text")
 
     def train_dataloader(self):
         return self._share(self._count)
