@@ -84,7 +84,7 @@ class VideoDataModule(LightningDataModule):
 
     @property
     def even(self) -> bool:
-        """Whether every training batch has `batch_size` samples."""
+        """True if every training batch has `batch_size` samples."""
         return True
 
     @property

@@ -174,7 +174,7 @@ def _leave_wandb_run_to(original: Path, copy: Path) -> None:
 
 
 def find_original(folder: Path, recorded: str) -> Path | None:
-    """Returns the run directory that `folder` is a copy of, or None if it is no copy.
+    """Finds the run directory that `folder` was copied from. Returns None if there is none.
 
     A copy has the same W&B run id as the directory `recorded`, which still exists. A moved
     directory no longer exists at `recorded`. A link or another mount is the same directory: a file

@@ -1,4 +1,7 @@
-"""Scores for VideoHallucer's paired yes/no questions, one of which asks about absent content."""
+"""Scores pairs of yes/no questions, as VideoHallucer asks them.
+
+One question of a pair asks about content that the video does not show.
+"""
 
 import torch
 from jaxtyping import Bool, Float, Int

@@ -85,7 +85,7 @@ def _culprit(make: Callable[..., Optimizer], options: Mapping[str, Any]) -> str 
     for name in options:
         try:
             plain([nn.Parameter(torch.zeros(1))], **{k: v for k, v in known.items() if k != name})
-        except Exception:
+        except Exception:  # still wrong without this option: another one is to blame
             continue
         return name
     return None

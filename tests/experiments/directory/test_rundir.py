@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from datamodules.shards.synthetic import make_pair, prepare_shards
 from experiments.directory import run_directory as rundir
@@ -547,3 +548,10 @@ def test_shards_of_other_options_are_not_trained_on(tmp_path):
     with pytest.raises(ValueError, match='make=null, this run has "make_pair"'):
         prepare_shards(folder, {"train": [2]}, num_frames=4, size=32, make=make_pair)
     assert contents(folder) == before
+
+
+def test_which_of_our_own_callbacks_may_change_weights(compose, tiny, tmp_path):
+    """All that ropelab-train starts with, but for two, may be left out when a run goes on."""
+    config = OmegaConf.to_container(compose(tiny, tmp_path), resolve=True)
+    compared = compare(config, config | {"callbacks": {}})[0]
+    assert {key.split(".")[1] for key in compared} == {"finite", "randomness"}
