@@ -71,7 +71,7 @@ def give_back(run: Path) -> None:
         if (kept / name).exists():
             _remove(run / name)
             (kept / name).rename(run / name)
-    _remove(kept)
+    forget(run)
 
 
 def forget(run: Path) -> None:

@@ -340,6 +340,22 @@ def test_a_link_to_another_folder_gives_nothing_back(finished, tmp_path):
     assert not list(finished.glob(".before*"))
 
 
+def test_a_kill_while_the_empty_backup_is_removed_loses_nothing(finished, monkeypatch):
+    before = contents(finished)
+    set_aside(finished, anew=True)
+
+    def rmtree(path, *_):
+        (Path(path) / "returning").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", rmtree)
+        with pytest.raises(KeyboardInterrupt):
+            give_back(finished)
+    give_back(finished)
+    assert contents(finished) == before
+
+
 def test_a_kill_while_it_is_set_aside_loses_nothing(finished, monkeypatch):
     before = contents(finished)
     for after in range(1, 8):
