@@ -31,7 +31,7 @@ def run() -> list[Row]:
     frames = torch.randn(1, 3, 336, 336)
 
     def ours() -> Tensor:
-        return encoder(frames, [1])
+        return encoder.encode(frames, [1])
 
     def baseline() -> Tensor:
         return tower(frames, output_hidden_states=True).hidden_states[-2][:, 1:]

@@ -31,10 +31,10 @@ def run() -> list[Row]:
     frames = torch.randint(0, 256, (FRAMES, 3, 336, 336), dtype=torch.uint8)
 
     def ours() -> Tensor:
-        return encoder(frames, [FRAMES])
+        return encoder.encode(frames, [FRAMES])
 
     def baseline() -> Tensor:
-        return whole(frames, [FRAMES])
+        return whole.encode(frames, [FRAMES])
 
     name = f"encoder, {FRAMES} frames in chunks of {encoder.chunk_frames}"
     speed = compare(name, ours, baseline, at_least=1.0)

@@ -48,7 +48,7 @@ def needle_rows() -> tuple[list[NeedleRow], Tensor]:
             [Turn("user", f"<video>\n{n.question}"), Turn("assistant", n.answer)] for n in needles
         ]
         samples = [Sample("", encode_turns(turns), [stand_in]) for turns in asked]
-        return collate(samples, image_size=1, pad_id=0, prompt_pad_id=0)
+        return collate(samples, pad_id=0, prompt_pad_id=0)
 
     needles = [
         Needle(pictures(1)[0], f"Which digit is on the {colour} card?", f"{colour} {n}", "")

@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 from published import PublishedModel
 from torch import Tensor, nn
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, VideoBatch
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, VideoBatch, Visual, visual_fields
 from experiments import CONFIG_DIR
 from experiments.command.names import device_flops
 from experiments.planning.rehearsal import Rehearsal, rehearse
@@ -126,12 +126,12 @@ def make_batch(size: Size) -> VideoBatch:
     labels[:, : -size.answer] = IGNORE_INDEX
     prompt = torch.randint(2, 2000, (1, 24))
     prompt[0, -1] = 1
+    frames = torch.randint(0, 256, (size.frames, 3, side, side), dtype=torch.uint8)
     return VideoBatch(
         input_ids=ids,
         attention_mask=torch.ones_like(ids, dtype=torch.bool),
         labels=labels,
-        frames=torch.randint(0, 256, (size.frames, 3, side, side), dtype=torch.uint8),
-        frame_counts=[size.frames],
+        **visual_fields([Visual(frames)]),
         prompt_ids=prompt,
         prompt_mask=torch.ones_like(prompt, dtype=torch.bool),
         keys=["benchmark"],
@@ -200,8 +200,8 @@ def reckon(way: type[VideoLLMModule], size: Size) -> Rehearsal:
     def fake_batch(network: Any, fake: Any) -> VideoBatch:
         batch = make_batch(size)
         with fake:
-            frames = torch.zeros(batch.frames.shape, dtype=torch.uint8)
-        return replace(batch, frames=frames)
+            pixels = torch.zeros(batch.pixels.shape, dtype=torch.uint8)
+        return replace(batch, pixels=pixels)
 
     optimizer = partial(torch.optim.AdamW, lr=1e-5, fused=True)
     tuning = replace(FROZEN_CLIP, checkpointing=["llm", "encoder"])

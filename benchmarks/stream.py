@@ -84,7 +84,7 @@ def decoders(image: int = IMAGE, frames: int = 8) -> tuple[Callable, Callable]:
     read = FrameReader(image, UniformSampler(frames))
     return (
         partial(decode_sample, frames=read, conversation=conversation),
-        partial(collate, image_size=image, pad_id=0, prompt_pad_id=0),
+        partial(collate, pad_id=0, prompt_pad_id=0),
     )
 
 
@@ -139,7 +139,7 @@ def throughput(folder: Path, scale: Scale) -> list[Row]:
 def checksum(batches: Iterable[VideoBatch]) -> int:
     """Returns a checksum of all frames and labels that does not depend on their order."""
     return sum(
-        int(batch.frames.sum(dtype=torch.int64)) + int(batch.labels.sum()) for batch in batches
+        int(batch.pixels.sum(dtype=torch.int64)) + int(batch.labels.sum()) for batch in batches
     )
 
 

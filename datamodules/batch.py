@@ -8,9 +8,10 @@ All signatures of the project use the same axis letters:
     n  frames of all visuals, in order  k  tokens of a padded guide prompt
     c  colour channels                  p  patches of one frame, row by row
     t  time steps of a visual           h, w  rows and columns of pixels, patches or tokens
-    f  rotary frequencies (half the width of an attention head)
+    a  axes of rotary positions         f  rotary frequencies (half the width of a head)
 """
 
+import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
@@ -56,6 +57,26 @@ class Tiles(NamedTuple):
     width: int
 
 
+class VisualInfo(NamedTuple):
+    """What is known of a visual besides its pixels. It has no tensors, so it is never cast."""
+
+    seconds: tuple[float, ...] | None = None  # when each frame of a video is shown; images: None
+    #: Its frames are a thumbnail, then the tiles row by row. None: it was not cut.
+    tiles: Tiles | None = None
+    #: A random number in [0, 1) for rotary schemes with random settings; None in evaluation.
+    draw: float | None = None
+    #: It continues the visual before it: one video with text between its parts.
+    continues: bool = False
+
+
+@dataclass
+class Visual:
+    """One image or one video. Each visual has its own size."""
+
+    frames: Num[Tensor, "t c h w"]  # uint8 RGB; floats must already be normalised
+    info: VisualInfo = VisualInfo()  # noqa: RUF009 - it cannot change
+
+
 class Task(NamedTuple):
     """The question of a held-out sample, with its correct answers."""
 
@@ -68,19 +89,21 @@ class Task(NamedTuple):
 
 @dataclass
 class VideoBatch:
-    """Samples padded on the right. A sample has any number of visuals, of any length."""
+    """Samples padded on the right. A sample has any number of visuals, of any size.
+
+    The pixels of all visuals lie one after the other in one tensor, because workers and GPUs move
+    one large tensor much faster than many small ones. `visuals` returns them as views of it.
+    """
 
     input_ids: Int[Tensor, "b l"]  # one VISUAL_SLOT for each visual of the row
     attention_mask: Bool[Tensor, "b l"]  # False on padding
     labels: Int[Tensor, "b l"]  # IGNORE_INDEX outside the answers
-    frames: Num[Tensor, "n c h w"]  # uint8 RGB; floats must already be normalised
-    frame_counts: list[int]  # frames of each visual, in the order of the slots, row by row
+    pixels: Num[Tensor, " pixels"]  # of all visuals, in the order of the slots, row by row
+    shapes: list[tuple[int, int, int, int]]  # (t, c, h, w) of each visual
+    infos: list[VisualInfo]  # of each visual
     prompt_ids: Int[Tensor, "b k"]  # the question, tokenized for the encoder's text tower
     prompt_mask: Bool[Tensor, "b k"]
     keys: list[str]  # origin of each sample, for logs
-    #: One entry per visual. Tiles: its frames are a thumbnail, then the tiles row by row. None:
-    #: it was not cut. An empty list means that no visual was cut.
-    tiles: list[Tiles | None] = field(default_factory=list)
     tasks: list[Task | None] = field(default_factory=list)  # one per row; empty: no row has one
 
     def __len__(self) -> int:
@@ -88,17 +111,13 @@ class VideoBatch:
 
     def __post_init__(self) -> None:
         slots = int((self.input_ids == VISUAL_SLOT).sum())
-        if slots != len(self.frame_counts):
-            raise ValueError(
-                f"{slots} visual slots in the text, but {len(self.frame_counts)} visuals"
-            )
-        if sum(self.frame_counts) != self.frames.shape[0]:
-            raise ValueError(
-                f"the visuals count {sum(self.frame_counts)} frames, "
-                f"{self.frames.shape[0]} are given"
-            )
-        self.tiles = self.tiles or [None] * slots
-        for frames, tiles in zip(self.frame_counts, self.tiles, strict=True):
+        if not slots == len(self.shapes) == len(self.infos):
+            raise ValueError(f"{slots} visual slots in the text, but {len(self.shapes)} visuals")
+        needed = sum(map(math.prod, self.shapes))
+        if needed != len(self.pixels):
+            raise ValueError(f"the visuals have {needed} pixels, {len(self.pixels)} are given")
+        for (frames, *_), info in zip(self.shapes, self.infos, strict=True):
+            tiles = info.tiles
             if tiles and frames != 1 + tiles.rows * tiles.columns:
                 raise ValueError(
                     f"an image of {tiles.rows} x {tiles.columns} tiles and a thumbnail has "
@@ -109,10 +128,22 @@ class VideoBatch:
             raise ValueError(f"{len(self.tasks)} tasks for {len(self)} rows")
 
     @property
-    def clips(self) -> list[int]:
-        """Returns `frame_counts` for an encoder: each tile is a clip of one frame."""
-        counts = zip(self.frame_counts, self.tiles, strict=True)
-        return [n for frames, tiles in counts for n in ([1] * frames if tiles else [frames])]
+    def visuals(self) -> list[Visual]:
+        """The visuals, in the order of the slots, row by row. Their frames are views."""
+        parts = self.pixels.split([math.prod(shape) for shape in self.shapes])
+        return [
+            Visual(part.view(shape), info)
+            for part, shape, info in zip(parts, self.shapes, self.infos, strict=True)
+        ]
+
+    @property
+    def num_frames(self) -> int:
+        """The number of frames of all visuals, tiles and thumbnails included."""
+        return sum(frames for frames, *_ in self.shapes)
+
+    def to(self, device: torch.device | str) -> "VideoBatch":
+        """Returns the batch on `device`."""
+        return _to(self, torch.device(device))
 
     def first(self, count: int) -> "VideoBatch":
         """Returns the first `count` rows with their visuals."""
@@ -147,17 +178,30 @@ class VideoBatch:
         )
 
     def _visuals_where(self, kept: Sequence[bool]) -> dict[str, Any]:
-        """Returns the visual fields (`frames`, `frame_counts`, `tiles`) of the kept visuals."""
-        visuals = zip(self.frames.split(self.frame_counts), kept, strict=True)
-        return {
-            "frames": torch.cat([self.frames[:0], *(frames for frames, keep in visuals if keep)]),
-            "frame_counts": [n for n, keep in zip(self.frame_counts, kept, strict=True) if keep],
-            "tiles": [t for t, keep in zip(self.tiles, kept, strict=True) if keep],
-        }
+        """Returns the visual fields (`pixels`, `shapes`, `infos`) of the kept visuals."""
+        visuals = [visual for visual, keep in zip(self.visuals, kept, strict=True) if keep]
+        return visual_fields(visuals, self.pixels[:0])
 
     def answers(self) -> list[list[int]]:
         """Returns the labelled tokens of each row."""
         return [row[row != IGNORE_INDEX].tolist() for row in self.labels]
+
+
+def visual_fields(visuals: Sequence[Visual], none: Tensor | None = None) -> dict[str, Any]:
+    """Returns the fields of a `VideoBatch` that hold these visuals.
+
+    The pixels of a single visual are not copied: an hour of video fits into memory only once.
+
+    Args:
+        none: the pixels of no visuals; by default uint8 on the CPU.
+    """
+    none = torch.zeros(0, dtype=torch.uint8) if none is None else none
+    parts = [visual.frames.flatten() for visual in visuals]
+    return {
+        "pixels": parts[0] if len(parts) == 1 else torch.cat([none, *parts]),
+        "shapes": [tuple(visual.frames.shape) for visual in visuals],
+        "infos": [visual.info for visual in visuals],
+    }
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "b l"]:
@@ -171,7 +215,7 @@ class PreferenceBatch:
     """Pairs of answers to the same questions about the same visuals. `chosen` is the better one."""
 
     chosen: VideoBatch
-    rejected: VideoBatch  # shares the tensor `frames` with `chosen`
+    rejected: VideoBatch  # shares the tensor `pixels` with `chosen`
     reference: Float[Tensor, "b 2"] | None = None  # log-probs of chosen and rejected, if known
     #: For each row, the settings that its reference was computed with: digest by name, if known.
     settings: list[dict[str, str]] = field(default_factory=list)
@@ -200,9 +244,9 @@ class PreferenceBatch:
         return VideoBatch(**joined)
 
     def to(self, device: torch.device) -> "PreferenceBatch":
-        """Returns the batch on `device`. The shared frames are copied once."""
+        """Returns the batch on `device`. The shared pixels are copied once."""
         chosen = _to(self.chosen, device)
-        rejected = _to(self.rejected, device, frames=chosen.frames)
+        rejected = _to(self.rejected, device, pixels=chosen.pixels)
         reference = None if self.reference is None else self.reference.to(device)
         return replace(self, chosen=chosen, rejected=rejected, reference=reference)
 
@@ -220,7 +264,7 @@ def _join(first: Any, second: Any, name: str) -> Any:
     """Stacks one field of two batches, padding rows on the right to the same width."""
     if not isinstance(first, Tensor):
         return first + second
-    if name == "frames":
+    if name == "pixels":
         return torch.cat([first, second])
     width = max(first.shape[1], second.shape[1])
     joined = first.new_full((len(first) + len(second), width), _FILL.get(name, 0))

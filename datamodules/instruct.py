@@ -9,34 +9,41 @@ raw sample   {"__key__": "k1", "json": bytes, "mp4": bytes}
     |                                     |
     |  frames.py   sample, decode,        |  conversation.py   turns -> ids,
     v              resize                 v                    labels, slots
-visuals      uint8 (t c h w) each         input_ids, labels (l), prompt_ids (k)
+visuals      uint8 (t c h w), seconds     input_ids, labels (l), prompt_ids (k)
     |                                     |
     +------------------+------------------+
                        |  collate         pad on the right
                        v
-VideoBatch   input_ids (b l)   labels (b l)   frames (n c h w)   prompt_ids (b k)
-             frame_counts, tiles: one entry per visual (v), in the order of the slots
+VideoBatch   input_ids (b l)   labels (b l)   prompt_ids (b k)
+             visuals: one per slot, in the order of the slots; views of one tensor `pixels`
 """
 
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import StepsDataModule
-from datamodules.batch import IGNORE_INDEX, Task, Tiles, VideoBatch, data_rank, pad_rows
+from datamodules.batch import (
+    IGNORE_INDEX,
+    Task,
+    VideoBatch,
+    Visual,
+    data_rank,
+    pad_rows,
+    visual_fields,
+)
 from datamodules.sample.conversation import (
     ConversationEncoder,
     EncodedConversation,
     parse_entry,
     read_entry,
 )
+from datamodules.sample.draw import with_draws
 from datamodules.sample.outline import Outline
 from datamodules.sample.question import encode_task, read_task
 from datamodules.stream.budget import BudgetOrder
@@ -54,15 +61,20 @@ logger = logging.getLogger(__name__)
 class Sample:
     key: str
     text: EncodedConversation
-    visuals: list[Tensor]  # uint8 (t c h w), each with its own t
-    tiles: list[Tiles | None] = field(default_factory=list)  # as in `VideoBatch`
+    visuals: list[Visual]
     task: Task | None = None
 
 
 def decode_sample(
-    raw: dict[str, Any], frames: FrameReader, conversation: ConversationEncoder
+    raw: dict[str, Any],
+    frames: FrameReader,
+    conversation: ConversationEncoder,
+    drawn: tuple[int, int] | None = None,
 ) -> Sample:
     """Decodes a raw sample into ids and frames. The text comes first: it is cheaper to refuse.
+
+    Args:
+        drawn: seed and epoch of the `draw` of each visual; None: they have none.
 
     Raises:
         BadSampleError: the sample cannot be used.
@@ -72,38 +84,25 @@ def decode_sample(
     task = read_task(entry, turns)
     # The guide prompt must not show the answer of a test question to the pooler.
     text = conversation(turns, prompt_with_answers=False if task else None)
-    read = [frames.read(suffix, raw[suffix]) for suffix in suffixes]
-    return Sample(
-        key=f"{raw['__url__']}/{raw['__key__']}",
-        text=text,
-        visuals=[visual for visual, _ in read],
-        tiles=[tiles for _, tiles in read],
-        task=task and encode_task(task, conversation),
-    )
+    key = f"{raw['__url__']}/{raw['__key__']}"
+    visuals = [frames.read(suffix, raw[suffix]) for suffix in suffixes]
+    if drawn is not None:
+        visuals = with_draws(visuals, *drawn, raw["__key__"])
+    return Sample(key, text, visuals, task and encode_task(task, conversation))
 
 
-def collate(
-    samples: Sequence[Sample], *, image_size: int, pad_id: int, prompt_pad_id: int
-) -> VideoBatch:
-    """Stacks samples into a batch. Without visuals, `frames` has shape (0 c h w).
-
-    A batch with one visual shares the frames of its sample: an hour of video fits into memory
-    only once.
-    """
-    visuals = [visual for sample in samples for visual in sample.visuals]
-    none = torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8)
+def collate(samples: Sequence[Sample], *, pad_id: int, prompt_pad_id: int) -> VideoBatch:
+    """Stacks samples into a batch. A batch with one visual shares the frames of its sample."""
     texts = [sample.text for sample in samples]
     return VideoBatch(
         input_ids=pad_rows([text.input_ids for text in texts], pad_id),
         attention_mask=pad_rows([[1] * len(text.input_ids) for text in texts], 0).bool(),
         labels=pad_rows([text.labels for text in texts], IGNORE_INDEX),
-        frames=visuals[0] if len(visuals) == 1 else torch.cat([none, *visuals]),  # -> n c h w
-        frame_counts=[visual.shape[0] for visual in visuals],
         prompt_ids=pad_rows([text.prompt_ids for text in texts], prompt_pad_id),
         prompt_mask=pad_rows([[1] * len(text.prompt_ids) for text in texts], 0).bool(),
         keys=[sample.key for sample in samples],
-        tiles=[t for s in samples for t in s.tiles or [None] * len(s.visuals)],
         tasks=[sample.task for sample in samples],
+        **visual_fields([visual for sample in samples for visual in sample.visuals]),
     )
 
 
@@ -283,11 +282,16 @@ class InstructDataModule(StepsDataModule):
     def _loader(
         self, split: str, order: FileOrder | MixtureOrder | BudgetOrder, **position: Any
     ) -> StreamLoader:
-        decode, batch = self.decoder(), self.collater()
+        batch = self.collater()
         rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
         manifest, timeout_s = join(self._manifests[split]), self._options.timeout_s
+
+        def stream_at(epoch: int) -> EpochStream:
+            decode = self.decoder((self._options.seed, epoch) if split == "train" else None)
+            return EpochStream(manifest, order.epoch(epoch), decode, batch, timeout_s)
+
         return StreamLoader(
-            lambda epoch: EpochStream(manifest, order.epoch(epoch), decode, batch, timeout_s),
+            stream_at,
             order,
             self.faults[split],
             rank=rank,
@@ -296,16 +300,20 @@ class InstructDataModule(StepsDataModule):
             **position,
         )
 
-    def decoder(self) -> Callable[[dict[str, Any]], Any]:
-        """Returns the function raw sample -> sample. It raises BadSampleError for a bad one."""
-        return partial(decode_sample, frames=self._frames, conversation=self.conversation)
+    def decoder(self, drawn: tuple[int, int] | None = None) -> Callable[[dict[str, Any]], Any]:
+        """Returns the function raw sample -> sample. It raises BadSampleError for a bad one.
+
+        `drawn` is as in `decode_sample`.
+        """
+        return partial(
+            decode_sample, frames=self._frames, conversation=self.conversation, drawn=drawn
+        )
 
     def collater(self) -> Callable[[list[Any]], Any]:
         """Returns the function samples -> batch."""
         conversation = self.conversation
         return partial(
             collate,
-            image_size=self._frames.image_size,
             pad_id=cast(int, conversation.tokenizer.pad_token_id),
             prompt_pad_id=cast(int, conversation.prompt_tokenizer.pad_token_id),
         )
@@ -320,7 +328,7 @@ class InstructDataModule(StepsDataModule):
     def outlined_sample(self, outline: Outline) -> Any:
         """Returns what `decoder` would return for a sample of these sizes."""
         text = self.conversation.outlined(outline)
-        return Sample("outline", text, list(outline.visuals), list(outline.tiles))
+        return Sample("outline", text, list(outline.visuals))
 
     @property
     def _rank(self) -> int:

@@ -23,10 +23,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.batch import IGNORE_INDEX, PreferenceBatch, Tiles, VideoBatch
+from datamodules.batch import IGNORE_INDEX, PreferenceBatch, VideoBatch, Visual
 from datamodules.errors import BadSampleError
 from datamodules.instruct import InstructDataModule, Sample, described
 from datamodules.sample.conversation import (
@@ -36,6 +35,7 @@ from datamodules.sample.conversation import (
     read_entry,
     read_turns,
 )
+from datamodules.sample.draw import with_draws
 from datamodules.sample.outline import Outline
 from datamodules.stream.index import Manifest, Shard, join
 from datamodules.stream.loader import ShardReader
@@ -52,16 +52,20 @@ class Pair:
     key: str
     chosen: EncodedConversation
     rejected: EncodedConversation
-    visuals: list[Tensor]  # uint8 (t c h w), each with its own t
-    tiles: list[Tiles | None]  # as in `VideoBatch`
+    visuals: list[Visual]
     reference: tuple[float, float] | None  # log-probabilities of chosen and rejected
     settings: dict[str, str]  # settings that `reference` was computed with
 
 
 def decode_pair(
-    raw: dict[str, Any], frames: FrameReader, conversation: ConversationEncoder
+    raw: dict[str, Any],
+    frames: FrameReader,
+    conversation: ConversationEncoder,
+    drawn: tuple[int, int] | None = None,
 ) -> Pair:
     """Decodes a raw sample into the ids of both answers, and frames.
+
+    `drawn` is as in `decode_sample`.
 
     Raises:
         BadSampleError: no_preference (the answers are the same up to `max_length` tokens), or
@@ -79,11 +83,12 @@ def decode_pair(
     if chosen.input_ids == rejected.input_ids:
         detail = f"the answers are the same in the first {conversation.max_length} tokens"
         raise BadSampleError("no_preference", detail)
-    read = [frames.read(suffix, raw[suffix]) for suffix in suffixes]
-    visuals, tiles = [visual for visual, _ in read], [tiles for _, tiles in read]
+    visuals = [frames.read(suffix, raw[suffix]) for suffix in suffixes]
+    if drawn is not None:
+        visuals = with_draws(visuals, *drawn, raw["__key__"])
     reference, settings = _reference(entry)
     key = f"{raw['__url__']}/{raw['__key__']}"
-    return Pair(key, chosen, rejected, visuals, tiles, reference, settings)
+    return Pair(key, chosen, rejected, visuals, reference, settings)
 
 
 def _question(entry: Any) -> list[Any]:
@@ -127,12 +132,12 @@ def _reference(entry: dict[str, Any]) -> tuple[tuple[float, float] | None, dict[
 def collate_pairs(
     pairs: Sequence[Pair], *, collate: Callable[[list[Sample]], VideoBatch]
 ) -> PreferenceBatch:
-    chosen = collate([Sample(p.key, p.chosen, p.visuals, p.tiles) for p in pairs])
-    rejected = collate([Sample(p.key, p.rejected, p.visuals, p.tiles) for p in pairs])
+    chosen = collate([Sample(p.key, p.chosen, p.visuals) for p in pairs])
+    rejected = collate([Sample(p.key, p.rejected, p.visuals) for p in pairs])
     known = [pair.reference for pair in pairs if pair.reference is not None]
     return PreferenceBatch(
         chosen,
-        replace(rejected, frames=chosen.frames),
+        replace(rejected, pixels=chosen.pixels),
         torch.tensor(known) if len(known) == len(pairs) else None,
         [pair.settings for pair in pairs],
     )
@@ -144,8 +149,10 @@ class PreferenceDataModule(InstructDataModule):
     Takes the arguments of `InstructDataModule`.
     """
 
-    def decoder(self) -> Callable[[dict[str, Any]], Pair]:
-        return partial(decode_pair, frames=self._frames, conversation=self.conversation)
+    def decoder(self, drawn: tuple[int, int] | None = None) -> Callable[[dict[str, Any]], Pair]:
+        return partial(
+            decode_pair, frames=self._frames, conversation=self.conversation, drawn=drawn
+        )
 
     def collater(self) -> Callable[[list[Pair]], PreferenceBatch]:
         return partial(collate_pairs, collate=super().collater())
@@ -157,7 +164,7 @@ class PreferenceDataModule(InstructDataModule):
     def outlined_sample(self, outline: Outline) -> Pair:
         """Returns a pair of two answers of the same length."""
         text, visuals = self.conversation.outlined(outline), list(outline.visuals)
-        return Pair("outline", text, text, visuals, list(outline.tiles), (0.0, 0.0), {})
+        return Pair("outline", text, text, visuals, (0.0, 0.0), {})
 
     def shards(self) -> dict[str, Sequence[Shard]]:
         """Returns the shards of each split that has shards."""

@@ -70,7 +70,6 @@ class Processor:
         ]
         return collate(
             samples,
-            image_size=self._frames.image_size,
             pad_id=cast(int, self.conversation.tokenizer.pad_token_id),
             prompt_pad_id=cast(int, self.conversation.prompt_tokenizer.pad_token_id),
         )
@@ -108,7 +107,7 @@ class Processor:
         ends_with_answer = bool(turns) and turns[-1].role == "assistant"
         encode = self.conversation if ends_with_answer else self.conversation.ask
         key = " ".join(path.name for path in paths)
-        return Sample(key, encode(turns), [v for v, _ in read], [tiles for _, tiles in read])
+        return Sample(key, encode(turns), read)
 
 
 def _build(spec: Mapping[str, Any], kind: type = object) -> Any:

@@ -9,6 +9,7 @@ ropelab-evaluate run=runs/run/videorope-seed0 data.val=held-out/ scores=[mc,hall
 
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Evaluates a run with the rotary scheme it was trained with, unless the user names another."""
+    """Evaluates a run with the components it was trained with.
+
+    `rotary` and `positions` have no weights, so the user may name others.
+    """
     typed = sys.argv[1:]
     asking = any(word.startswith("-") and word not in ("-m", "--multirun") for word in typed)
     if not asking and not any(word.startswith("run=") for word in typed):
@@ -44,7 +48,12 @@ def main() -> None:
         replay = read_replay(typed)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    named = any(word.lstrip("+").startswith(("rotary=", "model.rotary.")) for word in replay.typed)
+    words = [word.lstrip("+") for word in replay.typed]
+    named = [
+        part
+        for part in ("rotary", "positions")
+        if any(word.startswith((f"{part}=", f"model.{part}")) for word in words)
+    ]
     sys.argv[1:] = [*replay.words, *replay.typed]
 
     @hydra_errors_in_one_line
@@ -59,7 +68,7 @@ def main() -> None:
         if isinstance(stage, ClipContextModule):
             model, step = None, load_encoder(run, stage)
         else:
-            model, step = load(run, plain(config.model.rotary) if named else None)
+            model, step = load(run, {part: plain(config.model)[part] for part in named})
         folder = RunDirectory(config)
         print_config(config)
         lightning.seed_everything(config.seed, workers=True, verbose=False)
@@ -88,21 +97,20 @@ def main() -> None:
 
 
 def load(
-    run: Path, rotary: dict[str, Any] | None, name: str | None = None
+    run: Path, replaced: Mapping[str, Any] | None = None, name: str | None = None
 ) -> tuple[VideoLanguageModel, int]:
     """Returns the trained model and its number of training steps.
 
     Args:
         run: a run directory, or a folder that `from_pretrained` opens.
-        rotary: spec of a rotary scheme that replaces the trained one.
+        replaced: specs of components that replace the trained ones, by component.
         name: file name of the checkpoint; by default the newest complete one.
 
     Raises:
         ValueError: there is no checkpoint, or its weights do not fit its components.
     """
     if (run / "config.json").is_file():
-        named: dict[str, Any] = {"rotary": rotary} if rotary else {}
-        return VideoLanguageModel.from_pretrained(run, **named).eval(), 0
+        return VideoLanguageModel.from_pretrained(run, **(replaced or {})).eval(), 0
     path, checkpoint = _read(run, name)
     stages = checkpoint["stages"]
     if "llm" not in stages:
@@ -111,9 +119,10 @@ def load(
             f"training of an llm from it with init={run}, or ask for its recall with "
             f"ropelab-evaluate run={run} experiment=clip_context"
         )
-    if rotary and rotary != stages["rotary"]:
-        logger.warning("trained with %s, run with %s as asked", stages["rotary"], rotary)
-        stages = {**stages, "rotary": rotary}
+    for part, asked in (replaced or {}).items():
+        if asked != stages[part]:
+            logger.warning("trained with %s, run with %s as asked", stages[part], asked)
+            stages = {**stages, part: asked}
     model = VideoLanguageModel(VideoLanguageModelConfig(**stages))
     _fill(model, checkpoint, path)
     return model.eval(), checkpoint["global_step"]

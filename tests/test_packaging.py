@@ -13,6 +13,7 @@ import yaml
 
 from datamodules.batch import Grid
 from experiments import CONFIG_DIR
+from tests.helpers.visuals import row_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -131,6 +132,7 @@ def test_the_scheme_that_contributing_shows_works():
     names: dict = {}
     exec(blocks[0], names)
     scheme = names["FrameRope"]()
-    positions = scheme.positions([1, Grid(2, 1, 2), 1])
-    assert positions.tolist() == [[0, 1, 1, 2, 2, 3]] * 3
+    positions, following = scheme.positions(row_of(1, Grid(2, 1, 2), 1))
+    assert positions.tolist() == [[0, 1, 1, 2, 2, 3]]
+    assert following == 4
     assert scheme.axes(4).tolist() == [0] * 4

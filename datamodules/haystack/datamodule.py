@@ -31,12 +31,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import StepsDataModule
-from datamodules.batch import VideoBatch, data_rank
+from datamodules.batch import VideoBatch, Visual, VisualInfo, data_rank
 from datamodules.errors import BadSampleError
 from datamodules.haystack.cells import GridPlan, NeedleGrid
 from datamodules.haystack.needle import Needle, by_question, read_clips, read_needles, turns_about
 from datamodules.instruct import Sample, collate
 from datamodules.sample.conversation import ConversationEncoder
+from datamodules.sample.draw import with_draws
 from datamodules.sample.outline import Outline
 from datamodules.stream.index import read_manifest
 from datamodules.stream.loader import Faults, StreamLoader
@@ -206,7 +207,7 @@ class HaystackDataModule(StepsDataModule):
 
     def outlined(self, outline: Outline) -> VideoBatch:
         text = self.conversation.outlined(outline)
-        sample = Sample("outline", text, list(outline.visuals), list(outline.tiles))
+        sample = Sample("outline", text, list(outline.visuals))
         return self._collate([sample] * self.batch_size)
 
     def test_dataloader(self) -> "NeedleGrid":
@@ -223,16 +224,15 @@ class HaystackDataModule(StepsDataModule):
             Sample(
                 needle.key,
                 self.conversation(turns_about([needle])),
-                [stand_in.expand(frames, -1, -1, -1)],
+                [video(stand_in.expand(frames, -1, -1, -1))],
             )
             for needle in needles
         ]
-        return self._collate(texts, image_size=1)
+        return self._collate(texts)
 
-    def _collate(self, samples: list[Sample], image_size: int | None = None) -> VideoBatch:
+    def _collate(self, samples: list[Sample]) -> VideoBatch:
         return collate(
             samples,
-            image_size=image_size or self._frames.image_size,
             pad_id=cast(int, self.conversation.tokenizer.pad_token_id),
             prompt_pad_id=cast(int, self.conversation.prompt_tokenizer.pad_token_id),
         )
@@ -240,7 +240,9 @@ class HaystackDataModule(StepsDataModule):
     def _loader(
         self, split: str, plan: TrainingPlan, seed: int, per_step: int | None = None, **how: Any
     ) -> StreamLoader:
-        samples = HaystackSamples(*self._sets[split], plan, self.conversation, seed)
+        samples = HaystackSamples(
+            *self._sets[split], plan, self.conversation, seed, drawn=split == "train"
+        )
         stream = HaystackStream(samples, self.batch_size, self._collate, per_step)
         rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
         return StreamLoader(
@@ -295,7 +297,11 @@ class HaystackStream(Dataset):
 
 
 class HaystackSamples(Dataset):
-    """Training samples by number."""
+    """Training samples by number.
+
+    Args:
+        drawn: each video has a `draw`.
+    """
 
     def __init__(
         self,
@@ -304,9 +310,10 @@ class HaystackSamples(Dataset):
         plan: TrainingPlan,
         conversation: ConversationEncoder,
         seed: int,
+        drawn: bool = False,
     ):
         self._clips, self._needles, self._plan = clips, needles, plan
-        self._conversation, self._seed = conversation, seed
+        self._conversation, self._seed, self._drawn = conversation, seed, drawn
         self._by_question = by_question(needles)
 
     def __len__(self) -> int:
@@ -327,4 +334,12 @@ class HaystackSamples(Dataset):
         ]
         for place, needle in zip(rng.permutation(length)[:count], needles, strict=True):
             frames[place] = needle.frame
-        return Sample(f"#{n}", self._conversation(turns_about(needles)), [frames])
+        visuals = [video(frames)]
+        if self._drawn:
+            visuals = with_draws(visuals, self._seed, n)
+        return Sample(f"#{n}", self._conversation(turns_about(needles)), visuals)
+
+
+def video(frames: UInt8[Tensor, "t c h w"]) -> Visual:
+    """Returns a video of one frame per second, as V-NIAH samples its haystack."""
+    return Visual(frames, VisualInfo(tuple(map(float, range(len(frames))))))

@@ -38,7 +38,7 @@ def read_clips(shards: str | Iterable[str], frames: FrameReader) -> list[UInt8[T
             videos = [suffix for suffix in raw if is_video(suffix)]
             if not videos:
                 raise BadSampleError("not_a_video", "a haystack needs one")
-            clips += [frames.read(suffix, raw[suffix])[0] for suffix in videos]
+            clips += [frames.read(suffix, raw[suffix]).frames for suffix in videos]
     return clips
 
 

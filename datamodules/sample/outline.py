@@ -4,9 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Tiles
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Visual
 
 
 @dataclass(frozen=True)
@@ -14,14 +12,12 @@ class Outline:
     """The sizes of one sample.
 
     Args:
-        visuals: uint8 (t c h w), each with its own t; fake tensors and the meta device are allowed.
-        tiles: one entry per visual, as in `VideoBatch`.
+        visuals: their frames may be fake tensors, or on the meta device.
         words: text tokens, without visuals.
         learnt: number of labelled tokens, at the end of the text.
     """
 
-    visuals: Sequence[Tensor]
-    tiles: Sequence[Tiles | None]
+    visuals: Sequence[Visual]
     words: int
     learnt: int
 
@@ -43,6 +39,7 @@ class Outline:
         """
         of_image = per_frame if per_image is None else per_image
         visual = 0.0
-        for frames, tiles in zip(map(len, self.visuals), self.tiles, strict=True):
-            visual += of_image if tiles or frames == 1 else per_frame * frames
+        for each in self.visuals:
+            frames = len(each.frames)
+            visual += of_image if each.info.tiles or frames == 1 else per_frame * frames
         return self.words + math.ceil(visual)

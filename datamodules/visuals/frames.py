@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from datamodules.batch import Tiles
+from datamodules.batch import Visual, VisualInfo
 from datamodules.errors import BadSampleError
 from datamodules.visuals.images import MAX_PIXELS, open_image
 from datamodules.visuals.packets import check_work, scan_packets
@@ -88,7 +88,7 @@ class FrameReader:
         sampler: takes the times of all frames in seconds and returns the numbers of the wanted
             frames, not decreasing.
         max_pixels: a larger picture is refused before it is decoded.
-        tiles: (rows, columns) of the grids that `picture` may cut an image into; None: no tiles.
+        tiles: (rows, columns) of the grids that an image may be cut into; None: no tiles.
     """
 
     def __init__(
@@ -101,14 +101,17 @@ class FrameReader:
         self.image_size, self.sampler, self.max_pixels = image_size, sampler, max_pixels
         self.tiles = None if tiles is None else check_grids(tiles)
 
-    def read(self, name: str, data: bytes) -> tuple[UInt8[Tensor, "n c h w"], Tiles | None]:
-        """Returns the frames of a visual. Its file name suffix decides between video and image.
+    def read(self, name: str, data: bytes) -> Visual:
+        """Returns a visual. Its file name suffix decides between video and image.
 
         Raises:
-            BadSampleError: as `video` and `picture`; the message begins with the name.
+            BadSampleError: as `video` and `image`; the message begins with the name.
         """
         with naming(name):
-            return (self.video(data), None) if is_video(name) else self.picture(data)
+            if not is_video(name):
+                return self._picture(data)
+            frames, seconds = self._sampled(data)
+            return Visual(frames, VisualInfo(seconds))
 
     def video(self, data: bytes) -> UInt8[Tensor, "t c h w"]:
         """Returns the sampled frames of a video.
@@ -117,6 +120,10 @@ class FrameReader:
             BadSampleError: video_unreadable, video_empty, video_truncated, video_too_large,
                 not_a_video.
         """
+        return self._sampled(data)[0]
+
+    def _sampled(self, data: bytes) -> tuple[UInt8[Tensor, "t c h w"], tuple[float, ...]]:
+        """Returns the sampled frames of a video, and the time of each in seconds."""
         packets = scan_packets(data, self.max_pixels)
         wanted = np.asarray(self.sampler(packets.times))
         check_work(packets, wanted.tolist(), len(data))
@@ -133,7 +140,7 @@ class FrameReader:
 
         decode_wanted(data, packets, wanted.tolist(), keep, self.max_pixels)
         assert frames is not None
-        return frames
+        return frames, tuple(float(packets.times[number]) for number in wanted)
 
     def image(self, data: bytes) -> UInt8[Tensor, "t c h w"]:
         """Returns an image as one frame.
@@ -146,11 +153,13 @@ class FrameReader:
         pixels = np.array(picture.resize((width, height), Image.Resampling.BICUBIC))
         return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()  # h w c -> 1 c h w
 
-    def picture(self, data: bytes) -> tuple[UInt8[Tensor, "n c h w"], Tiles | None]:
+    def _picture(self, data: bytes) -> Visual:
         """Returns an image as one frame, or as a thumbnail and tiles. Raises as `image`."""
         if self.tiles is None:
-            return self.image(data), None
-        return cut_tiles(open_image(data, self.max_pixels), self.image_size, self.tiles)
+            return Visual(self.image(data))
+        picture = open_image(data, self.max_pixels)
+        frames, tiles = cut_tiles(picture, self.image_size, self.tiles)
+        return Visual(frames, VisualInfo(tiles=tiles))
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         """Returns the (height, width) of frames for a displayed picture of this size.

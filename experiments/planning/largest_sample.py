@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from datamodules.batch import Grid, Tiles
+from datamodules.batch import Tiles, Visual, VisualInfo
 from datamodules.sample.outline import Outline
 from datamodules.visuals.tiles import check_grids
 from experiments.run.compose import plain
@@ -70,25 +70,30 @@ class Largest:
                 f"{self._described()} are {visual} tokens, but tokens={self.tokens}: set more of "
                 "them, or choose a pooler that leaves less"
             )
-        size = network.encoder.image_size
-        visuals = list(self._visuals(size))
+        height, width = _frame_size(network)
         with fake:
-            frames = [torch.empty(n, 3, size, size, dtype=torch.uint8) for n, _ in visuals]
-        tiles = [tiles for _, tiles in visuals]
-        return Outline(frames, tiles, words, max(1, round(self.labelled * words)))
+            visuals = [
+                Visual(
+                    torch.empty(frames, 3, height, width, dtype=torch.uint8),
+                    VisualInfo(seconds=tuple(map(float, range(frames))), tiles=tiles),
+                )
+                for frames, tiles in self._visuals(height, width)
+            ]
+        return Outline(visuals, words, max(1, round(self.labelled * words)))
 
     def visual_tokens(self, network: Any) -> int:
         """Returns the number of visual tokens that the LLM reads; 0 without an LLM."""
         if not isinstance(network, VideoLanguageModel):
             return 0
-        visuals = self._visuals(network.encoder.image_size)
-        return sum(_tokens(network, frames, tiles) for frames, tiles in visuals)
+        size = _frame_size(network)
+        visuals = self._visuals(*size)
+        return sum(network.num_tokens(frames, *size, tiles) for frames, tiles in visuals)
 
     @property
     def all_frames(self) -> int:
-        return sum(frames for frames, _ in self._visuals(1))
+        return sum(frames for frames, _ in self._visuals(1, 1))
 
-    def _visuals(self, side: int) -> Iterator[tuple[int, Tiles | None]]:
+    def _visuals(self, height: int, width: int) -> Iterator[tuple[int, Tiles | None]]:
         """Yields (frames, tiles) of each visual. An image fills its tiles completely."""
         for _ in range(self.videos):
             yield self.frames, None
@@ -97,7 +102,7 @@ class Largest:
                 yield 1, None
                 continue
             rows, columns = max(self.grids, key=lambda grid: grid[0] * grid[1])
-            yield 1 + rows * columns, Tiles(rows, columns, rows * side, columns * side)
+            yield 1 + rows * columns, Tiles(rows, columns, rows * height, columns * width)
 
     def _described(self) -> str:
         videos = [f"{self.videos} x {self.frames} frames"] if self.videos else []
@@ -105,18 +110,10 @@ class Largest:
         return " and ".join(videos + images) or "no visuals"
 
 
-def _tokens(network: VideoLanguageModel, frames: int, tiles: Tiles | None) -> int:
-    """Returns the number of tokens of one visual.
-
-    A tiled image has the tokens of its thumbnail, of the plane of all tiles, and newlines.
-    """
-    rows, columns = network.encoder.grid
-    if tiles is None:
-        return network.pooler.grid(Grid(frames, rows, columns)).size
-    first = network.pooler.grid(Grid(1, rows, columns))
-    plane = network.pooler.grid(Grid(1, tiles.rows * rows, tiles.columns * columns))
-    newlines = plane.h if network.image_newline is not None else 0
-    return first.size + plane.size + newlines
+def _frame_size(network: Any) -> tuple[int, int]:
+    """Returns the height and width of a frame in pixels."""
+    height, width = network.encoder.blank().frames.shape[-2:]
+    return height, width
 
 
 def _frames(config: DictConfig) -> int:

@@ -7,7 +7,6 @@ Recomputation to save memory does not count. Neither do small operations (norms,
 pooler's windows).
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -95,16 +94,19 @@ class FlopMeter:
     def _count_tower(
         self, name: str, weighed: dict[bool, Weights], tower: Any, args: Any, output: Any
     ) -> None:
-        first = args[0]
-        if first.ndim == 4:  # frames
-            rows, length = output.shape[0], math.prod(tower.grid) + tower.class_tokens
-        else:
-            rows, length = first.shape[:2]
-        if first.ndim == 3 and torch.is_grad_enabled():
+        first, learns = args[0], torch.is_grad_enabled()
+        if isinstance(first, list):  # visuals
+            for visual in first:
+                t, _, height, width = visual.frames.shape
+                length = tower.extent(1, height, width).size + tower.class_tokens
+                weights = weighed[visual.frames.requires_grad]
+                self.flops[name] += weights.flops(t * length, length, learns)
+            return
+        rows, length = first.shape[:2]
+        if first.ndim == 3 and learns:
             read = args[1] if len(args) > 1 else None
             self.tokens = self.tokens + (rows * length if read is None else (read != 0).sum())
-        weights = weighed[first.requires_grad]
-        self.flops[name] += weights.flops(rows * length, length, torch.is_grad_enabled())
+        self.flops[name] += weighed[first.requires_grad].flops(rows * length, length, learns)
 
     def _count_layer(self, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
         if is_running_again():

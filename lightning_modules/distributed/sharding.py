@@ -25,6 +25,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
+from lightning_modules.distributed.blank import always_encode
+from lightning_modules.encoder.base import Encoder
 from lightning_modules.llm.base import LanguageModel
 
 
@@ -105,6 +107,9 @@ def shard(
             "model.llm.dtype to the same, such as bf16-true and bfloat16"
         )
     blocks = list(blocks)
+    for module in model.modules():
+        if isinstance(module, Encoder):
+            always_encode(module)
     _split_layers(model, mesh["tensor_parallel"])
     policy = MixedPrecisionPolicy(param_dtype=travel, reduce_dtype=torch.float32)
     for part in (*blocks, model):

@@ -1,20 +1,22 @@
-"""The contract of an encoder: frames -> patches, prompt -> embedding."""
+"""The contract of an encoder: visuals -> tokens, prompt -> embedding."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from datamodules.batch import Grid, Visual
+from lightning_modules.tokens import VisualTokens
 
 from .chunks import CHUNK_FRAMES
 
 
 class Encoder(nn.Module, ABC):
-    """Turns frames into patch features, and maps patches and prompts into one shared space.
+    """Turns visuals into tokens, and maps tokens and prompts into one shared space.
 
     Attributes that a subclass sets:
-        width: d, the width of the patch features.
-        grid: rows and columns of patches in a frame.
-        image_size: side of a square frame in pixels.
+        width: d, the width of the tokens' features.
         per_frame: whether the patches of a frame depend on that frame alone, so that they may be
             stored and reused.
         class_tokens: tokens per frame that the blocks read besides the patches.
@@ -24,25 +26,35 @@ class Encoder(nn.Module, ABC):
     """
 
     width: int
-    grid: tuple[int, int]
-    image_size: int
     per_frame: bool
     class_tokens: int = 0
     reads_prompts: bool = True
     chunk_frames: int | None = CHUNK_FRAMES
 
     @abstractmethod
-    def forward(
-        self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
-    ) -> Float[Tensor, "n p d"]:
-        """Returns the patch features without the class token. Normalises uint8 frames.
+    def forward(self, visuals: Sequence[Visual]) -> list[VisualTokens]:
+        """Returns the tokens of each visual: one per patch, without class tokens.
 
-        `frame_counts` holds the number of frames of each visual; they sum to n.
+        Normalises uint8 frames. All visuals run together, so each block runs once.
+
+        Raises:
+            ValueError: the encoder cannot read frames of this size.
         """
 
     @abstractmethod
+    def extent(self, frames: int, height: int, width: int) -> Grid:
+        """Returns the grid of tokens of a visual of this size in frames and pixels.
+
+        It needs no weights, so the number of tokens is known before anything is computed.
+        """
+
+    @abstractmethod
+    def blank(self) -> Visual:
+        """Returns the smallest visual that this encoder reads, on the CPU."""
+
+    @abstractmethod
     def align(self, patches: Float[Tensor, "*n p d"]) -> Float[Tensor, "*n p e"]:
-        """Maps patch features into the space shared with prompts; does not normalise them."""
+        """Maps features of patches into the space shared with prompts; does not normalise them."""
 
     @abstractmethod
     def encode_prompt(

@@ -1,6 +1,6 @@
 """CLIP as the encoder: transformers' vision and text towers, cut after the feature layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,23 +9,26 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from datamodules.batch import Visual
 from lightning_modules.spec import set_attention
+from lightning_modules.tokens import VisualTokens
 
-from .base import Encoder
 from .bt_adapter import BTAdapter
 from .chunks import CHUNK_FRAMES, check_chunk_frames, run_layers
 from .prompt import extend_context
 from .towers import (
+    FrameEncoder,
     check_given,
     check_image_size,
     embed_patches,
     layers_before,
     load_whole,
+    on_frames,
     tower_sizes,
 )
 
 
-class ClipEncoder(Encoder):
+class ClipEncoder(FrameEncoder):
     """An encoder that returns the patches of hidden state `feature_layer`, and reads prompts.
 
     Give either `source` or `config`.
@@ -98,20 +101,22 @@ class ClipEncoder(Encoder):
         self.per_frame = self.adapter is None
         self.context_length = self.text.config.max_position_embeddings
 
-    def forward(
-        self, frames: Num[Tensor, "n c h w"], frame_counts: list[int], class_token: bool = False
+    def forward(self, visuals: Sequence[Visual], class_token: bool = False) -> list[VisualTokens]:
+        """Returns the patches; with `class_token`, only the class token of each frame instead."""
+        if not class_token or not visuals:
+            return super().forward(visuals)
+        states = self.hidden_state(*self.stack(visuals))
+        return on_frames(states[:, :1, None], visuals)  # n s d -> n 1 1 d
+
+    def encode(
+        self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
     ) -> Float[Tensor, "n p d"]:
-        """Returns the patches; with `class_token`, the class token comes first and p grows by 1."""
-        return self.hidden_state(frames, frame_counts)[:, 0 if class_token else 1 :]
+        return self.hidden_state(frames, frame_counts)[:, 1:]
 
     def hidden_state(
         self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
     ) -> Float[Tensor, "n s d"]:
-        """Returns the class token and the patches of each frame: s = 1 + p.
-
-        Raises:
-            ValueError: the frames do not have the size that the tower reads.
-        """
+        """Returns the class token and the patches of each frame: s = 1 + p."""
         tower, layers = self.vision, self.vision.encoder.layers
         hidden = run_tower(tower, layers[: self.branch_start], frames, self.chunk_frames)
         if self.adapter is None or not frame_counts:
@@ -207,7 +212,7 @@ def embed(tower: CLIPVisionModel, frames: Float[Tensor, "n c h w"]) -> Float[Ten
     checkpoint stores. A tower built on the meta device would read uninitialised memory there.
     """
     embeddings = tower.embeddings
-    patches = embed_patches(embeddings, frames, tower.config.image_size)  # n p d
+    patches = embed_patches(embeddings, frames)  # n p d
     token = embeddings.class_embedding.expand(frames.shape[0], 1, -1)
     return torch.cat([token, patches], dim=1) + embeddings.position_embedding.weight
 

@@ -9,13 +9,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from lightning_modules.spec import set_attention
 
-from .base import Encoder
 from .chunks import CHUNK_FRAMES, check_chunk_frames
 from .clip import run_tower
-from .towers import check_image_size, layers_before, tower_sizes
+from .towers import FrameEncoder, check_image_size, layers_before, tower_sizes
 
 
-class ClipVisionEncoder(Encoder):
+class ClipVisionEncoder(FrameEncoder):
     """An encoder that returns the patches of hidden state `feature_layer`; cannot read prompts.
 
     Args:
@@ -52,7 +51,7 @@ class ClipVisionEncoder(Encoder):
         side = architecture.image_size // architecture.patch_size
         self.grid = (side, side)
 
-    def forward(
+    def encode(
         self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
     ) -> Float[Tensor, "n p d"]:
         layers = self.vision.encoder.layers

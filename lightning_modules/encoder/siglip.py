@@ -17,11 +17,11 @@ from transformers import (
 
 from lightning_modules.spec import set_attention
 
-from .base import Encoder
 from .chunks import CHUNK_FRAMES, check_chunk_frames, run_layers
 from .clip_vision import no_prompts
 from .prompt import extend_context
 from .towers import (
+    FrameEncoder,
     check_given,
     check_image_size,
     embed_patches,
@@ -31,7 +31,7 @@ from .towers import (
 )
 
 
-class SiglipEncoder(Encoder):
+class SiglipEncoder(FrameEncoder):
     """An encoder that returns the patches of hidden state `feature_layer`.
 
     It reads prompts only if it has a text tower. Give either `source` or `config`.
@@ -86,7 +86,7 @@ class SiglipEncoder(Encoder):
                 extend_context(self.text, context_length, kept_positions)
             self.context_length = self.text.config.max_position_embeddings
 
-    def forward(
+    def encode(
         self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
     ) -> Float[Tensor, "n p d"]:
         reads, layers = [self.vision.embeddings], self.vision.encoder.layers
@@ -162,12 +162,9 @@ class SiglipEncoder(Encoder):
         """Returns the patch embeddings with positions added.
 
         It replaces transformers' own forward for the reason given in `clip.embed`.
-
-        Raises:
-            ValueError: the frames do not have the size that the tower reads.
         """
         embeddings = self.vision.embeddings
-        patches = embed_patches(embeddings, _normalise(frames), self.image_size)  # n p d
+        patches = embed_patches(embeddings, _normalise(frames))  # n p d
         return patches + embeddings.position_embedding.weight
 
 

@@ -1,12 +1,84 @@
-"""Helpers shared by the encoders that use transformers' vision and text towers."""
+"""What encoders share that use transformers' vision and text towers on square frames."""
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 from transformers import PretrainedConfig
+
+from datamodules.batch import Grid, Visual
+from lightning_modules.tokens import VisualTokens
+
+from .base import Encoder
+
+
+class FrameEncoder(Encoder):
+    """An encoder whose tower reads square frames of one size; a token is a patch of a frame.
+
+    Attributes that a subclass sets:
+        image_size: side of a frame in pixels.
+        grid: rows and columns of patches in a frame.
+    """
+
+    image_size: int
+    grid: tuple[int, int]
+
+    @abstractmethod
+    def encode(
+        self, frames: Num[Tensor, "n c h w"], frame_counts: list[int]
+    ) -> Float[Tensor, "n p d"]:
+        """Returns the features of the patches of each frame.
+
+        `frame_counts` holds the number of frames of each visual; they sum to n.
+        """
+
+    def forward(self, visuals: Sequence[Visual]) -> list[VisualTokens]:
+        if not visuals:
+            return []
+        patches = self.encode(*self.stack(visuals)).unflatten(1, self.grid)  # n p d -> n h w d
+        return on_frames(patches, visuals)
+
+    def stack(self, visuals: Sequence[Visual]) -> tuple[Num[Tensor, "n c h w"], list[int]]:
+        """Returns the frames of all visuals, and the number of frames of each.
+
+        Raises:
+            ValueError: the frames do not have the size that the tower reads.
+        """
+        side = self.image_size
+        for visual in visuals:
+            if (size := visual.frames.shape[-2:]) != (side, side):
+                raise ValueError(
+                    f"frames of {size[0]} x {size[1]} pixels, but the encoder reads {side} x "
+                    f"{side}: set data.frames.image_size to {side}"
+                )
+        frames = [visual.frames for visual in visuals]
+        return frames[0] if len(frames) == 1 else torch.cat(frames), list(map(len, frames))
+
+    def extent(self, frames: int, height: int, width: int) -> Grid:
+        return Grid(frames, *self.grid)
+
+    def blank(self) -> Visual:
+        return Visual(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8))
+
+
+def on_frames(features: Float[Tensor, "n h w d"], visuals: Sequence[Visual]) -> list[VisualTokens]:
+    """Returns the tokens of each visual, given the features of all frames.
+
+    A time step is one frame, shown when the frame is.
+    """
+    counts = [len(visual.frames) for visual in visuals]
+    return [
+        VisualTokens.on_grid(
+            part,
+            seconds=visual.info.seconds,
+            draw=visual.info.draw,
+            continues=visual.info.continues,
+        )
+        for part, visual in zip(features.split(counts), visuals, strict=True)
+    ]
 
 
 def check_given(source: str | None, config: Mapping[str, Any] | None) -> None:
@@ -49,19 +121,8 @@ def load_whole(model: Any, source: str | None, name: str) -> Any:
     return loaded
 
 
-def embed_patches(
-    embeddings: Any, frames: Float[Tensor, "n c h w"], side: Any
-) -> Float[Tensor, "n p d"]:
-    """Returns the embedding of each patch, without positions.
-
-    Raises:
-        ValueError: the frames do not have the size that the tower reads.
-    """
-    if frames.shape[-2:] != (side, side):
-        raise ValueError(
-            f"frames of {frames.shape[-2]} x {frames.shape[-1]} pixels, but the encoder reads "
-            f"{side} x {side}: set data.frames.image_size to {side}"
-        )
+def embed_patches(embeddings: Any, frames: Float[Tensor, "n c h w"]) -> Float[Tensor, "n p d"]:
+    """Returns the embedding of each patch, without positions."""
     weight = embeddings.patch_embedding.weight
     return embeddings.patch_embedding(frames.to(weight.dtype)).flatten(2).mT
 

@@ -48,7 +48,7 @@ class Importer(ABC):
         self.config, self.clip = dict(config), clip
 
     @abstractmethod
-    def stages(self) -> dict[str, dict[str, Any]]:
+    def stages(self) -> dict[str, Any]:
         """Returns a spec for each component of the source, with sizes from its config.
 
         Raises:

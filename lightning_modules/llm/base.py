@@ -34,7 +34,7 @@ class LanguageModel(nn.Module, ABC):
         self,
         embeds: Float[Tensor, "b l m"],
         mask: Bool[Tensor, "b k"] | None,
-        positions: Float[Tensor, "4 b l"],
+        positions: Float[Tensor, "a1 b l"],
         cache: Cache | None = None,
     ) -> Float[Tensor, "b l m"]:
         """Returns the hidden states after the last norm.
@@ -57,14 +57,14 @@ class LanguageModel(nn.Module, ABC):
         self,
         embeds: Float[Tensor, "b l m"],
         mask: Bool[Tensor, "b l"],
-        positions: Float[Tensor, "4 b l"],
-        following: Float[Tensor, "3 b"],
+        positions: Float[Tensor, "a1 b l"],
+        following: Float[Tensor, " b"],
         **options,
     ) -> Int[Tensor, "b2 l2"]:
         """Returns the new token ids for each row.
 
         Args:
-            following: position of the first new token of each row, from
+            following: position of the first new token of each row on all axes, from
                 `RotaryScheme.batch_following`; each further token advances by 1.
             options: arguments of transformers' `GenerationMixin.generate`.
         """

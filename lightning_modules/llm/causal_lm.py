@@ -71,7 +71,7 @@ class CausalLM(LanguageModel):
         self,
         embeds: Float[Tensor, "b l m"],
         mask: Bool[Tensor, "b k"] | None,
-        positions: Float[Tensor, "4 b l"],
+        positions: Float[Tensor, "a1 b l"],
         cache: Cache | None = None,
     ) -> Float[Tensor, "b l m"]:
         packed = mask is None and cache is None
@@ -101,8 +101,8 @@ class CausalLM(LanguageModel):
         self,
         embeds: Float[Tensor, "b l m"],
         mask: Bool[Tensor, "b l"],
-        positions: Float[Tensor, "4 b l"],
-        following: Float[Tensor, "3 b"],
+        positions: Float[Tensor, "a1 b l"],
+        following: Float[Tensor, " b"],
         **options,
     ) -> Int[Tensor, "b2 l2"]:
         return self.lm.generate(
@@ -245,30 +245,31 @@ def find_logit_scale(lm: PreTrainedModel) -> float:
 
 
 def _with_following(
-    positions: Float[Tensor, "4 b l"], following: Float[Tensor, "3 b"]
-) -> Float[Tensor, "8 b l"]:
+    positions: Float[Tensor, "a1 b l"], following: Float[Tensor, " b"]
+) -> Float[Tensor, "a2 b l"]:
     """Returns positions with which generation continues at `following`, not at the last one + 1.
 
-    transformers adds 1 to every row for each generated token. Rows 4 to 7 hold the values one step
-    before the first such token: -1, and `following` - 1. So row 4 is negative for the given tokens
-    and counts the generated ones; rows 5 to 7 are the positions of the generated tokens.
+    transformers adds 1 to every row for each generated token. Two more rows hold the values one
+    step before the first such token: -1, and `following` - 1. So the first of them is negative for
+    the given tokens and counts the generated ones; the second is their position on all axes.
     """
-    length = positions.shape[-1]
-    before = following.to(positions)[..., None].expand(-1, -1, length) - 1  # 3 b l
-    return torch.cat([positions, before.new_full((1, *before.shape[1:]), -1), before])
+    before = following.to(positions)[None, :, None].expand(1, -1, positions.shape[-1]) - 1  # 1 b l
+    return torch.cat([positions, torch.full_like(before, -1), before])
 
 
 def _take_axis_positions(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Passes the positions on the axes to the rotary module, and row 0 to everything else.
 
     transformers derives masks and packed documents from the positions, so it must get text
-    positions. Positions on three axes would fail in training, or silently count as documents.
+    positions. Positions on several axes would fail in training, or silently count as documents.
     """
     positions = kwargs.get("position_ids")
     if positions is not None and positions.ndim == 3:
-        axes = positions[1:4]
-        if len(positions) > 4:  # generation; prepared by `_with_following`
-            axes = positions[5:].where(positions[4] >= 0, axes)
+        count = 1 + decoder.rotary_emb.scheme.num_axes
+        axes = positions[1:count]
+        if len(positions) > count:  # generation; prepared by `_with_following`
+            generated, position = positions[count:]
+            axes = torch.where(generated >= 0, position, axes)
         decoder.rotary_emb.axis_positions = axes.float()
         kwargs = kwargs | {"position_ids": positions[0].long()}
     return args, kwargs

@@ -1,4 +1,4 @@
-"""The contract of a pooler: patches and their relevance -> fewer tokens."""
+"""The contract of a pooler: tokens and their relevance -> fewer tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -8,17 +8,21 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from datamodules.batch import Grid
+from lightning_modules.tokens import VisualTokens
 
 
 class Pooler(nn.Module, ABC):
-    """Computes a weighted mean over windows of one visual's patches.
+    """Makes fewer tokens of one visual.
 
-    The weights of a window sum to 1. So a linear layer gives the same result before and after the
-    pooler.
+    A token stands at the centre of the patches that it was made of, on the extent of the visual.
+    The centre must not depend on the prompt, and never on weights of a mean.
+
+    The projector's second layer, which is linear, runs after the pooler. So a pooler that computes
+    means must use weights that sum to 1.
 
     Attributes:
-        uses_prompt: whether `forward` needs the relevance of every patch to a prompt.
-        last_effective_tokens: for logs: the effective number of patches per window in the latest
+        uses_prompt: whether `forward` needs the relevance of every token to a prompt.
+        last_effective_tokens: for logs: the effective number of patches per new token in the latest
             forward; None if all patches have equal weight.
     """
 
@@ -27,8 +31,8 @@ class Pooler(nn.Module, ABC):
 
     @staticmethod
     def relevance(
-        patches: Float[Tensor, "*n p e"], prompt: Float[Tensor, " e"]
-    ) -> Float[Tensor, "*n p"]:
+        patches: Float[Tensor, "l e"], prompt: Float[Tensor, " e"]
+    ) -> Float[Tensor, " l"]:
         """Returns the cosine of each aligned patch and one prompt's embedding.
 
         It is float32 under every precision, because poolers multiply it by up to 100.
@@ -36,21 +40,27 @@ class Pooler(nn.Module, ABC):
         return cosine_similarity(patches.float(), prompt.float(), dim=-1)
 
     @abstractmethod
-    def grid(self, before: Grid) -> Grid:
-        """Returns the grid after pooling the grid `before`.
+    def extent(self, before: Grid) -> Grid:
+        """Returns the grid that the new tokens fill after `reindex`; its size is their number.
+
+        It needs no features, so the number of tokens is known before anything is computed.
 
         Raises:
-            ValueError: the windows do not fit into `before`; the message says what would fit.
+            ValueError: the pooler does not fit the grid `before`; the message says what would fit.
         """
+
+    def width(self, width: int) -> int:
+        """Returns the width of the features that `expand` reads, for patches of width `width`."""
+        return width
 
     @abstractmethod
     def forward(
         self,
-        patches: Float[Tensor, "t h w d"],
-        relevance: Float[Tensor, "t h w"] | None = None,
+        tokens: VisualTokens,
+        relevance: Float[Tensor, " l"] | None = None,
         expand: Callable[[Tensor], Tensor] | None = None,
-    ) -> Float[Tensor, "t2 h2 w2 m"]:
-        """Pools `expand(patches)`; `expand` maps each patch alone, and None pools the patches.
+    ) -> VisualTokens:
+        """Pools `expand(features)`; `expand` maps each patch alone, and None pools the features.
 
         `relevance` is the cosine of each patch and the prompt. Without gradients, `expand` runs on
         a few frames at a time, so that its whole result is never in memory. With gradients, its

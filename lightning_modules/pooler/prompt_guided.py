@@ -5,19 +5,17 @@ utils.py.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from datamodules.batch import Grid
-
-from .base import Pooler
-from .windows import Windows
+from .windowed import WindowPooler
+from .windows import FittedWindows
 
 
-class PromptGuidedPooler(Pooler):
+class PromptGuidedPooler(WindowPooler):
     """Weights patches by the softmax, over each window, of CLIP's logit exp(logit_scale) * cosine.
 
     This equals the paper's softmax over all patches of the visual, normalised to sum to 1 in each
@@ -27,11 +25,11 @@ class PromptGuidedPooler(Pooler):
     `last_effective_tokens` shows it.
 
     Args:
-        kernel, stride, output_size, image_kernel, crop: as in `Windows`.
         temperature: divides the input of the last softmax; None is 1, or 0.01 with double_softmax,
             as published.
         logit_scale: ln of CLIP's logit scale, stored with the weights and not trained; the default
             is ln 100, the value of OpenAI's trained models.
+        windows: the arguments of `WindowPooler`.
 
     Attributes:
         last_effective_tokens: effective number of patches per window in the latest forward: exp of
@@ -43,17 +41,12 @@ class PromptGuidedPooler(Pooler):
 
     def __init__(
         self,
-        kernel: Sequence[int] | None = None,
-        stride: Sequence[int] | None = None,
-        output_size: Sequence[int] | None = None,
-        image_kernel: Sequence[int] | None = None,
-        crop: bool = False,
         temperature: float | None = None,
         double_softmax: bool = False,
         logit_scale: float = math.log(100),
+        **windows: Any,
     ):
-        super().__init__()
-        self.windows = Windows(kernel, stride, output_size, image_kernel, crop)
+        super().__init__(**windows)
         self.double_softmax = double_softmax
         self.temperature = (0.01 if double_softmax else 1.0) if temperature is None else temperature
         if self.temperature <= 0:
@@ -61,22 +54,15 @@ class PromptGuidedPooler(Pooler):
         # A tensor of one element, because FSDP2 does not shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([logit_scale]), requires_grad=False)
 
-    def grid(self, before: Grid) -> Grid:
-        return self.windows.fit(before).count
-
-    def forward(
-        self,
-        patches: Float[Tensor, "t h w d"],
-        relevance: Float[Tensor, "t h w"] | None = None,
-        expand: Callable[[Tensor], Tensor] | None = None,
-    ) -> Float[Tensor, "t2 h2 w2 m"]:
+    def weights(
+        self, fitted: FittedWindows, relevance: Float[Tensor, "t h w"] | None, device: torch.device
+    ) -> Float[Tensor, "t2 h2 w2 window"]:
         if relevance is None:
             raise ValueError("prompt-guided pooling needs the relevance of every patch")
         scores = relevance.float() * self.logit_scale.float().exp()
         if self.double_softmax:
             scores = scores.flatten().softmax(0).view_as(scores)
-        fitted = self.windows.fit(Grid(*patches.shape[:3]))
         weights = (fitted.gather(scores) / self.temperature).softmax(-1)
         entropy = torch.special.entr(weights.detach()).sum(-1)
         self.last_effective_tokens = entropy.exp().mean()
-        return fitted.average(patches, weights, expand)
+        return weights

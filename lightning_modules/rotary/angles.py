@@ -72,7 +72,7 @@ class Angles:
 
     def turn(
         self, x: Tensor, places: Float[Tensor, "b l f"], frequencies: tuple[Tensor, float]
-    ) -> tuple[Float[Tensor, "b l a"], Float[Tensor, "b l a"]]:
+    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]:
         """Returns cos and sin, computed in float32 and cast at the end.
 
         Args:
@@ -81,7 +81,7 @@ class Angles:
             frequencies: the result of `frequencies`.
         """
         radians, factor = frequencies
-        angle = self._arrange(places * radians.float())  # b l a
+        angle = self._arrange(places * radians.float())  # b l d
         cos, sin = angle.cos() * factor, angle.sin() * factor
         return (cos.to(x.dtype), sin.to(x.dtype)) if self._rounds else (cos, sin)
 
@@ -140,12 +140,12 @@ def _ask(
     return answer if isinstance(answer, tuple) else (answer, answer)
 
 
-def _halves(angle: Float[Tensor, "b l f"]) -> Float[Tensor, "b l a"]:
+def _halves(angle: Float[Tensor, "b l f"]) -> Float[Tensor, "b l d"]:
     """Arranges channels in Llama's order: all frequencies, then all again."""
     return torch.cat([angle, angle], dim=-1)
 
 
-def _pairs(angle: Float[Tensor, "b l f"]) -> Float[Tensor, "b l a"]:
+def _pairs(angle: Float[Tensor, "b l f"]) -> Float[Tensor, "b l d"]:
     """Arranges channels in Cohere's order: each frequency twice in a row."""
     return angle.repeat_interleave(2, dim=-1)
 

@@ -1,8 +1,18 @@
-"""The contract of a rotary scheme: layout -> positions -> cos, sin.
+"""The contract of a rotary scheme: row -> positions -> cos, sin.
 
-A scheme defines three things: the positions of one visual's tokens (`place`), the position of the
-next text token (`advance`), and the axis that each rotary frequency reads (`axes`). Everything else
-is the same for all schemes and is here: the loop over a layout, padding, and the angles.
+row            [3, Layout, 2]      3 text tokens, a visual, 2 text tokens
+  |  RotaryScheme.positions: `place` for each visual
+  v
+positions      (a l)               one position on each axis; a = `num_axes`
+  |  batch_positions: pads the rows, and adds row 0, which counts tokens
+  v
+position_ids   (1 + a, b, l)       goes to the decoder
+  |  hook of CausalLM: row 0 -> masks and KV cache; rows 1 to a -> RotaryEmbedding
+  v
+angle          (b l f)             position on the axis of each frequency (`axes`) * frequency
+  |  float32 at every precision; once per forward   (`scale` may change the frequencies)
+  v
+cos, sin       (b l d)             every layer turns its queries and keys by them
 """
 
 from abc import ABC, abstractmethod
@@ -13,81 +23,89 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-from datamodules.batch import Grid
 from lightning_modules.rotary.angles import Angles
-
-#: One row of a batch from left to right: a number of text tokens, or the grid of a visual.
-Layout = Sequence[int | Grid]
+from lightning_modules.tokens import Layout, Row
 
 TIME, HEIGHT, WIDTH = range(3)
 
+#: The axis of a frequency that does not turn: it reads position 0 everywhere.
+STILL = -1
+
 
 class RotaryScheme(ABC):
-    """Computes positions on three axes (time, height, width) for text and visuals in any order.
+    """Computes positions for text and visuals in any order.
 
-    `text_step` is the distance between two text tokens, on all axes.
+    Attributes:
+        num_axes: a, the number of axes that positions have.
+        text_step: distance between two text tokens, on all axes.
     """
 
+    num_axes: int = 3
     text_step: float = 1.0
 
     @abstractmethod
-    def place(self, grid: Grid, start: float) -> Float[Tensor, "3 l"]:
-        """Returns the positions of a visual that begins at `start`, in order time, row, column."""
+    def place(self, visual: Layout, start: float) -> tuple[Float[Tensor, "a l"], float]:
+        """Returns the positions of a visual that begins at `start`, and those of the next text.
 
-    @abstractmethod
-    def advance(self, placed: Float[Tensor, "3 l"]) -> float:
-        """Returns the position of the first text token after a visual with positions `placed`."""
+        The second result is the position of the first text token after the visual. It depends only
+        on sizes (`extent`, `seconds`), not on `coordinates`, so it is the same whatever a pooler
+        keeps.
+        """
 
     @abstractmethod
     def axes(self, num_frequencies: int) -> Int[Tensor, " f"]:
-        """Returns the axis (TIME, HEIGHT, WIDTH) that each frequency reads, fastest first.
+        """Returns the axis that each frequency reads, fastest first; STILL: it does not turn.
 
         Raises:
             ValueError: the scheme cannot distribute `num_frequencies` over its axes.
         """
 
-    def positions(self, layout: Layout) -> Float[Tensor, "3 l"]:
-        """Returns the positions of one row, in the units of the scheme."""
-        start, parts = 0.0, [torch.zeros(3, 0)]
-        for segment in layout:
-            if isinstance(segment, Grid):
-                part = self.place(segment, start)
-                start = self.advance(part)
+    def scale(
+        self, frequencies: Float[Tensor, " f"], axes: Int[Tensor, " f"]
+    ) -> Float[Tensor, " f"]:
+        """Returns the frequencies (radians per position) to use instead of the LLM's own."""
+        return frequencies
+
+    def positions(self, row: Row) -> tuple[Float[Tensor, "a l"], float]:
+        """Returns the positions of one row, and the position of the next text token.
+
+        A scheme that must see more of the row than one visual overrides this method.
+        """
+        start, parts = 0.0, [torch.zeros(self.num_axes, 0)]
+        for segment in row:
+            if isinstance(segment, Layout):
+                part, start = self.place(segment, start)
             else:
-                part = (start + self.text_step * torch.arange(segment).float()).expand(3, -1)
+                part = start + self.text_step * torch.arange(segment).float()
+                part = part.expand(self.num_axes, -1)
                 start += self.text_step * segment
             parts.append(part)
-        return torch.cat(parts, dim=1)
+        device = next((s.coordinates.device for s in row if isinstance(s, Layout)), None)
+        return torch.cat([part.to(device) for part in parts], dim=1), start
 
     def batch_positions(
-        self, layouts: Sequence[Layout], padding_side: str = "right"
-    ) -> Float[Tensor, "4 b l"]:
+        self, rows: Sequence[Row], padding_side: str = "right"
+    ) -> Float[Tensor, "a1 b l"]:
         """Returns `position_ids` for transformers' decoders: row 0 counts tokens, for masks.
 
-        Rows 1 to 3 are the axes, divided by `text_step`, so that text advances by 1.
+        The other rows are the axes, divided by `text_step`, so that text advances by 1.
         """
-        rows = []
-        for layout in layouts:
-            axes = self.positions(layout) / self.text_step
-            rows.append(torch.cat([torch.arange(axes.shape[1]).float()[None], axes]))  # 4 l
-        width = max(row.shape[1] for row in rows)
-        batch = torch.zeros(4, len(rows), width)
-        for i, row in enumerate(rows):
-            columns = (
-                slice(width - row.shape[1], width)
-                if padding_side == "left"
-                else slice(row.shape[1])
-            )
-            batch[:, i, columns] = row
+        placed = [self.positions(row)[0] / self.text_step for row in rows]
+        width = max(axes.shape[1] for axes in placed)
+        batch = placed[0].new_zeros(1 + self.num_axes, len(placed), width)
+        for i, axes in enumerate(placed):
+            length = axes.shape[1]
+            first = width - length if padding_side == "left" else 0
+            batch[0, i, first : first + length] = torch.arange(length)
+            batch[1:, i, first : first + length] = axes
         return batch
 
-    def batch_following(self, layouts: Sequence[Layout]) -> Float[Tensor, "3 b"]:
+    def batch_following(self, rows: Sequence[Row]) -> Float[Tensor, " b"]:
         """Returns the position of the next text token of each row, as in `batch_positions`.
 
         After text it is the last position + 1. After a visual the scheme decides.
         """
-        behind = [self.positions([*layout, 1])[:, -1] for layout in layouts]
-        return torch.stack(behind, dim=1) / self.text_step
+        return torch.tensor([self.positions(row)[1] for row in rows]) / self.text_step
 
 
 class RotaryEmbedding(nn.Module):
@@ -107,8 +125,8 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.angles = Angles(original)
-        #: Rows 1 to 3 of the positions, set by the LLM for the duration of one forward.
-        self.axis_positions: Float[Tensor, "3 b l"] | None = None
+        #: The positions on the axes, set by the LLM for the duration of one forward.
+        self.axis_positions: Float[Tensor, "a b l"] | None = None
         with torch.device("cpu"):  # even while a model is built on the meta device
             # Raises if the scheme does not fit the number of frequencies.
             scheme.axes(self.frequencies(torch.device("cpu"), 1)[0].numel())
@@ -116,26 +134,29 @@ class RotaryEmbedding(nn.Module):
     def frequencies(
         self, device: torch.device, length: int | Int[Tensor, ""]
     ) -> tuple[Float[Tensor, " f"], float]:
-        """Returns radians per position, fastest first, and YaRN's factor for cos and sin."""
+        """Returns the LLM's own radians per position, fastest first, and YaRN's factor."""
         return self.angles.frequencies(device, length)
 
     @torch.no_grad()
     def forward(
         self, x: Float[Tensor, "b l m"], position_ids: Num[Tensor, "b2 l"]
-    ) -> tuple[Float[Tensor, "b2 l a"], Float[Tensor, "b2 l a"]]:
+    ) -> tuple[Float[Tensor, "b2 l d"], Float[Tensor, "b2 l d"]]:
         """Returns cos and sin as the LLM's own module does, in the dtype of `x` or in float32.
 
         For text alone (`position_ids`), all axes have the same position.
         """
-        axes = self.axis_positions
-        if axes is None:
-            axes = position_ids.float().expand(3, -1, -1)
+        positions = self.axis_positions
+        if positions is None:
+            positions = position_ids.float().expand(self.scheme.num_axes, -1, -1)
         # Only some scalings need the length; for the others, avoid waiting for the GPU.
         length = position_ids.max() + 1 if self.angles.depends_on_length else 0
-        frequencies = self.frequencies(x.device, length)
-        reads = self.scheme.axes(frequencies[0].numel()).to(x.device)
-        places = axes.float().movedim(0, -1)[..., reads] * self.scheme.text_step  # b l f
-        return self.angles.turn(x, places, frequencies)
+        own, factor = self.frequencies(x.device, length)
+        axes = self.scheme.axes(own.numel()).to(x.device)
+        radians = self.scheme.scale(own.float(), axes)
+        still = torch.zeros_like(positions[:1])  # STILL is index -1: the last row
+        by_axis = torch.cat([positions, still]).float().movedim(0, -1)  # b l a+1
+        places = by_axis[..., axes] * self.scheme.text_step  # b l f
+        return self.angles.turn(x, places, (radians, factor))
 
 
 def split_sections(sections: Sequence[int] | None, num_frequencies: int) -> tuple[int, int, int]:
@@ -160,9 +181,3 @@ def split_sections(sections: Sequence[int] | None, num_frequencies: int) -> tupl
         )
     time, height, width = sections
     return time, height, width
-
-
-def grid_coordinates(grid: Grid) -> Float[Tensor, "3 l"]:
-    """Returns time step, row and column of every token of a grid, in order time, row, column."""
-    t, h, w = (torch.arange(n).float() for n in grid)
-    return torch.stack(torch.meshgrid(t, h, w, indexing="ij")).flatten(1)

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from datamodules.batch import Grid
-from lightning_modules.rotary.base import RotaryScheme, grid_coordinates, split_sections
+from lightning_modules.rotary.base import RotaryScheme, split_sections
+from lightning_modules.tokens import Layout
 
 
 class MRope(RotaryScheme):
@@ -21,11 +21,8 @@ class MRope(RotaryScheme):
     def __init__(self, sections: Sequence[int] | None = None):
         self.sections = sections
 
-    def place(self, grid: Grid, start: float) -> Float[Tensor, "3 l"]:
-        return start + grid_coordinates(grid)
-
-    def advance(self, placed: Float[Tensor, "3 l"]) -> float:
-        return placed.max().item() + 1
+    def place(self, visual: Layout, start: float) -> tuple[Float[Tensor, "a l"], float]:
+        return start + visual.coordinates.mT, start + max(visual.extent)
 
     def axes(self, num_frequencies: int) -> Int[Tensor, " f"]:
         return torch.arange(3).repeat_interleave(

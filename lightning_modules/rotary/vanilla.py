@@ -4,18 +4,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from datamodules.batch import Grid
-from lightning_modules.rotary.base import TIME, RotaryScheme
+from lightning_modules.rotary.base import RotaryScheme
+from lightning_modules.tokens import Layout
 
 
 class VanillaRope(RotaryScheme):
-    """RoPE (arXiv 2104.09864) on flattened visual tokens."""
+    """RoPE (arXiv 2104.09864) on flattened visual tokens: a token's position is its number."""
 
-    def place(self, grid: Grid, start: float) -> Float[Tensor, "3 l"]:
-        return (start + torch.arange(grid.size).float()).expand(3, -1)
+    num_axes = 1
 
-    def advance(self, placed: Float[Tensor, "3 l"]) -> float:
-        return placed.max().item() + 1
+    def place(self, visual: Layout, start: float) -> tuple[Float[Tensor, "a l"], float]:
+        return (start + visual.number)[None], start + visual.extent.size
 
     def axes(self, num_frequencies: int) -> Int[Tensor, " f"]:
-        return torch.full((num_frequencies,), TIME)
+        return torch.zeros(num_frequencies, dtype=torch.long)

@@ -6,15 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from datamodules.batch import Grid
-from lightning_modules.rotary.base import (
-    HEIGHT,
-    TIME,
-    WIDTH,
-    RotaryScheme,
-    grid_coordinates,
-    split_sections,
-)
+from lightning_modules.rotary.base import HEIGHT, TIME, WIDTH, RotaryScheme, split_sections
+from lightning_modules.tokens import Layout
 
 
 class VideoRope(RotaryScheme):
@@ -45,18 +38,21 @@ class VideoRope(RotaryScheme):
         self.temporal_spacing = temporal_spacing
         self.sections = sections
 
-    def place(self, grid: Grid, start: float) -> Float[Tensor, "3 l"]:
-        coordinates = grid_coordinates(grid)
-        time = coordinates[TIME] * self.temporal_spacing
+    def place(self, visual: Layout, start: float) -> tuple[Float[Tensor, "a l"], float]:
+        spacing, (t, h, w) = self.spacing_of(visual), visual.extent
+        time, row, column = visual.coordinates.unbind(1)
+        time = spacing * time
+        last = spacing * (t - 1)
         if self.diagonal_layout:
-            rows = time + coordinates[HEIGHT] - (grid.h - 1) // 2
-            columns = time + coordinates[WIDTH] - (grid.w - 1) // 2
+            row = time + row - (h - 1) // 2
+            column = time + column - (w - 1) // 2
         else:
-            rows, columns = coordinates[HEIGHT], coordinates[WIDTH]
-        return start + torch.stack([time, rows, columns])
+            last = max(last, h - 1, w - 1)
+        return start + torch.stack([time, row, column]), start + last + 1
 
-    def advance(self, placed: Float[Tensor, "3 l"]) -> float:
-        return (placed[TIME] if self.diagonal_layout else placed).max().item() + 1
+    def spacing_of(self, visual: Layout) -> float:
+        """Returns the distance between two time steps of a visual."""
+        return self.temporal_spacing
 
     def axes(self, num_frequencies: int) -> Int[Tensor, " f"]:
         time, height, width = split_sections(self.sections, num_frequencies)

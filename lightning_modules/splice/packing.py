@@ -20,8 +20,10 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+from datamodules.batch import IGNORE_INDEX
 
 
 class Span(NamedTuple):
@@ -53,7 +55,28 @@ class Placement:
         row = torch.tensor([span.row for span in self.spans]).repeat_interleave(lengths)
         return row, torch.cat([torch.arange(start, stop) for _, start, stop in self.spans])
 
-    def restart(self, positions: Float[Tensor, "4 b l"]) -> Float[Tensor, "4 b l"]:
+    def labels(self, labels: Int[Tensor, " n"]) -> tuple[Bool[Tensor, "b l"], Int[Tensor, "b l"]]:
+        """Returns the mask (False on padding) and the labels of the rows.
+
+        The first token of a sample loses its label, because nothing before it predicts it.
+        """
+        mask = self.spread(torch.ones_like(labels, dtype=torch.bool))
+        spread = self.spread(labels, fill=IGNORE_INDEX)
+        for row, start, stop in self.spans:
+            spread[row, start:stop][:1] = IGNORE_INDEX
+        return mask, spread
+
+    def positions(self, alone: Float[Tensor, "a1 n l"]) -> Float[Tensor, "a1 b l2"]:
+        """Returns the positions of the rows, from those of each sample alone, padded on the right.
+
+        In packed rows, padding is a document of its own.
+        """
+        by_sample = alone.movedim(0, -1)  # n l a1
+        parts = [by_sample[i, : span.stop - span.start] for i, span in enumerate(self.spans)]
+        positions = self.spread(torch.cat(parts)).movedim(-1, 0)  # a1 b l2
+        return self.restart(positions) if len(self.spans) > self.rows else positions
+
+    def restart(self, positions: Float[Tensor, "a1 b l"]) -> Float[Tensor, "a1 b l"]:
         """Turns the padding at the end of rows into documents, none longer than a sample."""
         ends = [0] * self.rows
         for span in self.spans:

@@ -1,4 +1,4 @@
-"""Splits an image in tiles into two pieces: its thumbnail, and the plane of all its tiles.
+"""An image in tiles is two pieces: its thumbnail, and the plane of all its tiles.
 
 Both pieces replace one slot. As in LLaVA-NeXT, the plane holds the patches of the tiles side by
 side, without the rows and columns of padding, and a learnt embedding ends each row. A pooler reads
@@ -7,6 +7,7 @@ that were pooled only from padding are dropped.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,56 +15,70 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from datamodules.batch import VISUAL_SLOT, Grid, Tiles, VideoBatch
+from datamodules.batch import VISUAL_SLOT, Grid, Tiles, VideoBatch, Visual
+from lightning_modules.tokens import VisualTokens
 
 
 class Piece(NamedTuple):
-    """Patches that are pooled together, and whose tokens are adjacent."""
+    """Tokens that are pooled together."""
 
-    patches: Float[Tensor, "t h w d"]
+    tokens: VisualTokens
+    visual: int  # its number in the batch; one behind the last for a visual without a slot
     row: int  # of the batch
-    tiles: Tiles | None = None  # set if the patches are a plane
+    tiles: Tiles | None = None  # set if the tokens are a plane
 
 
-def split_pieces(batch: VideoBatch, patches: Float[Tensor, "n h w d"]) -> list[Piece]:
-    """Returns one piece for each visual, and two for an image in tiles."""
-    if not batch.frame_counts:
-        return []
+def split_tiles(visuals: Sequence[Visual]) -> list[Visual]:
+    """Returns what the encoder reads: each frame of an image in tiles is a visual of its own."""
+    return [
+        part
+        for visual in visuals
+        for part in (map(Visual, visual.frames[:, None]) if visual.info.tiles else [visual])
+    ]
+
+
+def join_tiles(batch: VideoBatch, encoded: Sequence[VisualTokens]) -> list[Piece]:
+    """Returns one piece for each visual, and two for an image in tiles.
+
+    Encoded visuals that the batch does not have come last.
+    """
     rows = (batch.input_ids == VISUAL_SLOT).nonzero()[:, 0].tolist()
-    visuals = patches.split(batch.frame_counts)
-    pieces = []
-    for visual, row, tiles in zip(visuals, rows, batch.tiles, strict=True):
-        if tiles is None:
-            pieces.append(Piece(visual, row))
-            continue
-        plane = rearrange(visual[1:], "(r s) h w d -> 1 (r h) (s w) d", r=tiles.rows)
-        pieces += [Piece(visual[:1], row), Piece(plane, row, tiles)]
-    return pieces
+    rest, pieces = iter(encoded), []
+    for number, (row, info) in enumerate(zip(rows, batch.infos, strict=True)):
+        pieces.append(Piece(next(rest), number, row))  # a whole visual, or a thumbnail
+        if tiles := info.tiles:
+            parts = torch.cat([next(rest).as_grid() for _ in range(tiles.rows * tiles.columns)])
+            plane = rearrange(parts, "(r s) h w d -> 1 (r h) (s w) d", r=tiles.rows)
+            pieces.append(Piece(VisualTokens.on_grid(plane), number, row, tiles))
+    without_slot = enumerate(rest, len(batch.infos))
+    return pieces + [Piece(tokens, number, 0) for number, tokens in without_slot]
 
 
-def join_pieces(batch: VideoBatch, pieces: Sequence[tuple[Tensor, Grid]]) -> list[list]:
-    """Groups the (tokens, grid) pairs of all pieces by visual."""
-    rest = iter(pieces)
-    return [[next(rest) for _ in range(2 if tiles else 1)] for tiles in batch.tiles]
+def trim(pooled: VisualTokens, tiles: Tiles, newline: Float[Tensor, " m"] | None) -> VisualTokens:
+    """Drops the padding tokens of a pooled plane, and ends each row with `newline`.
 
-
-def lay_out(
-    tokens: Float[Tensor, "1 h w m"],
-    piece: Piece,
-    newline: Float[Tensor, " m"] | None,
-) -> Float[Tensor, "1 h2 w2 m"]:
-    """Drops the padding tokens of a pooled plane, and ends each row with `newline`."""
-    assert piece.tiles is not None
-    before, after = piece.patches.shape[1:3], tokens.shape[1:3]
-    rows, columns = (
-        edge * left // size
-        for edge, left, size in zip(edges(piece.tiles, *before), after, before, strict=True)
+    The ends stand in a new last column of the extent.
+    """
+    before, after = pooled.layout.extent, pooled.grid
+    top, left = (
+        edge * count // size
+        for edge, count, size in zip(
+            edges(tiles, before.h, before.w), after[1:], before[1:], strict=True
+        )
     )
-    tokens = tokens[:, rows : after[0] - rows, columns : after[1] - columns]
-    if newline is None:
-        return tokens
-    ends = newline.to(tokens.dtype).expand(1, tokens.shape[1], 1, -1)
-    return torch.cat([tokens, ends], dim=2)  # 1 h w m -> 1 h w+1 m
+    inner = (slice(None), slice(top, after.h - top), slice(left, after.w - left))
+    features = pooled.as_grid()[inner]  # 1 h w m
+    places = pooled.layout.coordinates.view(*after, 3)[inner]  # 1 h w 3
+    extent = before
+    if newline is not None:
+        ends = newline.to(features.dtype).expand(1, features.shape[1], 1, -1)
+        features = torch.cat([features, ends], dim=2)  # 1 h w m -> 1 h w+1 m
+        column = torch.full_like(places[:, :, :1, 2:], before.w)
+        places = torch.cat([places, torch.cat([places[:, :, :1, :2], column], dim=-1)], dim=2)
+        extent = before._replace(w=before.w + 1)
+    grid = Grid(*features.shape[:3])
+    layout = replace(pooled.layout, coordinates=places.flatten(0, 2), extent=extent)
+    return VisualTokens(features.flatten(0, 2), layout, grid)
 
 
 def edges(tiles: Tiles, height: int, width: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from datamodules.base import VideoDataModule
+from lightning_modules.distributed.blank import always_encode
 from lightning_modules.distributed.sharding import agree_on_gradients, clip_norm, shard
 from lightning_modules.training.initial import Initial
 from lightning_modules.training.optim import follow, try_optimizer
@@ -50,7 +51,10 @@ class TrainingModule(LightningModule, Generic[Network]):
         super().__init__()
         self.step_loss = StepLoss(loss_mean)
         self.tuning = tuning or Tuning()
-        self.spec = {stage: dict(spec) for stage, spec in model.items()}
+        self.spec: dict[str, Any] = {
+            stage: dict(spec) if isinstance(spec, Mapping) else spec
+            for stage, spec in model.items()
+        }
         if self.tuning.lora:
             self.spec["lora"] = dict(self.tuning.lora)
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
@@ -81,8 +85,10 @@ class TrainingModule(LightningModule, Generic[Network]):
         self.shard(self.model)
 
     def shard(self, network: Any) -> None:
-        """Shards a network over the ranks by its `blocks`, if the strategy shards models."""
-        if self.device_mesh is not None:
+        """Prepares a network for several ranks: they run the same blocks, or share its weights."""
+        if self.device_mesh is None:
+            always_encode(network.encoder)
+        else:
             mixed = self.precision.precision == "bf16-mixed"
             travel = torch.bfloat16 if mixed else None
             shard(network, network.blocks(), self.device_mesh, travel)
@@ -111,12 +117,15 @@ class TrainingModule(LightningModule, Generic[Network]):
         Raises:
             ValueError: a component is wrong; the message names it and what to change.
         """
-        if not any(spec.get("source") for spec in self.spec.values()):
+        if not any(spec.get("source") for spec in self._components().values()):
             with torch.device("meta"):
                 network = self.build()
                 self.tuning.prepare(network)
             if self.init is not None and not self.resumed:
                 self.init.match(network)
+
+    def _components(self) -> dict[str, dict[str, Any]]:
+        return {stage: spec for stage, spec in self.spec.items() if isinstance(spec, dict)}
 
     def check_optimizer(self) -> None:
         """Finds mistakes in the optimizer, its groups and the schedule before anything is read.
@@ -132,7 +141,7 @@ class TrainingModule(LightningModule, Generic[Network]):
         Raises:
             ValueError: training needs a gradient for which the CPU has no kernel.
         """
-        for stage, spec in self.spec.items():
+        for stage, spec in self._components().items():
             if spec.get("attention") != "flex_attention" or self.device.type != "cpu":
                 continue
             # Gradients to other components run through the LLM, even if it is frozen.

@@ -39,7 +39,7 @@ class Pairs(NamedTuple):
 class ContrastiveClip(nn.Module):
     """Embeds the visual and the caption of each row as unit vectors.
 
-    1. encoder:  frames (n c h w)       -> class tokens (n d), per frame
+    1. encoder:  visuals (t c h w)      -> class tokens (n d), per frame
     2. encoder:  class tokens           -> embeddings (n e), then means over frames (b e)
     3. encoder:  captions (b k)         -> embeddings (b e)
 
@@ -71,15 +71,15 @@ class ContrastiveClip(nn.Module):
         Raises:
             ValueError: a row does not have exactly one visual.
         """
-        if len(batch.frame_counts) != len(batch):
+        if len(batch.shapes) != len(batch):
             raise ValueError(
-                f"{len(batch.frame_counts)} visuals for {len(batch)} captions: each needs one; "
+                f"{len(batch.shapes)} visuals for {len(batch)} captions: each needs one; "
                 "choose data=captions, which refuses other samples"
             )
-        states = self.encoder(batch.frames, batch.frame_counts, class_token=True)
-        tokens = states[:, 0]  # n d
+        encoded = self.encoder(batch.visuals, class_token=True)
+        tokens = torch.cat([visual.features for visual in encoded])  # n d
         frames = normalize(self.encoder.align(tokens).float(), dim=-1)  # n e
-        means = torch.stack([visual.mean(0) for visual in frames.split(batch.frame_counts)])
+        means = torch.stack([visual.mean(0) for visual in frames.split(list(map(len, encoded)))])
         captions = self.encoder.encode_prompt(batch.prompt_ids, batch.prompt_mask)
         return Pairs(
             normalize(means, dim=-1),

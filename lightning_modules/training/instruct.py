@@ -97,7 +97,7 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         checkpoint["stages"] = {stage: getattr(config, stage) for stage in self.spec}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses weights with another rotary scheme, pooler, LoRA or tiles, or without an LLM.
+        """Refuses weights with another rotary scheme, pooler, LoRA and so on, or without an LLM.
 
         Raises:
             ValueError: a component differs; the message names it and both specs.
@@ -109,7 +109,7 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
                 f"the checkpoint holds {', '.join(stages)} alone, this run trains an llm too: "
                 "choose the module that it was trained with, or another run directory"
             )
-        for stage in ("rotary", "pooler", "lora", "tiles"):
+        for stage in ("rotary", "pooler", "positions", "lora", "tiles"):
             trained, asked = stages.get(stage), getattr(self.network.config, stage)
             if stages and trained != asked:
                 raise ValueError(

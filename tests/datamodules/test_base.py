@@ -73,7 +73,7 @@ def test_what_it_does_not_give_is_said_in_one_line():
     with pytest.raises(ValueError, match="Mine has no needle test: choose data=vniah"):
         _ = data.bank
     with pytest.raises(ValueError, match="ropelab-plan needs `outlined` of Mine"):
-        data.outlined(Outline([], [], words=1, learnt=1))
+        data.outlined(Outline([], words=1, learnt=1))
     assert (data.global_batch_size, data.per_step, data.accumulation(1)) == (2, 1, 1)
     with pytest.raises(ValueError, match=r"legal batch sizes for 1 rank: 1, 2, 4"):
         Mine(3, global_batch_size=4)

@@ -33,7 +33,7 @@ def spoilt(tmp_path):
 
 
 def flat(batch: VideoBatch) -> list:
-    return [batch.keys, batch.input_ids.tolist(), batch.labels.tolist(), batch.frames.tolist()]
+    return [batch.keys, batch.input_ids.tolist(), batch.labels.tolist(), batch.pixels.tolist()]
 
 
 def test_batches_hold_what_the_samples_hold(folder):
@@ -45,7 +45,7 @@ def test_batches_hold_what_the_samples_hold(folder):
     alone = {f"{n:09d}": read({"__key__": "", "__url__": "", **make_sample(n)}) for n in range(20)}
     seen = []
     for batch in module.train_dataloader():
-        frames = list(batch.frames.split(batch.frame_counts))
+        frames = [visual.frames for visual in batch.visuals]
         for row, key in enumerate(batch.keys):
             sample = alone[key[-9:]]
             length = len(sample.text.input_ids)
@@ -57,9 +57,9 @@ def test_batches_hold_what_the_samples_hold(folder):
             assert (batch.labels[row, length:] == IGNORE_INDEX).all()
             assert batch.prompt_ids[row][batch.prompt_mask[row]].tolist() == sample.text.prompt_ids
             for visual in sample.visuals:
-                assert torch.equal(frames.pop(0), visual)
+                assert torch.equal(frames.pop(0), visual.frames)
         assert not frames
-        assert batch.frames.dtype == torch.uint8
+        assert batch.pixels.dtype == torch.uint8
         seen += batch.keys
     assert len(seen) == len(set(seen)) == 20
     assert all(key.startswith(str(folder)) for key in seen)
@@ -68,7 +68,7 @@ def test_batches_hold_what_the_samples_hold(folder):
 def test_text_alone_makes_a_batch_without_frames(folder, tmp_path):
     write_shard(tmp_path / "a.tar", [("t", make_sample(3))])
     (batch,) = data(str(tmp_path), batch_size=1).train_dataloader()
-    assert batch.frames.shape == (0, 3, 32, 32)
+    assert batch.pixels.shape == (0,)
     assert VISUAL_SLOT not in batch.input_ids
 
 
@@ -174,7 +174,7 @@ def test_the_shipped_config_builds_it(folder):
     module = hydra.utils.instantiate(config.data)
     batch = next(iter(module.train_dataloader()))
     assert len(batch) == 4
-    assert batch.frames.shape[1:] == (3, 64, 64)
+    assert {shape[1:] for shape in batch.shapes} == {(3, 64, 64)}
     for name in ("input_ids", "prompt_ids"):
         assert int(getattr(batch, name).max()) < config.model.llm.config.vocab_size
 

@@ -91,14 +91,14 @@ def test_both_answers_share_their_frames_on_any_device(make_stage):
     _, data = make_stage()
     batch = data.collater()(read_pairs(data, 2))
     assert isinstance(batch, PreferenceBatch)
-    assert batch.rejected.frames is batch.chosen.frames
+    assert batch.rejected.pixels is batch.chosen.pixels
     moved = batch.to(torch.device("meta"))
     assert moved.chosen.input_ids.is_meta
     assert moved.rejected.labels.is_meta
-    assert moved.rejected.frames is moved.chosen.frames
+    assert moved.rejected.pixels is moved.chosen.pixels
     both = batch.both()
     assert len(both) == 4
-    assert both.frame_counts == [2, 2, 2, 2]
+    assert [shape[0] for shape in both.shapes] == [2, 2, 2, 2]
     for row, half in enumerate((batch.chosen, batch.rejected)):
         width = half.labels.shape[1]
         assert torch.equal(both.labels[2 * row : 2 * row + 2, :width], half.labels)

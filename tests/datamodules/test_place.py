@@ -43,7 +43,7 @@ class Recorder(LightningModule):
         if self.global_step == self.stop_at:
             raise RuntimeError("stopped")
         self.trained += [(self.global_step, self.current_epoch, key[-12:]) for key in batch.keys]
-        return self.weight * batch.frames.float().sum()
+        return self.weight * batch.pixels.float().sum()
 
     def on_train_batch_end(self, *arguments) -> None:  # where checkpoints are saved
         if self.global_step == self.save_at != self.saved_at:

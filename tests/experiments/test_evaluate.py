@@ -60,14 +60,14 @@ def test_another_grid_and_no_other_model(trained, run_evaluate):
 
 
 def test_another_scheme_only_by_name_and_with_a_warning(trained, run_evaluate):
-    assert type(evaluate.load(trained, None)[0].rotary).__name__ == "MRope"
+    assert type(evaluate.load(trained)[0].rotary).__name__ == "MRope"
     out = run_evaluate(trained, "rotary=vanilla", "data.grid.needles=2")
     assert load_run(out).needle.rotary == "vanilla"
     assert "trained with" in (out / "evaluate.log").read_text()
 
 
 def test_a_saved_model_is_tested_as_it_is(trained, run_evaluate, tmp_path_factory):
-    model, _ = evaluate.load(trained, None)
+    model, _ = evaluate.load(trained)
     saved = tmp_path_factory.mktemp("saved")
     model.save_pretrained(saved)
     overrides = yaml.safe_load((trained / ".hydra" / "overrides.yaml").read_text())
@@ -90,7 +90,7 @@ def test_a_checkpoint_names_only_stages_of_this_package(trained, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     torch.save(checkpoint, tmp_path / "checkpoints" / "last.ckpt")
     with pytest.raises(ValueError, match="refused"):
-        evaluate.load(tmp_path, None)
+        evaluate.load(tmp_path)
 
 
 def test_without_a_run_it_asks_for_one(monkeypatch):

@@ -209,7 +209,7 @@ def test_tiles_are_cut_as_in_training(compose, tmp_path):
     (tmp_path / "a.jpg").write_bytes(image)
     question = "<image>\nWhat color is it?"
     asked = processor([[{"role": "user", "content": question}]], [[tmp_path / "a.jpg"]])
-    assert asked.tiles[0] is not None
+    assert asked.infos[0].tiles is not None
     frames, conversation = processor._frames, processor.conversation
     turns = [{"from": "human", "value": question}]
     answered = {"conversations": [*turns, {"from": "gpt", "value": "red"}]}
@@ -217,5 +217,6 @@ def test_tiles_are_cut_as_in_training(compose, tmp_path):
     raw = {"__key__": "k", "__url__": "u", "jpg": image}
     for decode, entry in ((decode_sample, answered), (decode_pair, pair)):
         sample = decode({**raw, "json": json.dumps(entry).encode()}, frames, conversation)
-        assert sample.tiles == asked.tiles
-        assert torch.equal(sample.visuals[0], asked.frames)
+        (visual,) = asked.visuals
+        assert sample.visuals[0].info == visual.info
+        assert torch.equal(sample.visuals[0].frames, visual.frames)

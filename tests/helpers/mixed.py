@@ -5,9 +5,17 @@ from collections.abc import Iterator
 import torch
 from omegaconf import OmegaConf
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Tiles, VideoBatch, pad_rows
+from datamodules.batch import (
+    IGNORE_INDEX,
+    VISUAL_SLOT,
+    Tiles,
+    VideoBatch,
+    pad_rows,
+    visual_fields,
+)
 from experiments import CONFIG_DIR
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
+from tests.helpers.visuals import frames_of
 
 ROTARY = sorted(path.stem for path in (CONFIG_DIR / "rotary").glob("*.yaml"))
 POOLERS = {
@@ -75,29 +83,26 @@ def mixed_batch() -> VideoBatch:
         input_ids=pad_rows(ROWS, 0),
         attention_mask=pad_rows([[1] * len(row) for row in ROWS], 0).bool(),
         labels=pad_rows([[IGNORE_INDEX] * (len(row) - 2) + row[-2:] for row in ROWS], IGNORE_INDEX),
-        frames=torch.randint(0, 256, (sum(FRAMES), 3, 32, 32), dtype=torch.uint8),
-        frame_counts=list(FRAMES),
+        **frames_of(
+            torch.randint(0, 256, (sum(FRAMES), 3, 32, 32), dtype=torch.uint8), FRAMES, TILES
+        ),
         prompt_ids=prompts,
         prompt_mask=torch.ones_like(prompts, dtype=torch.bool),
         keys=[str(n) for n in range(len(ROWS))],
-        tiles=list(TILES),
     )
 
 
 def rows_of(batch: VideoBatch) -> Iterator[VideoBatch]:
     """Yields the same samples as batches of one, without padding."""
     visual = 0
-    frames = batch.frames.split(batch.frame_counts)
     for i, mask in enumerate(batch.attention_mask):
         mine = slice(visual, visual := visual + int((batch.input_ids[i] == S).sum()))
         yield VideoBatch(
             input_ids=batch.input_ids[i, mask][None],
             attention_mask=mask[mask][None],
             labels=batch.labels[i, mask][None],
-            frames=torch.cat([batch.frames[:0], *frames[mine]]),
-            frame_counts=batch.frame_counts[mine],
+            **visual_fields(batch.visuals[mine]),
             prompt_ids=batch.prompt_ids[i : i + 1],
             prompt_mask=batch.prompt_mask[i : i + 1],
             keys=batch.keys[i : i + 1],
-            tiles=batch.tiles[mine],
         )

@@ -12,6 +12,7 @@ from transformers import (
 from datamodules.batch import VideoBatch
 from experiments import import_weights
 from lightning_modules.model import VideoLanguageModel
+from tests.helpers.visuals import frames_of
 
 IMAGE = 49
 VISION = {
@@ -101,8 +102,7 @@ def make_batch(ids, frames, counts):
         input_ids=ids,
         attention_mask=torch.ones_like(ids, dtype=torch.bool),
         labels=ids,
-        frames=frames,
-        frame_counts=counts,
+        **frames_of(frames, counts),
         prompt_ids=torch.zeros(1, 1, dtype=torch.long),
         prompt_mask=torch.ones(1, 1, dtype=torch.bool),
         keys=["one"],

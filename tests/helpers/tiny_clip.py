@@ -3,6 +3,7 @@
 import torch
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, VideoBatch, pad_rows
+from tests.helpers.visuals import frames_of
 
 #: The eps is large because AdamW would otherwise turn rounding errors of zero gradients into full
 #: steps.
@@ -38,8 +39,7 @@ def make_batch(numbers, counts=(1, 1, 3, 1), length=12, vocabulary=64, size=16):
         input_ids=one * VISUAL_SLOT,
         attention_mask=one.bool(),
         labels=one * IGNORE_INDEX,
-        frames=torch.cat(frames),
-        frame_counts=[len(visual) for visual in frames],
+        **frames_of(torch.cat(frames), [len(visual) for visual in frames]),
         prompt_ids=pad_rows(rows, 1),
         prompt_mask=pad_rows([[1] * len(row) for row in rows], 0).bool(),
         keys=[f"s.tar/{number}" for number in numbers],

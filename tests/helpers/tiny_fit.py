@@ -1,13 +1,11 @@
 """Trains on synthetic batches with any number of ranks, and records losses, norms and angles."""
 
-from dataclasses import replace
-
 import torch
 from lightning import Callback
 from torch.nn.utils import get_total_norm
 
 from datamodules.base import VideoDataModule
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Tiles, VideoBatch, pad_rows
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Tiles, VideoBatch, VisualInfo, pad_rows
 from experiments import evaluate, train
 from experiments.reporting.data import load_run
 from experiments.run.compose import build, plain
@@ -17,6 +15,7 @@ from lightning_modules.callbacks.samples import SampleAudit
 from lightning_modules.checkpoint.weights import sha256
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.training.instruct import VideoLLMModule
+from tests.helpers.visuals import frames_of
 
 STEPS, PER_STEP = 20, 4  # PER_STEP: micro-batches per step
 
@@ -75,8 +74,10 @@ def make_batch(number):
         input_ids=pad_rows(rows, 0),
         attention_mask=pad_rows([[1] * len(row) for row in rows], 0).bool(),
         labels=pad_rows(labels, IGNORE_INDEX),
-        frames=torch.randint(0, 256, (sum(counts), 3, 32, 32), generator=rng, dtype=torch.uint8),
-        frame_counts=counts,
+        **frames_of(
+            torch.randint(0, 256, (sum(counts), 3, 32, 32), generator=rng, dtype=torch.uint8),
+            counts,
+        ),
         prompt_ids=prompts,
         prompt_mask=torch.ones(2, 5, dtype=torch.bool),
         keys=[f"/data/s{number}.tar/{n}" for n in range(2)],
@@ -86,8 +87,9 @@ def make_batch(number):
 def make_tiled_batch(number):
     """Makes the same micro-batches, but the second visual of odd ones is a tiled image."""
     batch = make_batch(number)
-    tiles = [None, Tiles(1, 2, 20, 50) if number % 2 else None]
-    return replace(batch, tiles=tiles if batch.frame_counts else [])
+    if number % 2 and batch.infos:
+        batch.infos[1] = VisualInfo(tiles=Tiles(1, 2, 20, 50))
+    return batch
 
 
 class Share:
@@ -213,7 +215,7 @@ def check_program(words, compose, run_ranks, folder):
 
     def evaluate_again(rank):
         config = compose(words, folder / "again")
-        model, steps = evaluate.load(folder, None)
+        model, steps = evaluate.load(folder)
         trainer, data = build(config.trainer, "trainer", logger=False), build(config.data, "")
         run_needle_test(config, trainer, model, data, steps)
         return sha256(model)
@@ -225,4 +227,4 @@ def check_program(words, compose, run_ranks, folder):
     (folder / "again").mkdir()
     hashes = run_ranks(2, evaluate_again)
     assert load_run(folder / "again").needle.cells == before.needle.cells
-    assert hashes == [sha256(evaluate.load(folder, None)[0])] * 2
+    assert hashes == [sha256(evaluate.load(folder)[0])] * 2

@@ -17,6 +17,7 @@ from datamodules.batch import (
     data_rank,
     pad_rows,
 )
+from tests.helpers.visuals import frames_of
 
 #: Number of labelled tokens of each sample.
 LABELS = (2, 2, 2, 107, 2, 2, 2, 107)
@@ -43,8 +44,7 @@ def make_rows(numbers, seed=0):
         input_ids=pad_rows(rows, 0),
         attention_mask=pad_rows([[1] * len(row) for row in rows], 0).bool(),
         labels=pad_rows(labels, IGNORE_INDEX),
-        frames=torch.cat([none, *frames]),
-        frame_counts=counts,
+        **frames_of(torch.cat([none, *frames]), counts),
         prompt_ids=prompts,
         prompt_mask=torch.ones_like(prompts, dtype=torch.bool),
         keys=[f"s.tar/{number}" for number in numbers],
@@ -54,7 +54,7 @@ def make_rows(numbers, seed=0):
 def make_pairs(numbers):
     """Makes a batch of two answers to each question, with reference log-probabilities."""
     chosen, rejected = make_rows(numbers), make_rows(numbers, seed=1)
-    rejected.frames = chosen.frames
+    rejected.pixels = chosen.pixels
     reference = torch.tensor([[-900.0 - number, -880.0] for number in numbers])
     return PreferenceBatch(chosen, rejected, reference, [{}] * len(numbers))
 

@@ -96,7 +96,7 @@ def test_a_lora_run_is_trained_saved_and_evaluated_with_its_own_alpha(run_train,
     (tmp_path / ".hydra").mkdir(exist_ok=True)
     (tmp_path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(["tuning.lora.alpha=4"]))
     (tmp_path / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(typed))
-    network, _ = evaluate.load(tmp_path, None)
+    network, _ = evaluate.load(tmp_path)
     assert (network.config.lora["rank"], network.config.lora["alpha"]) == (4, 32)
     assert {layer.scaling["default"] for _, layer in lora_layers(network)} == {8.0}
     path = tmp_path / "checkpoints" / "last.ckpt"

@@ -1,17 +1,19 @@
 """The whole pipeline: mixed batches, exact shortcuts, generation, and what a checkpoint keeps."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Grid, VideoBatch, pad_rows
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Grid, VideoBatch, pad_rows, visual_fields
 from experiments import CONFIG_DIR
 from lightning_modules.loss import sequence_log_probs
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.spec import build, resolve
+from tests.helpers.visuals import frames_of, outline, row_of
 
 ROTARY = sorted(path.stem for path in (CONFIG_DIR / "rotary").glob("*.yaml"))
 POOLERS = {
@@ -73,8 +75,7 @@ def make_batch(rows, counts, seed=0):
         input_ids=pad_rows(rows, 0),
         attention_mask=pad_rows([[1] * len(row) for row in rows], 0).bool(),
         labels=pad_rows(labels, IGNORE_INDEX),
-        frames=torch.randint(0, 256, (sum(counts), 3, 32, 32), dtype=torch.uint8),
-        frame_counts=counts,
+        **frames_of(torch.randint(0, 256, (sum(counts), 3, 32, 32), dtype=torch.uint8), counts),
         prompt_ids=prompts,
         prompt_mask=torch.ones_like(prompts, dtype=torch.bool),
         keys=[str(i) for i in range(len(rows))],
@@ -90,20 +91,17 @@ COUNTS = [4, 6, 1, 2, 4, 1]
 def rows_of(batch):
     """The same samples, one a batch."""
     visual = 0
-    frames = batch.frames.split(batch.frame_counts)
     for i in range(len(batch)):
         length = int(batch.attention_mask[i].sum())
         mine = int((batch.input_ids[i] == S).sum())
-        chosen = frames[visual : visual + mine]
         yield VideoBatch(
             batch.input_ids[i : i + 1, :length],
             batch.attention_mask[i : i + 1, :length],
             batch.labels[i : i + 1, :length],
-            torch.cat([batch.frames[:0], *chosen]),
-            batch.frame_counts[visual : visual + mine],
-            batch.prompt_ids[i : i + 1],
-            batch.prompt_mask[i : i + 1],
-            batch.keys[i : i + 1],
+            **visual_fields(batch.visuals[visual : visual + mine]),
+            prompt_ids=batch.prompt_ids[i : i + 1],
+            prompt_mask=batch.prompt_mask[i : i + 1],
+            keys=batch.keys[i : i + 1],
         )
         visual += mine
 
@@ -118,15 +116,15 @@ def test_padded_equals_unpadded(rotary, pooler):
         alone = model(row)
         length = alone.hidden.shape[1]
         torch.testing.assert_close(together.hidden[i, :length], alone.hidden[0], atol=2e-5, rtol=0)
-        assert alone.inputs.layouts[0] == together.inputs.layouts[i]
+        assert outline(alone.inputs.segments[0]) == outline(together.inputs.segments[i])
 
 
 @torch.no_grad()
 def test_layouts_and_labels():
     inputs = make_model()(make_batch(MIXED, COUNTS)).inputs
     small, large, image = Grid(2, 2, 2), Grid(3, 2, 2), Grid(1, 2, 2)
-    assert inputs.layouts[0] == [2, small, 1, large, 1, image, 2]
-    assert inputs.layouts[1:] == [[3], [Grid(1, 2, 2), 3], [1, small, image, 2]]
+    rows = [(2, small, 1, large, 1, image, 2), (3,), (image, 3), (1, small, image, 2)]
+    assert [outline(row) for row in inputs.segments] == [outline(row_of(*row)) for row in rows]
     assert inputs.embeds.shape == (4, 2 + 8 + 1 + 12 + 1 + 4 + 2, 32)
     learnt = [row[row != IGNORE_INDEX].tolist() for row in inputs.labels]
     assert learnt == [[5, 6], [8, 9], [11, 12], [14, 15]]
@@ -157,15 +155,11 @@ def test_generation_equals_full_forwards(rotary, rows, counts):
     for i, row in enumerate(rows_of(batch)):
         for step in range(4):
             ids = torch.cat([row.input_ids, new[i : i + 1, :step]], dim=1)
-            grown = VideoBatch(
-                ids,
-                torch.ones_like(ids, dtype=torch.bool),
-                torch.full_like(ids, IGNORE_INDEX),
-                row.frames,
-                row.frame_counts,
-                row.prompt_ids,
-                row.prompt_mask,
-                row.keys,
+            grown = replace(
+                row,
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids, dtype=torch.bool),
+                labels=torch.full_like(ids, IGNORE_INDEX),
             )
             logits = model.llm.head(model(grown).hidden[0, -1])
             assert logits.argmax() == new[i, step]
@@ -301,5 +295,6 @@ def test_the_pooler_tells_the_rotary_stage_what_is_left():
     for pooler, grid in (("none", Grid(4, 4, 4)), ("average", Grid(2, 2, 2))):
         model = make_model(pooler=pooler)
         inputs = model(make_batch([[1, S, 2, 3]], [4])).inputs
-        assert inputs.layouts == [[1, grid, 2]]
-        assert torch.equal(inputs.positions, model.rotary.batch_positions([[1, grid, 2]]))
+        row = row_of(1, grid, 2)
+        assert outline(inputs.segments[0]) == outline(row)
+        assert torch.equal(inputs.positions, model.rotary.batch_positions([row]))

@@ -16,9 +16,20 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, Grid, VideoBatch, pad_rows
+from datamodules.batch import (
+    IGNORE_INDEX,
+    VISUAL_SLOT,
+    Grid,
+    VideoBatch,
+    Visual,
+    VisualInfo,
+    pad_rows,
+    visual_fields,
+)
 from datamodules.visuals.tiles import best_grid, cut_tiles
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
+from lightning_modules.splice.tiles import split_tiles
+from tests.helpers.visuals import outline, row_of
 
 SIDE, IMAGE_TOKEN = 32, 60
 GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
@@ -139,17 +150,15 @@ def published_logits(model, processor, rows, images):
 
 def make_batch(rows, images):
     cut = [cut_tiles(image, SIDE, GRIDS) for image in images]
-    none = torch.zeros(0, 3, SIDE, SIDE, dtype=torch.uint8)
+    visuals = [Visual(frames, VisualInfo(tiles=tiles)) for frames, tiles in cut]
     return VideoBatch(
         input_ids=pad_rows(rows, 0),
         attention_mask=pad_rows([[1] * len(row) for row in rows], 0).bool(),
         labels=pad_rows([[IGNORE_INDEX] * len(row) for row in rows], IGNORE_INDEX),
-        frames=torch.cat([none, *(frames for frames, _ in cut)]),
-        frame_counts=[len(frames) for frames, _ in cut],
+        **visual_fields(visuals),
         prompt_ids=torch.ones(len(rows), 2, dtype=torch.long),
         prompt_mask=torch.ones(len(rows), 2, dtype=torch.bool),
         keys=[str(n) for n in range(len(rows))],
-        tiles=[tiles for _, tiles in cut],
     )
 
 
@@ -158,7 +167,7 @@ def assert_same(models, processor, rows, sizes):
     images = [picture(size, seed) for seed, size in enumerate(sizes)]
     published = published_logits(theirs, processor, rows, images)
     batch = make_batch(rows, images)
-    inputs = ours.compose(batch, ours.encoder(batch.frames, batch.clips))
+    inputs = ours.compose(batch, ours.encoder(split_tiles(batch.visuals)))
     logits = ours.llm.head(ours.llm(inputs.embeds, inputs.mask, inputs.positions))
     for row, mask, expected in zip(logits, inputs.mask, published, strict=True):
         torch.testing.assert_close(row[mask], expected, atol=1e-4, rtol=0)
@@ -192,6 +201,6 @@ def test_of_a_thin_picture_a_row_is_left(models, processor):
     image = picture((300, 22))
     published = published_logits(theirs, processor, [[1, S, 2]], [image])
     batch = make_batch([[1, S, 2]], [image])
-    layout = ours.compose(batch, ours.encoder(batch.frames, batch.clips)).layouts[0]
+    row = ours.compose(batch, ours.encoder(split_tiles(batch.visuals))).segments[0]
     assert len(published[0]) == 1 + 16 + 1
-    assert layout == [1, Grid(1, 4, 4), Grid(1, 2, 13), 1]
+    assert outline(row) == outline(row_of(1, Grid(1, 4, 4), Grid(1, 2, 13), 1))

@@ -6,6 +6,7 @@ import torch
 from datamodules.batch import Grid
 from lightning_modules.encoder.prompt import stretch_positions
 from lightning_modules.pooler.prompt_guided import PromptGuidedPooler
+from lightning_modules.tokens import VisualTokens
 
 
 def test_pooling(pooling_golden):
@@ -25,9 +26,10 @@ def test_pooling(pooling_golden):
             logit_scale=0.0,  # so that the weights go into the last softmax as they are
         )
         assert list(y.shape) == case["y_shape"]
-        assert pooler.grid(Grid(*x.shape[2:])) == tuple(y.shape[2:])
+        assert pooler.extent(Grid(*x.shape[2:])) == tuple(y.shape[2:])
         for sample, weight, expected in zip(x, weights, y, strict=True):
-            ours = pooler(sample.permute(1, 2, 3, 0), weight).permute(3, 0, 1, 2)
+            tokens = VisualTokens.on_grid(sample.permute(1, 2, 3, 0))
+            ours = pooler(tokens, weight.flatten()).as_grid().permute(3, 0, 1, 2)
             torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 

@@ -2,9 +2,10 @@
 
 import torch
 
-from datamodules.batch import VISUAL_SLOT, Grid, VideoBatch
+from datamodules.batch import VISUAL_SLOT, Grid, VideoBatch, Visual
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.pooler.base import Pooler
+from tests.helpers.visuals import frames_of
 
 from .ppllava_weights import (
     build_stages,
@@ -43,12 +44,14 @@ def test_stages(ppllava_golden):
 
         patches = features[:, 1:]
         grid = Grid(case["frames"], *encoder.grid)
-        score = Pooler.relevance(encoder.align(patches), prompt[0]).view(grid)
-        assert_near(score, golden["relevance"][0])
+        (tokens,) = encoder([Visual(frames)])
+        assert torch.equal(tokens.features, patches.flatten(0, 1))
+        score = Pooler.relevance(encoder.align(tokens.features), prompt[0])
+        assert_near(score.view(grid), golden["relevance"][0])
 
-        tokens = projector.contract(pooler(patches.unflatten(1, grid[1:]), score, projector.expand))
-        assert tokens.shape[:3] == pooler.grid(grid)
-        assert_near(tokens.flatten(0, 2), golden["pooled_tokens"][0])
+        pooled = pooler(tokens, score, projector.expand)
+        assert pooled.grid == pooler.extent(grid)
+        assert_near(projector.contract(pooled.features), golden["pooled_tokens"][0])
 
 
 def build_model(spec, weights):
@@ -86,8 +89,7 @@ def test_logits(ppllava_golden):
             input_ids=torch.where(ids == spec["image_token_index"], VISUAL_SLOT, ids),
             attention_mask=torch.ones_like(ids, dtype=torch.bool),
             labels=ids,
-            frames=tensors[f"case{i}/pixel_values"].flatten(0, 1),
-            frame_counts=[case["frames"]],
+            **frames_of(tensors[f"case{i}/pixel_values"].flatten(0, 1), [case["frames"]]),
             prompt_ids=tensors[f"case{i}/clip_input_ids"],
             prompt_mask=tensors[f"case{i}/clip_attention_mask"].bool(),
             keys=[ppllava_golden.name],

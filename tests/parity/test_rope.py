@@ -10,6 +10,7 @@ from lightning_modules.rotary.mrope import MRope
 from lightning_modules.rotary.tad import TadRope
 from lightning_modules.rotary.vanilla import VanillaRope
 from lightning_modules.rotary.videorope import VideoRope
+from tests.helpers.visuals import row_of
 
 SCHEMES = {
     "vanilla_rope": lambda sections: VanillaRope(),
@@ -20,9 +21,9 @@ SCHEMES = {
 
 
 def read_layout(segments):
-    """`["text", n]`, `["image", h, w]` or `["video", t, h, w]` -> number or grid."""
+    """`["text", n]`, `["image", h, w]` or `["video", t, h, w]` -> number or layout."""
     kinds = {"text": lambda n: n, "image": lambda h, w: Grid(1, h, w), "video": Grid}
-    return [kinds[kind](*sizes) for kind, *sizes in segments]
+    return row_of(*(kinds[kind](*sizes) for kind, *sizes in segments))
 
 
 def build_llm(golden, scheme):
@@ -48,7 +49,7 @@ def test_positions_and_logits(rope_golden, name):
             key: rope_golden.tensors[f"case{i}/{name}/{key}"] for key in ("position_ids", "logits")
         }
         layout = read_layout(case["segments"])
-        positions = scheme.positions(layout)
+        positions = scheme.positions(layout)[0].expand(3, -1)
         torch.testing.assert_close(positions[:, None], golden["position_ids"], atol=0, rtol=0)
 
         embeds = rope_golden.tensors[f"case{i}/inputs_embeds"]
@@ -64,7 +65,6 @@ def test_first_generated_position(rope_golden, name):
     scheme = SCHEMES[name](rope_golden.spec["config"]["mrope_section"])
     for case in rope_golden.spec["cases"]:
         layout = read_layout(case["segments"])
-        length = sum(segment.size if isinstance(segment, Grid) else segment for segment in layout)
-        after = scheme.positions([*layout, 1])[:, -1]
-        expected = scheme.text_step * length + case["schemes"][name]["rope_delta"]
-        assert after.tolist() == [expected] * 3
+        length = sum(s if isinstance(s, int) else len(s) for s in layout)
+        _, after = scheme.positions(layout)
+        assert after == scheme.text_step * length + case["schemes"][name]["rope_delta"]

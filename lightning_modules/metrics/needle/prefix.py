@@ -27,7 +27,7 @@ class PrefixCache:
         self._llm = model.llm
         self._cache: Cache = DynamicCache()
         self._embeds: Float[Tensor, "l m"] | None = None
-        self._positions: Float[Tensor, "4 l"] | None = None
+        self._positions: Float[Tensor, "a1 l"] | None = None
         self.computed = self.recomputed = 0
 
     @torch.no_grad()
@@ -79,8 +79,8 @@ class PrefixCache:
 def _agreement(
     a: Float[Tensor, "b l m"],
     b: Float[Tensor, "b2 l m"],
-    a_positions: Float[Tensor, "4 b l"],
-    b_positions: Float[Tensor, "4 b2 l"],
+    a_positions: Float[Tensor, "a1 b l"],
+    b_positions: Float[Tensor, "a1 b2 l"],
 ) -> int:
     """Returns the number of tokens from the left that are equal in `a` and every row of `b`.
 

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from lightning import LightningModule
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from datamodules.base import datamodule_of
-from datamodules.batch import IGNORE_INDEX
+from datamodules.batch import IGNORE_INDEX, Visual
 from lightning_modules.distributed.sharding import shard
 from lightning_modules.metrics.bootstrap import bootstrap_interval
 from lightning_modules.metrics.needle.prefix import PrefixCache
 from lightning_modules.model import VideoLanguageModel
+from lightning_modules.tokens import VisualTokens
 
 #: Frames that the encoder reads at a time.
 _ENCODED_AT_ONCE = 64
@@ -110,13 +110,12 @@ class NeedleModule(LightningModule):
         self._blind_logits: dict[tuple[int, float], list[Tensor]] = {}
         self._bank = datamodule_of(self.trainer).bank
         if self.model.encoder.per_frame:
-            parts = self._bank.split(_ENCODED_AT_ONCE)
-            self._patches = torch.cat(
-                [self.model.encoder(part.to(self.device), [len(part)]) for part in parts]
-            )  # all frames of all rows, p d
+            parts = [Visual(part.to(self.device)) for part in self._bank.split(_ENCODED_AT_ONCE)]
+            encoded = [self.model.encoder([part])[0].as_grid() for part in parts]
+            self._patches = torch.cat(encoded)  # n h w d
 
     def test_step(self, row: Any, batch_idx: int) -> None:
-        inputs = self.model.compose(row.text, self._row_patches(row.order))
+        inputs = self.model.compose(row.text, self._encoded(row))
         hidden, start = self._prefixes.hidden(inputs)
         labels = inputs.labels[:, start:]
         cells = self.scores.cells.setdefault(row.condition, [])
@@ -155,12 +154,17 @@ class NeedleModule(LightningModule):
             text = json.dumps({**self.protocol, **self.scores.summary()}, indent=1)
             (self.folder / "needle.json").write_text(text)
 
-    def _row_patches(self, order: Tensor) -> Float[Tensor, "n p d"]:
-        """Returns the patches of the frames of all rows, row by row."""
+    def _encoded(self, row: Any) -> list[VisualTokens]:
+        """Returns the tokens of the video of each row."""
+        videos = zip(row.order, row.text.infos, strict=True)
         if self.model.encoder.per_frame:
-            return self._patches[order.flatten()]
-        frames = self._bank[order.flatten().cpu()].to(self.device)
-        return self.model.encoder(frames, [order.shape[1]] * order.shape[0])
+            return [
+                VisualTokens.on_grid(self._patches[order], seconds=info.seconds)
+                for order, info in videos
+            ]
+        return self.model.encoder(
+            [Visual(self._bank[order.cpu()].to(self.device), info) for order, info in videos]
+        )
 
     def _compare(self, row: Any, logits: list[Tensor]) -> None:
         """Records how much the needle frame changes the logits of the blind row."""

@@ -56,7 +56,7 @@ def samples(clips, needles, conversation):
 
 
 def shown(sample) -> list[int]:
-    return sample.visuals[0][:, 0, 0, 0].tolist()
+    return sample.visuals[0].frames[:, 0, 0, 0].tolist()
 
 
 def test_a_sample_is_a_function_of_seed_and_number(samples, clips, needles, conversation):
@@ -213,7 +213,7 @@ def test_splits_share_neither_clips_nor_needles(module):
         same = (train[:, None] == test[None]).flatten(2).all(-1)
         assert not same.any()
     batch = next(iter(module.val_dataloader()))
-    videos = batch.frames.split(batch.frame_counts)
+    videos = [visual.frames for visual in batch.visuals]
     seen = torch.cat(train_clips)
     assert not any((video[:, None] == seen[None]).flatten(2).all(-1).any() for video in videos)
 
@@ -297,7 +297,7 @@ def test_the_needle_stands_at_its_depth_among_the_frames_of_the_haystack(grid):
                     assert grid._needles[other].question != grid._needles[needle].question
             if row.condition != "blind":
                 assert order[place] == hay + needle
-        assert row.text.frame_counts == [row.frames] * 6
+        assert [shape[0] for shape in row.text.shapes] == [row.frames] * 6
 
 
 def test_the_bank_holds_the_haystack_and_then_the_needles(grid, clips):
@@ -346,10 +346,10 @@ def test_workers_draw_the_same_samples(make_module):
         module = make_module()
         module._options = HaystackOptions(seed=3, num_workers=workers)
         module.setup()
-        drawn.append([batch.frames for batch in module.train_dataloader()])
+        drawn.append([batch.pixels for batch in module.train_dataloader()])
     assert len(drawn[0]) == len(drawn[1]) == 12
     assert all(torch.equal(*pair) for pair in zip(*drawn, strict=True))
     module._options = HaystackOptions(seed=4)
-    other = [batch.frames for batch in module.train_dataloader()]
+    other = [batch.pixels for batch in module.train_dataloader()]
     pairs = zip(other, drawn[0], strict=True)
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)

@@ -42,7 +42,7 @@ def test_measured_lengths_are_those_of_batches(measured):
     seen = 0
     for batch in module.train_dataloader():
         slots = (batch.input_ids == VISUAL_SLOT).sum(1)
-        counts, at = batch.frame_counts, 0
+        counts, at = [shape[0] for shape in batch.shapes], 0
         for row, key in enumerate(batch.keys):
             mine = counts[at : at + int(slots[row])]
             at += len(mine)

@@ -14,6 +14,7 @@ from experiments.planning.rehearsal import rehearse
 from experiments.run.compose import build, plain
 from lightning_modules.training.instruct import VideoLLMModule
 from tests.helpers.real_step import RealFrames, take_real
+from tests.helpers.visuals import visuals_of
 
 PROBE = [
     "experiment=resume_probe",
@@ -43,15 +44,15 @@ def composed(compose, tmp_path_factory):
 
 
 def outline(visuals=(4,), tiles=None, words=10, learnt=3):
-    frames = [torch.zeros(count, 3, 32, 32, dtype=torch.uint8) for count in visuals]
-    return Outline(frames, tiles or [None] * len(visuals), words, learnt)
+    frames = torch.zeros(sum(visuals), 3, 32, 32, dtype=torch.uint8)
+    return Outline(visuals_of(frames, visuals, tiles or ()), words, learnt)
 
 
 def test_a_batch_is_what_the_datamodule_makes(composed):
     batch = build(composed(*PROBE, "data.batch_size=2").data, "data").outlined(outline((4, 1)))
     assert batch.input_ids.tolist() == [[VISUAL_SLOT, VISUAL_SLOT, *[1] * 10]] * 2
     assert (batch.labels != IGNORE_INDEX).sum(1).tolist() == [3, 3]
-    assert batch.frame_counts == [4, 1, 4, 1]
+    assert [shape[0] for shape in batch.shapes] == [4, 1, 4, 1]
     assert batch.prompt_ids.shape == (2, 77)
 
 

@@ -15,6 +15,7 @@ from lightning_modules.callbacks.flops import FlopMeter
 from lightning_modules.encoder.clip_vision import ClipVisionEncoder
 from lightning_modules.encoder.siglip import SiglipEncoder
 from lightning_modules.training.instruct import VideoLLMModule
+from tests.helpers.visuals import frames_of
 
 WIDTH, LAYERS, SIDE, PATCHES = 32, 3, 32, 4  # four patches, so that a fifth would be seen
 SIZES = {"hidden_size": WIDTH, "intermediate_size": 64, "num_attention_heads": 2}
@@ -64,8 +65,7 @@ def make_batch() -> VideoBatch:
         input_ids=ids,
         attention_mask=torch.ones_like(ids, dtype=torch.bool),
         labels=labels,
-        frames=torch.zeros(8, 3, SIDE, SIDE, dtype=torch.uint8),
-        frame_counts=[4, 4],
+        **frames_of(torch.zeros(8, 3, SIDE, SIDE, dtype=torch.uint8), [4, 4]),
         prompt_ids=prompt,
         prompt_mask=prompt.bool(),
         keys=["a", "b"],

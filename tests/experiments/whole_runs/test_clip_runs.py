@@ -114,7 +114,7 @@ def test_evaluation_finds_the_recall_of_the_training_again(done, tmp_path, monke
 
 def test_an_encoder_alone_is_no_model_of_language(done):
     with pytest.raises(ValueError, match=r"holds encoder alone, .* init=.* its recall") as caught:
-        evaluate.load(done, None)
+        evaluate.load(done)
     assert "\n" not in str(caught.value)
 
 

@@ -17,6 +17,7 @@ from lightning_modules.callbacks.memory import OutOfMemory
 from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.recompute import is_running_again
 from lightning_modules.training.instruct import VideoLLMModule
+from tests.helpers.visuals import frames_of
 
 PADDING = 3
 
@@ -35,8 +36,7 @@ def make_batch(rows=2, frames=4, words=40, size=32):
         input_ids=ids,
         attention_mask=mask,
         labels=labels,
-        frames=torch.zeros(rows * frames, 3, size, size, dtype=torch.uint8),
-        frame_counts=[frames] * rows,
+        **frames_of(torch.zeros(rows * frames, 3, size, size, dtype=torch.uint8), [frames] * rows),
         prompt_ids=prompt,
         prompt_mask=torch.ones_like(prompt, dtype=torch.bool),
         keys=[f"/s.tar/{n}" for n in range(rows)],
@@ -96,9 +96,8 @@ def test_the_formula_is_the_counter_stage_by_stage(stage, trained, make):
 
     def run():
         if stage == "encoder":
-            return network.encoder(batch.frames, batch.frame_counts) * torch.ones(
-                (), requires_grad=True
-            )
+            tokens = network.encoder(batch.visuals)
+            return torch.cat([t.features for t in tokens]) * torch.ones((), requires_grad=True)
         if stage == "projector":
             return network.projector.contract(network.projector.expand(patches))
         return network.llm.head(network.llm(embeds, None, positions))

@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from datamodules.batch import Visual
 from lightning_modules.distributed.sharding import shard
 from lightning_modules.encoder.clip import ClipEncoder
 from lightning_modules.encoder.clip_vision import ClipVisionEncoder
@@ -50,9 +51,9 @@ def watch(encoder):
 def test_chunks_give_what_all_frames_give_at_once(kind, count, sizes):
     """Within the rounding of a matrix product of another height: 1e-6 of values of size 1."""
     encoder = make_kind(kind, 4)
-    expected = make_kind(kind, None)(draw(count), [2, count - 2])
+    expected = make_kind(kind, None).encode(draw(count), [2, count - 2])
     seen = watch(encoder)
-    found = encoder(draw(count), [2, count - 2])
+    found = encoder.encode(draw(count), [2, count - 2])
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     assert seen["start"] == seen["layer"] == sizes
 
@@ -62,18 +63,18 @@ def test_a_frozen_tower_in_training_runs_in_chunks_and_others_do_not(kind):
     """Frames see one another beside BT-Adapter, so its layers take all of them in any case."""
     encoder = make_kind(kind, 4).train()
     seen = watch(encoder)
-    whole = encoder(draw(6), [6])
+    whole = encoder.encode(draw(6), [6])
     assert whole.requires_grad
     assert seen == {"start": [6], "layer": [6]}
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(name.startswith("adapter"))
-    frozen = encoder(draw(6), [6])
+    frozen = encoder.encode(draw(6), [6])
     assert seen == {"start": [6, 4, 2], "layer": [6, 4, 2]}
     assert frozen.requires_grad == (kind == "clip_bt")
     torch.testing.assert_close(frozen, whole, atol=1e-6, rtol=1e-6)
     # One parameter that learns is enough to keep all activations, so all frames run at once.
     encoder.vision.encoder.layers[0].layer_norm1.bias.requires_grad_(True)
-    assert encoder(draw(6), [6]).requires_grad
+    assert encoder.encode(draw(6), [6]).requires_grad
     assert seen["layer"][3:] == [6]
 
 
@@ -82,7 +83,7 @@ def test_the_adapter_has_its_gradients_beside_a_frozen_tower():
         encoder = make_kind("clip_bt", chunk_frames).train()
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_(name.startswith("adapter"))
-        encoder(draw(7), [4, 3]).square().sum().backward()
+        encoder.encode(draw(7), [4, 3]).square().sum().backward()
         return {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
 
     expected = gradients(None)
@@ -97,7 +98,7 @@ def test_chunks_keep_the_dtype_of_mixed_precision(kind):
     encoder, whole = make_kind(kind, 2), make_kind(kind, None)
     for precision in (torch.bfloat16, None):
         with torch.autocast("cpu", precision, enabled=precision is not None):
-            found, expected = encoder(draw(5), [5]), whole(draw(5), [5])
+            found, expected = encoder.encode(draw(5), [5]), whole.encode(draw(5), [5])
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
@@ -113,10 +114,10 @@ class Wider(nn.Module):
 def test_a_layer_that_widens_is_not_narrowed():
     encoder = make_kind("clip_vision", 2)
     encoder.vision.encoder.layers.append(Wider())
-    found = encoder(draw(5), [5])
+    found = encoder.encode(draw(5), [5])
     assert found.dtype == torch.float64
     encoder.chunk_frames = None
-    torch.testing.assert_close(found, encoder(draw(5), [5]), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found, encoder.encode(draw(5), [5]), atol=1e-6, rtol=1e-6)
 
 
 def peak(encoder, count):
@@ -124,7 +125,7 @@ def peak(encoder, count):
     frames = draw(count)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as run:
-        encoder(frames, [count])
+        encoder.encode(frames, [count])
     held = most = 0
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -166,8 +167,8 @@ def test_compiled_layers_are_not_compiled_anew_for_every_number_of_frames():
         compile_layers(block, {"backend": "eager"})
     graphs = []
     for count in (8, 4, 7, 5, 6, 9, 3, 1, 11, 13, 22, 2, 34, 39, 10):
-        found = encoder(draw(count), [count])
-        torch.testing.assert_close(found, plain(draw(count), [count]), atol=1e-6, rtol=1e-6)
+        found = encoder.encode(draw(count), [count])
+        torch.testing.assert_close(found, plain.encode(draw(count), [count]), atol=1e-6, rtol=1e-6)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0, "nothing was compiled"
     assert graphs[8] == graphs[-1] <= 5, graphs
@@ -199,7 +200,7 @@ def test_sharded_ranks_with_other_numbers_of_frames_gather_alike(kind, run_ranks
         for frozen in (False, True):
             encoder.requires_grad_(not frozen)
             with torch.set_grad_enabled(frozen), Gathers() as gathers:
-                found.append(encoder(frames, [len(frames)]))
+                found.append(encoder([Visual(frames)])[0].as_grid().flatten(1, 2))
             found.append(gathers.count)
         layers = encoder.vision.encoder.layers
         apart = all(isinstance(p, DTensor) for layer in layers for p in layer.parameters())
@@ -209,7 +210,7 @@ def test_sharded_ranks_with_other_numbers_of_frames_gather_alike(kind, run_ranks
     results = run_ranks(2, run)
     for count, (evaluated, gathers, trained, again, apart) in zip(counts, results, strict=True):
         with torch.no_grad():
-            expected = make_kind(kind, None)(draw(count), [count])
+            expected = make_kind(kind, None).encode(draw(count), [count])
         torch.testing.assert_close(evaluated, expected, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(trained, expected, atol=1e-6, rtol=1e-6)
         assert apart, "the layers have let go of the weights"

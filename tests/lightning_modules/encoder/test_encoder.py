@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
 
+from datamodules.batch import Visual
 from experiments import CONFIG_DIR
 from experiments.run.compose import plain
 from lightning_modules.encoder.base import Encoder
@@ -75,7 +76,7 @@ def test_tower_stops_where_the_features_are(clip_folder, layer, frames):
     with torch.no_grad():
         states = full.vision_model(frames, output_hidden_states=True).hidden_states
         torch.testing.assert_close(encoder.hidden_state(frames, [6]), states[layer])
-        torch.testing.assert_close(encoder(frames, [6]), states[layer][:, 1:])
+        torch.testing.assert_close(encoder.encode(frames, [6]), states[layer][:, 1:])
     assert len(encoder.vision.encoder.layers) == layer % 5
 
 
@@ -95,15 +96,15 @@ def test_prompts_and_patches_share_the_space_of_clip(clip_folder):
 @pytest.mark.parametrize("adapter", [None, ADAPTER])
 def test_visuals_do_not_see_one_another(adapter, frames):
     encoder = make(bt_adapter=adapter)
-    together = encoder(frames, [2, 1, 1, 2])
-    apart = [encoder(part, [len(part)]) for part in frames.split([2, 1, 1, 2])]
+    together = encoder.encode(frames, [2, 1, 1, 2])
+    apart = [encoder.encode(part, [len(part)]) for part in frames.split([2, 1, 1, 2])]
     torch.testing.assert_close(together, torch.cat(apart))
 
 
 def test_per_frame_says_whether_frames_see_one_another(frames):
     for adapter in (None, ADAPTER):
         encoder = make(bt_adapter=adapter)
-        whole, frame_by_frame = encoder(frames, [6]), encoder(frames, [1] * 6)
+        whole, frame_by_frame = encoder.encode(frames, [6]), encoder.encode(frames, [1] * 6)
         assert torch.allclose(whole, frame_by_frame, atol=1e-5) == encoder.per_frame
 
 
@@ -121,7 +122,7 @@ def test_fresh_adapter_starts_as_a_copy_of_its_layers():
 
 def test_no_visuals_at_all():
     for adapter in (None, ADAPTER):
-        assert make(bt_adapter=adapter)(torch.empty(0, 3, 24, 24), []).shape == (0, 9, 32)
+        assert make(bt_adapter=adapter)([]) == []
 
 
 def test_bytes_are_normalised_and_floats_are_not():
@@ -133,7 +134,7 @@ def test_bytes_are_normalised_and_floats_are_not():
     expected = torch.tensor([[-1.7923, -1.7521, -1.4802], [1.9303, 2.0749, 2.1459]])
     torch.testing.assert_close(ends.flatten(1), expected, atol=1e-4, rtol=0)
     encoder = make()
-    torch.testing.assert_close(encoder(pixels, [2]), encoder(floats, [2]))
+    torch.testing.assert_close(encoder.encode(pixels, [2]), encoder.encode(floats, [2]))
 
 
 def test_padding_does_not_change_a_prompt():
@@ -203,7 +204,7 @@ class Holder(PreTrainedModel):
 def results(encoder, frames):
     ids = torch.tensor([[0, 5, 9, 3, END]])
     with torch.no_grad():
-        patches = encoder(frames, [4, 2])
+        patches = encoder.encode(frames, [4, 2])
         return patches, encoder.align(patches), embed(encoder, ids)
 
 
@@ -279,9 +280,9 @@ def test_arguments_that_do_not_fit(arguments, words):
 
 def test_frames_that_do_not_fit(frames):
     with pytest.raises(ValueError, match=r"20 x 24 pixels.*24 x 24"):
-        make()(frames[:, :, :20], [6])
+        make()([Visual(frames[:, :, :20])])
     with pytest.raises(ValueError, match=r"visual of 6 frames.*4 temporal positions"):
-        make(bt_adapter={"depth": 2, "max_frames": 4})(frames, [6])
+        make(bt_adapter={"depth": 2, "max_frames": 4})([Visual(frames)])
 
 
 def test_source_without_a_text_tower(clip_folder, tmp_path):
@@ -305,8 +306,8 @@ def test_every_option_is_an_encoder(compose, tmp_path):
         spec = plain(compose([f"encoder={option}"], tmp_path).model.encoder)
         assert issubclass(resolve(spec["_target_"]), Encoder)
         if spec["source"] is None:
-            frames = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-            assert build(spec)(frames, [1]).shape == (1, 16, 96)
+            (tokens,) = build(spec)([Visual(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))])
+            assert tokens.features.shape == (32, 96)
 
 
 def test_an_image_size_that_is_not_the_towers():

@@ -5,13 +5,14 @@ import torch
 from omegaconf import OmegaConf
 from transformers import SiglipConfig, SiglipModel
 
-from datamodules.batch import VISUAL_SLOT, VideoBatch
+from datamodules.batch import VISUAL_SLOT, VideoBatch, Visual
 from experiments import CONFIG_DIR
 from lightning_modules.encoder.clip_vision import ClipVisionEncoder
 from lightning_modules.encoder.prompt import stretch_positions
 from lightning_modules.encoder.siglip import SiglipEncoder
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.spec import build
+from tests.helpers.visuals import frames_of
 
 HEADS = {"num_attention_heads": 2, "intermediate_size": 48}
 VISION = {**HEADS, "hidden_size": 24, "num_hidden_layers": 3, "image_size": 32, "patch_size": 8}
@@ -55,16 +56,16 @@ def frames(count):
 def test_patches_are_those_of_the_hidden_state(layer, siglip, folder):
     encoder = SiglipEncoder(folder, feature_layer=layer).eval()
     theirs = siglip.vision_model(frames(3), output_hidden_states=True).hidden_states[layer]
-    assert_near(encoder(frames(3), [1, 2]), theirs)
+    assert_near(encoder.encode(frames(3), [1, 2]), theirs)
     assert encoder.grid == (4, 4)
-    assert encoder(frames(0), []).shape == (0, 16, 24)
+    assert encoder([]) == []
 
 
 @torch.no_grad()
 def test_uint8_frames_are_normalised_to_minus_one_to_one(folder):
     encoder = SiglipEncoder(folder).eval()
     rgb = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    assert_near(encoder(rgb, [1]), encoder((rgb / 255 - 0.5) / 0.5, [1]))
+    assert_near(encoder.encode(rgb, [1]), encoder.encode((rgb / 255 - 0.5) / 0.5, [1]))
 
 
 @torch.no_grad()
@@ -84,7 +85,7 @@ def test_prompts_are_embedded_as_by_siglip_whatever_stands_beside_them(siglip, f
 @torch.no_grad()
 def test_align_is_the_pooling_head_on_each_patch_alone(siglip, folder):
     encoder = SiglipEncoder(folder, feature_layer=-1).eval()
-    patches = encoder(frames(2), [2])
+    patches = encoder.encode(frames(2), [2])
     normed = siglip.vision_model.post_layernorm(patches).reshape(-1, 1, 24)
     theirs = siglip.vision_model.head(normed).view(2, 16, 24)
     assert_near(encoder.align(patches), theirs)
@@ -147,8 +148,7 @@ def make_batch():
         input_ids=ids,
         attention_mask=torch.ones_like(ids).bool(),
         labels=ids.clamp(min=-100),
-        frames=frames(2),
-        frame_counts=[2],
+        **frames_of(frames(2), [2]),
         prompt_ids=torch.tensor([[5, 59]]),
         prompt_mask=torch.ones(1, 2).bool(),
         keys=["one"],
@@ -182,7 +182,7 @@ def test_mistakes_are_named(cls):
     with pytest.raises(ValueError, match=r"image_size is 64, but the tower reads frames of 32"):
         cls(config={"vision": VISION}, image_size=64)
     with pytest.raises(ValueError, match="frames of 16 x 16 pixels, but the encoder reads 32 x 32"):
-        cls(config={"vision": VISION})(torch.zeros(1, 3, 16, 16), [1])
+        cls(config={"vision": VISION})([Visual(torch.zeros(1, 3, 16, 16))])
 
 
 def test_the_yaml_names_the_encoder_and_its_arguments():
@@ -208,8 +208,8 @@ def make_encoder(name, **options):
 @torch.no_grad()
 def test_every_attention_gives_the_same_and_is_kept(name, attention, uncompiled_flex):
     encoder = make_encoder(name, attention=attention)
-    expected = make_encoder(name)(frames(3), [1, 2])
-    found = encoder(frames(3), [1, 2])
+    expected = make_encoder(name).encode(frames(3), [1, 2])
+    found = encoder.encode(frames(3), [1, 2])
     assert not torch.equal(found, expected), "another way to the same"
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     again = build(encoder.to_spec())

@@ -111,7 +111,7 @@ def test_generation(family, beams, logged):
     llm = make(family)
     embeds, positions = inputs(llm, 5)
     mask = torch.ones(2, 5, dtype=torch.bool)
-    behind = positions[1:, :, -1] + 1
+    behind = positions[1, :, -1] + 1
     options = {"max_new_tokens": 3, "num_beams": beams, "do_sample": False}
     ids = llm.generate(embeds, mask, positions, behind, **options)
     assert ids.shape[0] == 2
@@ -140,6 +140,6 @@ def test_lora(family, logged):
     llm = network["llm"]
     embeds, positions = inputs(llm, 6)
     llm(embeds, None, positions).sum().backward()
-    behind = positions[1:, :, -1] + 1
+    behind = positions[1, :, -1] + 1
     llm.generate(embeds, torch.ones(2, 6).bool(), positions, behind, max_new_tokens=2)
     assert not logged

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from datamodules.batch import IGNORE_INDEX
+from datamodules.batch import IGNORE_INDEX, Visual
 from experiments.reporting.data import read_needle
 from experiments.reporting.tables import LEAST_LOGIT_CHANGE
 from experiments.run.compose import plain
@@ -59,14 +59,19 @@ def run_test(model, datamodule, folder=None):
     return module.scores
 
 
+def encode(model, datamodule, row):
+    """Returns the tokens of the videos of a cell, encoded frame by frame."""
+    return model.encoder([Visual(datamodule.bank[order]) for order in row.order])
+
+
 @torch.no_grad()
 def from_scratch(model, datamodule):
     """Every cell by itself: ((condition, frames, depth, needle), correct, log-probability)."""
     for row in (datamodule.test_dataloader()[i] for i in range(len(datamodule.test_dataloader()))):
         for needle, order in enumerate(row.order):
             text = datamodule._encode([datamodule._grid._needles[needle]], row.frames)
-            patches = model.encoder(datamodule.bank[order], [row.frames])
-            inputs = model.compose(text, patches)
+            encoded = model.encoder([Visual(datamodule.bank[order])])
+            inputs = model.compose(text, encoded)
             hidden = model.llm(inputs.embeds, inputs.mask, inputs.positions)
             target = inputs.labels[0, 1:]
             logits = model.llm.head(hidden[0, :-1][target != IGNORE_INDEX])
@@ -104,10 +109,9 @@ def test_answers_are_those_of_each_cell_read_from_scratch(rotary, pooler, bt_ada
 def test_hidden_states_are_those_of_a_full_forward(rotary, make):
     model, datamodule = make(f"rotary={rotary}", "data.grid.needles=4")
     prefixes = PrefixCache(model)
-    patches = model.encoder(datamodule.bank, [len(datamodule.bank)])
     shared = 0
     for row in (datamodule.test_dataloader()[i] for i in range(len(datamodule.test_dataloader()))):
-        inputs = model.compose(row.text, patches[row.order.flatten()])
+        inputs = model.compose(row.text, encode(model, datamodule, row))
         hidden, start = prefixes.hidden(inputs)
         full = model.llm(inputs.embeds, inputs.mask, inputs.positions)
         kept = inputs.mask[:, start:]
@@ -130,11 +134,10 @@ def test_tokens_are_counted_as_they_go_through_the_llm(make):
     scores = run_test(model, datamodule)
     assert scores.token_forwards["computed"] == counted
     lengths = (
-        int(model.compose(row.text, patches).mask.sum())
+        int(model.compose(row.text, encode(model, datamodule, row)).mask.sum())
         for row in (
             datamodule.test_dataloader()[i] for i in range(len(datamodule.test_dataloader()))
         )
-        for patches in [model.encoder(datamodule.bank, [len(datamodule.bank)])[row.order.flatten()]]
     )
     assert scores.token_forwards["recomputed"] == sum(lengths)
 

@@ -72,7 +72,7 @@ def network(compose, tiny, tmp_path_factory):
 
 def batches(samples, size, conversation):
     pad = conversation.tokenizer.pad_token_id
-    put = partial(collate, image_size=32, pad_id=pad, prompt_pad_id=pad)
+    put = partial(collate, pad_id=pad, prompt_pad_id=pad)
     return [put(samples[at : at + size]) for at in range(0, len(samples), size)]
 
 
@@ -359,12 +359,12 @@ def test_the_answer_does_not_guide_the_pooler():
 
 def test_rows_keep_their_tasks_and_visuals(questions, conversation):
     (batch,) = batches(questions[:5], 5, conversation)
-    for n, frames in enumerate(batch.frames.split(batch.frame_counts)):
-        frames.fill_(n)  # the visuals of rows 0, 1, 3 and 4
+    for n, visual in enumerate(batch.visuals):
+        visual.frames.fill_(n)  # the visuals of rows 0, 1, 3 and 4
     chosen = batch.select([4, 1, 2])
     assert chosen.keys == ["s.tar/k1", "s.tar/k2", "s.tar/k4"]
     assert [task.pair for task in chosen.tasks] == ["clip 0", "clip 0", ""]
-    assert [int(f[0, 0, 0, 0]) for f in chosen.frames.split(chosen.frame_counts)] == [1, 3]
+    assert [int(visual.frames[0, 0, 0, 0]) for visual in chosen.visuals] == [1, 3]
     assert torch.equal(chosen.labels, batch.labels[[1, 2, 4]])
     assert batch.first(2).tasks == batch.tasks[:2]
     assert batch.questions().tasks == batch.tasks

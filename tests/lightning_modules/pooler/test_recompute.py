@@ -13,6 +13,7 @@ from lightning_modules.pooler.identity import IdentityPooler
 from lightning_modules.pooler.prompt_guided import PromptGuidedPooler
 from lightning_modules.projector import Projector
 from lightning_modules.recompute import is_running_again, made_again
+from lightning_modules.tokens import VisualTokens
 from tests.lightning_modules.pooler.test_pooler import SHAPE, WINDOWS
 from tests.lightning_modules.test_model import COUNTS, MIXED, make_batch, make_model
 
@@ -43,8 +44,8 @@ def pool(pooler, dtype=torch.float64):
     projector = Projector(WIDTH, WIDE).to(dtype)
     patches = torch.randn(*SHAPE, WIDTH, dtype=dtype, requires_grad=True)
     relevance = torch.rand(*SHAPE, requires_grad=True)
-    tokens = projector.contract(pooler(patches, relevance, projector.expand))
-    return tokens, [patches, relevance, *projector.parameters()]
+    tokens = pooler(VisualTokens.on_grid(patches), relevance.flatten(), projector.expand)
+    return projector.contract(tokens.features), [patches, relevance, *projector.parameters()]
 
 
 def gradients(pooler, dtype=torch.float64):
@@ -125,7 +126,8 @@ def test_dropout_of_lora_is_drawn_again_as_it_was(kept_whole):
             if "lora_B" in name:
                 nn.init.normal_(parameter)
         patches = torch.randn(*SHAPE, WIDTH)
-        tokens = AveragePooler(kernel=(2, 3, 3))(patches, None, part.projector.expand)
+        pooler = AveragePooler(kernel=(2, 3, 3))
+        tokens = pooler(VisualTokens.on_grid(patches), None, part.projector.expand).features
         trained = [p for p in part.parameters() if p.requires_grad]
         return torch.autograd.grad(tokens.square().sum(), trained)
 

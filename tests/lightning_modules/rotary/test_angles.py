@@ -10,6 +10,7 @@ from lightning_modules.rotary.angles import Angles
 from lightning_modules.rotary.base import RotaryEmbedding
 from lightning_modules.rotary.vanilla import VanillaRope
 from lightning_modules.rotary.videorope import VideoRope
+from tests.helpers.visuals import row_of
 from tests.lightning_modules.rotary.test_rotary import load, make_llm
 
 SIZES = {
@@ -148,7 +149,7 @@ def test_scaled_angles_are_those_of_the_stock_model(scaling, length):
 @torch.no_grad()
 def test_a_scheme_turns_pairs_as_it_turns_halves():
     """Cohere's head is Llama's with its channels in another order; a scheme must not notice."""
-    layout = [3, Grid(4, 2, 3), 5]
+    layout = row_of(3, Grid(4, 2, 3), 5)
     positions, length = VideoRope().batch_positions([layout]), 3 + 24 + 5
     x, found = torch.zeros(1, length, 64), {}
     for model_type in ("llama", "cohere"):

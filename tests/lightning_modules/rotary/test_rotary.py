@@ -1,5 +1,7 @@
 """The contract of every scheme in configs/rotary, and one row for each with its positions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -7,24 +9,35 @@ from omegaconf import OmegaConf
 from datamodules.batch import Grid
 from experiments import CONFIG_DIR
 from lightning_modules.llm.causal_lm import CausalLM
-from lightning_modules.rotary.base import HEIGHT, TIME, WIDTH, RotaryEmbedding
+from lightning_modules.rotary.base import HEIGHT, STILL, TIME, WIDTH, RotaryEmbedding
 from lightning_modules.rotary.mrope import MRope
 from lightning_modules.rotary.videorope import VideoRope
 from lightning_modules.spec import build
+from lightning_modules.tokens import Layout
+from tests.helpers.visuals import row_of
 
 OPTIONS = sorted(path.stem for path in (CONFIG_DIR / "rotary").glob("*.yaml"))
 
 #: Positions of [2, Grid(2, 1, 2), 1] by hand, from each scheme's formula: time, height, width.
 ROWS = {
-    "vanilla": [[0, 1, 2, 3, 4, 5, 6]] * 3,
-    "tad": [[0, 2, 4, 5, 7, 8, 10]] * 3,
+    "vanilla": [[0, 1, 2, 3, 4, 5, 6]],
+    "tad": [[0, 2, 4, 5, 7, 8, 10]],
     "mrope": [[0, 1, 2, 2, 3, 3, 4], [0, 1, 2, 2, 2, 2, 4], [0, 1, 2, 3, 2, 3, 4]],
     "videorope": [[0, 1, 2, 2, 4, 4, 5], [0, 1, 2, 2, 4, 4, 5], [0, 1, 2, 3, 4, 5, 5]],
+    "hope": [
+        [0, 1, 2, 2, 3.5, 3.5, 4.5],
+        [0, 1, 2, 2, 3.5, 3.5, 4.5],
+        [0, 1, 2, 3, 3.5, 4.5, 4.5],
+    ],
+    "vrope": [[0, 1, 2, 3, 4, 5, 6], [0, 1, 3, 2, 5, 4, 6]] * 2,
 }
-LAYOUT = [3, Grid(4, 2, 3), 2, Grid(1, 2, 2), 5]
+LAYOUT = row_of(3, Grid(4, 2, 3), 2, Grid(1, 2, 2), 5)
 LENGTH = 3 + 24 + 2 + 4 + 5
 #: As many tokens, with nothing behind a video that is long in time, and behind a wide image.
-ENDING_WITH_VISUALS = [[1, Grid(1, 1, 1), Grid(6, 3, 2)], [2, Grid(1, 2, 2), Grid(1, 2, 16)]]
+ENDING_WITH_VISUALS = [
+    row_of(1, Grid(1, 1, 1), Grid(6, 3, 2)),
+    row_of(2, Grid(1, 2, 2), Grid(1, 2, 16)),
+]
 
 
 def load(option, **fields):
@@ -55,36 +68,63 @@ def test_every_option_has_its_row():
 @pytest.mark.parametrize("option", OPTIONS)
 class TestContract:
     def test_row(self, option):
-        assert load(option).positions([2, Grid(2, 1, 2), 1]).tolist() == ROWS[option]
+        assert load(option).positions(row_of(2, Grid(2, 1, 2), 1))[0].tolist() == ROWS[option]
 
     def test_shapes(self, option):
         scheme = load(option)
-        assert scheme.positions(LAYOUT).shape == (3, LENGTH)
-        assert scheme.positions([]).shape == (3, 0)
+        assert scheme.positions(LAYOUT)[0].shape == (scheme.num_axes, LENGTH)
+        assert scheme.positions([])[0].shape == (scheme.num_axes, 0)
         assert scheme.axes(16).shape == (16,)
-        assert set(scheme.axes(16).tolist()) <= {TIME, HEIGHT, WIDTH}
+        assert set(scheme.axes(16).tolist()) <= {STILL, *range(scheme.num_axes)}
 
     def test_text_alone_is_rope(self, option):
         """In steps of `text_step`, all axes together."""
         scheme = load(option)
         expected = scheme.text_step * torch.arange(9.0)
-        assert torch.equal(scheme.positions([9]), expected.expand(3, -1))
+        positions, following = scheme.positions([9])
+        assert torch.equal(positions, expected.expand(scheme.num_axes, -1))
+        assert following == 9 * scheme.text_step
 
     def test_positions_only_shift_with_what_stands_before(self, option):
         scheme = load(option)
-        rest = [Grid(3, 2, 2), 4, Grid(2, 2, 2), 1]
-        near, far = scheme.positions([2, *rest]), scheme.positions([7, *rest])
-        assert torch.equal(far[:, 7:] - near[:, 2:], torch.full((3, 25), 5 * scheme.text_step))
+        rest = row_of(Grid(3, 2, 2), 4, Grid(2, 2, 2), 1)
+        (near, next_near), (far, next_far) = (scheme.positions([n, *rest]) for n in (2, 7))
+        shift = 5 * scheme.text_step
+        assert torch.equal(far[:, 7:], near[:, 2:] + shift)
+        assert next_far == next_near + shift
+
+    def test_kept_tokens_stand_where_they_stood(self, option):
+        """Positions of a part of the tokens are that part of the positions; text does not move."""
+        scheme, whole = load(option), Layout.full(Grid(4, 3, 5))
+        part = torch.tensor([0, 7, 13, 14, 33, 59])
+        kept = replace(whole, coordinates=whole.coordinates[part])
+        (all_positions, after), (positions, after_kept) = (
+            scheme.place(layout, 5.0) for layout in (whole, kept)
+        )
+        assert torch.equal(positions, all_positions[:, part])
+        assert after_kept == after
+
+    def test_a_mean_of_tokens_stands_at_the_mean(self, option):
+        """Every scheme of today is affine in the coordinates."""
+        scheme, whole = load(option), Layout.full(Grid(4, 3, 5))
+        pairs = whole.coordinates.view(2, 2, 15, 3).mean(1).flatten(0, 1)
+        positions = scheme.place(whole, 5.0)[0].unflatten(1, (2, 2, 15)).mean(2).flatten(1)
+        assert torch.equal(scheme.place(replace(whole, coordinates=pairs), 5.0)[0], positions)
+
+    def test_one_token(self, option):
+        positions, after = load(option).place(Layout.full(Grid(1, 1, 1)), 3.0)
+        assert positions.tolist() == [[3.0]] * load(option).num_axes
+        assert after == 3.0 + load(option).text_step
 
     def test_padding(self, option):
         scheme = load(option)
         both = [LAYOUT, [4]]
         right = scheme.batch_positions(both)
         left = scheme.batch_positions(both, padding_side="left")
-        assert right.shape == left.shape == (4, 2, LENGTH)
+        assert right.shape == left.shape == (1 + scheme.num_axes, 2, LENGTH)
         assert torch.equal(right[:, 1, :4], left[:, 1, -4:])
         assert torch.equal(right[0, 0], torch.arange(LENGTH).float())
-        assert torch.equal(right[1:, 0] * scheme.text_step, scheme.positions(LAYOUT))
+        assert torch.equal(right[1:, 0] * scheme.text_step, scheme.positions(LAYOUT)[0])
 
     @pytest.mark.parametrize("layouts", [[LAYOUT, LAYOUT], ENDING_WITH_VISUALS])
     @torch.no_grad()
@@ -170,7 +210,7 @@ def test_schemes_in_one_process_do_not_disturb_each_other():
 
 def test_videorope_without_its_parts_is_mrope():
     bare = VideoRope(low_frequency_temporal=False, diagonal_layout=False, temporal_spacing=1.0)
-    assert torch.equal(bare.positions(LAYOUT), MRope().positions(LAYOUT))
+    assert torch.equal(bare.positions(LAYOUT)[0], MRope().positions(LAYOUT)[0])
     assert torch.equal(bare.axes(64), MRope().axes(64))
 
 
@@ -181,19 +221,23 @@ def test_the_papers_ablation_is_three_fields():
     diagonal = VideoRope(**{**base, "diagonal_layout": True})
     slow = VideoRope(**{**base, "low_frequency_temporal": True})
     spaced = VideoRope(**{**base, "temporal_spacing": 2.0})
-    grid = Grid(3, 2, 2)
+    video = Layout.full(Grid(3, 2, 2))
+
+    def place(scheme, start):
+        return scheme.place(video, start)[0]
+
     assert torch.equal(diagonal.axes(64), mrope.axes(64))
-    assert torch.equal(diagonal.place(grid, 5.0)[TIME], mrope.place(grid, 5.0)[TIME])
-    assert torch.equal(slow.place(grid, 5.0), mrope.place(grid, 5.0))
+    assert torch.equal(place(diagonal, 5.0)[TIME], place(mrope, 5.0)[TIME])
+    assert torch.equal(place(slow, 5.0), place(mrope, 5.0))
     assert slow.axes(64).tolist() == [HEIGHT, WIDTH] * 24 + [TIME] * 16  # eq. 6, head size 128
     assert mrope.axes(64).tolist() == [TIME] * 16 + [HEIGHT] * 24 + [WIDTH] * 24  # eq. 4
-    assert torch.equal(spaced.place(grid, 0.0)[TIME], 2 * mrope.place(grid, 0.0)[TIME])
-    assert torch.equal(spaced.place(grid, 0.0)[1:], mrope.place(grid, 0.0)[1:])
+    assert torch.equal(place(spaced, 0.0)[TIME], 2 * place(mrope, 0.0)[TIME])
+    assert torch.equal(place(spaced, 0.0)[1:], place(mrope, 0.0)[1:])
 
 
 def test_diagonal_layout_is_symmetric():
     """The middle of an odd frame stands at its time on all axes (eq. 7)."""
-    placed = VideoRope().place(Grid(4, 3, 5), 10.0).unflatten(1, (4, 3, 5))
+    placed = VideoRope().place(Layout.full(Grid(4, 3, 5)), 10.0)[0].unflatten(1, (4, 3, 5))
     assert torch.equal(placed[:, :, 1, 2], (10 + 2 * torch.arange(4.0)).expand(3, -1))
 
 
@@ -218,7 +262,7 @@ def test_angles_stay_float32_in_bf16():
     scheme = VideoRope(temporal_spacing=0.5)
     embedding = make_llm(scheme).decoder.rotary_emb
     embedding.to(torch.bfloat16)
-    positions = scheme.batch_positions([[1000, Grid(4, 2, 2), 8]])
+    positions = scheme.batch_positions([row_of(1000, Grid(4, 2, 2), 8)])
     embedding.axis_positions = positions[1:]
     x = torch.zeros(1, positions.shape[-1], 64)
     cos, _ = embedding(x, positions[0].long())

@@ -1,6 +1,7 @@
 """Images in tiles, and batches in which everything is mixed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,18 +9,21 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 
-from datamodules.batch import Grid, Tiles
+from datamodules.batch import Grid, Tiles, VisualInfo
 from datamodules.instruct import collate, decode_sample
 from datamodules.sample.conversation import ConversationEncoder
 from datamodules.shards.synthetic import draw_frames, encode_image, encode_video, write_shards
 from datamodules.visuals.frames import FrameReader, UniformSampler
 from datamodules.visuals.tiles import best_grid, cut_tiles
 from experiments.run.compose import plain
+from lightning_modules.distributed.blank import always_encode
 from lightning_modules.model import VideoLanguageModel
 from lightning_modules.pooler.average import AveragePooler
-from lightning_modules.splice.tiles import Piece, edges, lay_out
+from lightning_modules.splice.tiles import edges, split_tiles, trim
+from lightning_modules.tokens import VisualTokens
 from lightning_modules.training.instruct import VideoLLMModule
 from tests.helpers.mixed import ROTARY, make_tiled_model, mixed_batch, rows_of
+from tests.helpers.visuals import outline, row_of
 
 GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
 SIZES = [(40, 100), (150, 60), (64, 64), (32, 96), (5, 3), (33, 97), (100, 22), (300, 22)]
@@ -56,13 +60,19 @@ def test_pooled_edges_go_and_no_picture_does(size, kernel):
     plane = torch.zeros(1, 4 * rows, 4 * columns, 1)
     top, left = edges(tiles, *plane.shape[1:3])
     plane[:, top : plane.shape[1] - top, left : plane.shape[2] - left] = 1
-    pooled = AveragePooler(kernel=[1, kernel, kernel])(plane)
-    kept = lay_out(pooled, Piece(plane, 0, tiles), None)
-    assert (kept > 0).all()
-    assert kept.sum() == pooled.sum()
-    marked = lay_out(pooled, Piece(plane, 0, tiles), torch.tensor([7.0]))
-    assert torch.equal(marked[:, :, :-1], kept)
-    assert (marked[:, :, -1] == 7).all()
+    pooled = AveragePooler(kernel=[1, kernel, kernel])(VisualTokens.on_grid(plane))
+    kept = trim(pooled, tiles, None)
+    assert (kept.features > 0).all()
+    assert kept.features.sum() == pooled.features.sum()
+    assert kept.layout.extent == pooled.layout.extent == Grid(*plane.shape[:3])
+    marked = trim(pooled, tiles, torch.tensor([7.0]))
+    assert torch.equal(marked.as_grid()[:, :, :-1], kept.as_grid())
+    assert (marked.as_grid()[:, :, -1] == 7).all()
+    places = marked.layout.coordinates.view(*marked.grid, 3)
+    assert torch.equal(places[:, :, :-1].flatten(0, 2), kept.layout.coordinates)
+    assert torch.equal(places[:, :, -1, :2], places[:, :, 0, :2])
+    assert (places[:, :, -1, 2] == plane.shape[2]).all()  # behind the last column of patches
+    assert marked.layout.extent == Grid(1, plane.shape[1], plane.shape[2] + 1)
 
 
 def raw_sample(**members):
@@ -80,31 +90,33 @@ def test_from_bytes_to_a_batch():
     raw = raw_sample(**{"0.jpg": wide, "1.mp4": encode_video(draw_frames(3, 8)[0]), "2.jpg": tall})
     frames = FrameReader(32, UniformSampler(4), tiles=GRIDS)
     sample = decode_sample(raw, frames, ConversationEncoder())
-    batch = collate([sample, sample], image_size=32, pad_id=0, prompt_pad_id=0)
-    assert batch.frame_counts == 2 * [4, 4, 3]
-    assert batch.tiles == 2 * [Tiles(1, 3, 30, 90), None, Tiles(2, 1, 60, 30)]
-    assert batch.clips == 2 * [1, 1, 1, 1, 4, 1, 1, 1]
-    assert batch.first(1).tiles == batch.tiles[:3]
-    assert batch.questions().tiles == batch.tiles
-    assert move_data_to_device(batch, "meta").tiles == batch.tiles
+    batch = collate([sample, sample], pad_id=0, prompt_pad_id=0)
+    assert [shape[0] for shape in batch.shapes] == 2 * [4, 4, 3]
+    tiles = [info.tiles for info in batch.infos]
+    assert tiles == 2 * [Tiles(1, 3, 30, 90), None, Tiles(2, 1, 60, 30)]
+    counts = [len(visual.frames) for visual in split_tiles(batch.visuals)]
+    assert counts == 2 * [1, 1, 1, 1, 4, 1, 1, 1]
+    assert batch.first(1).infos == batch.infos[:3]
+    assert batch.questions().infos == batch.infos
+    assert move_data_to_device(batch, "meta").infos == batch.infos
     plain_frames = FrameReader(32, UniformSampler(4))
     untiled = decode_sample(raw, plain_frames, ConversationEncoder())
-    assert untiled.tiles == [None, None, None]
-    assert torch.equal(untiled.visuals[0], sample.visuals[0][:1])
+    assert [visual.info.tiles for visual in untiled.visuals] == [None, None, None]
+    assert torch.equal(untiled.visuals[0].frames, sample.visuals[0].frames[:1])
 
 
 def test_visuals_behind_the_question_go_with_their_tiles():
     batch = mixed_batch()
     batch.labels[0] = batch.input_ids[0].clamp(min=0)  # the first row is all answer
     asked = batch.questions()
-    assert asked.tiles == batch.tiles[1:]
-    assert asked.frame_counts == batch.frame_counts[1:]
+    assert asked.infos == batch.infos[1:]
+    assert asked.shapes == batch.shapes[1:]
 
 
 def test_frames_must_be_as_many_as_tiles():
     batch = mixed_batch()
     with pytest.raises(ValueError, match="2 x 2 tiles and a thumbnail has 5 frames, 1 are given"):
-        type(batch)(**{**vars(batch), "tiles": [Tiles(2, 2, 9, 9), *batch.tiles[1:]]})
+        replace(batch, infos=[VisualInfo(tiles=Tiles(2, 2, 9, 9)), *batch.infos[1:]])
 
 
 @pytest.mark.parametrize("pooler", ["prompt_guided", "none"])
@@ -117,7 +129,7 @@ def test_each_sample_alone_is_as_in_the_batch(rotary, pooler):
     together = model(batch)
     for i, row in enumerate(rows_of(batch)):
         alone = model(row)
-        assert alone.inputs.layouts[0] == together.inputs.layouts[i]
+        assert outline(alone.inputs.segments[0]) == outline(together.inputs.segments[i])
         length = alone.hidden.shape[1]
         ours, theirs = (model.llm.head(h) for h in (together.hidden[i, :length], alone.hidden[0]))
         torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
@@ -136,16 +148,17 @@ def test_generation_alone_is_as_in_the_batch():
 @torch.no_grad()
 def test_a_slot_holds_the_thumbnail_and_then_the_plane():
     model, batch = make_tiled_model(pooler="average"), mixed_batch()
-    layouts = model(batch).inputs.layouts
+    rows = [outline(row) for row in model(batch).inputs.segments]
     # 50 x 20 pixels fill all 8 columns of patches and the middle 4 of 4 rows, 40 x 90 the middle
     # 4 of 4 columns and all 8 rows; windows are 2 x 2 patches.
     image, wide, tall = Grid(1, 2, 2), Grid(1, 2, 4 + 1), Grid(1, 4, 2 + 1)
-    assert layouts[2] == [1, image, wide, 3]
-    assert layouts[4] == [3]
-    assert layouts[6] == [image, tall, 1, image, 1, image, wide, 2]
+    assert rows[2] == outline(row_of(1, image, wide, 3))
+    assert rows[4] == [3]
+    assert rows[6] == outline(row_of(image, tall, 1, image, 1, image, wide, 2))
     unmarked = make_tiled_model(pooler="average", newline=False)
     assert unmarked.image_newline is None
-    assert unmarked(batch).inputs.layouts[2] == [1, image, Grid(1, 2, 4), 3]
+    row = unmarked(batch).inputs.segments[2]
+    assert outline(row) == outline(row_of(1, image, Grid(1, 2, 4), 3))
 
 
 @pytest.mark.parametrize("pooler", ["prompt_guided", "average"])
@@ -163,6 +176,7 @@ def test_a_training_step_reaches_every_weight(pooler):
 def test_the_newline_has_a_gradient_without_tiles_too(row):
     """Ranks reduce gradients together: one whose batch has no tiles gives zeros."""
     model = make_tiled_model(pooler="prompt_guided").train()
+    always_encode(model.encoder)  # as in training
     model(list(rows_of(mixed_batch()))[row]).loss.backward()
     assert model.image_newline.grad is not None
     assert not model.image_newline.grad.any()
@@ -173,10 +187,11 @@ def test_a_tile_has_no_neighbours_in_time():
     adapter = {"depth": 2, "max_frames": 8}
     encoder = make_tiled_model(bt_adapter=adapter).encoder
     batch = list(rows_of(mixed_batch()))[2]
-    together = encoder(batch.frames, batch.clips)
-    alone = torch.cat([encoder(frame[None], [1]) for frame in batch.frames])
+    frames = batch.visuals[0].frames
+    together = torch.cat([t.as_grid().flatten(1, 2) for t in encoder(split_tiles(batch.visuals))])
+    alone = torch.cat([encoder.encode(frame[None], [1]) for frame in frames])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-    as_video = encoder(batch.frames, batch.frame_counts)
+    as_video = encoder.encode(frames, [len(frames)])
     assert not torch.allclose(as_video, alone, atol=1e-3)
 
 
@@ -223,6 +238,6 @@ def test_from_shards_to_a_loss_by_the_shipped_settings(compose, tmp_path):
         loss = module.network(batch).loss
         loss.backward()
         assert loss.isfinite()
-        cut += sum(tiles is not None for tiles in batch.tiles)
+        cut += sum(info.tiles is not None for info in batch.infos)
     assert cut
     assert module.network.image_newline.grad.any()

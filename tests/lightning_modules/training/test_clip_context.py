@@ -1,12 +1,14 @@
 """Post-training of CLIP's text context: its network, its loss, and what is trained."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel
 
+from datamodules.batch import visual_fields
 from lightning_modules.encoder.clip import normalise
 from lightning_modules.training.contrast import ContrastiveClip, contrast
 from tests.helpers.tiny_clip import make_batch
@@ -57,7 +59,7 @@ def test_images_and_captions_are_compared_as_clip_compares_them(clip):
     network = from_source(folder, context_length=None).eval()
     with torch.no_grad():
         pairs = network(batch)
-        pixels = normalise(batch.frames)
+        pixels = normalise(torch.cat([visual.frames for visual in batch.visuals]))
         ids, mask = batch.prompt_ids, batch.prompt_mask.long()
         expected = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, return_loss=True)
     logits = pairs.scale * pairs.visuals @ pairs.captions.T
@@ -72,14 +74,15 @@ def test_a_video_is_the_mean_of_its_frames(clip):
     batch = make_batch(range(4), counts=[2])
     with torch.no_grad():
         pairs = network(batch)
-        tokens = network.encoder.hidden_state(batch.frames, [1] * 8)[:, 0]
+        tokens = network.encoder.hidden_state(*network.encoder.stack(batch.visuals))[:, 0]
         frames = normalize(network.encoder.align(tokens), dim=-1)
     torch.testing.assert_close(pairs.visuals, normalize(frames[0::2] + frames[1::2], dim=-1))
 
 
 def test_a_row_without_a_visual_is_refused(clip):
     batch = make_batch(range(2))
-    batch.input_ids[0], batch.frames, batch.frame_counts = 5, batch.frames[:1], [1]
+    batch.input_ids[0] = 5
+    batch = replace(batch, **visual_fields(batch.visuals[1:]))
     with pytest.raises(ValueError, match=r"^1 visuals for 2 captions: .*data=captions"):
         from_source(clip[1])(batch)
 
