@@ -77,6 +77,45 @@ def test_workers_change_nothing(folder):
     assert [flat(b) for b in data(str(folder), num_workers=2).train_dataloader()] == alone
 
 
+def infos(batches):
+    """What is known of the visuals of each sample; each batch has one sample."""
+    return {batch.keys[0]: batch.infos for batch in batches}
+
+
+def test_draws_belong_to_the_sample_the_epoch_and_the_seed(folder):
+    """Not to a worker, and not to the place in the stream; a validation has none."""
+
+    def drawn(seed=0, workers=0, epoch=0, batch_size=1):
+        module = data(str(folder), batch_size=batch_size, num_workers=workers, seed=seed)
+        loader = module.train_dataloader()
+        loader._position = lambda: (epoch, 0)
+        return {key: [i.draw for i in found] for key, found in infos(loader).items()}
+
+    first = drawn()
+    numbers = [number for row in first.values() for number in row]
+    assert len(set(numbers)) == len(numbers) > 10
+    assert all(0 <= number < 1 for number in numbers)
+    assert min(numbers) < 0.3 < 0.7 < max(numbers)
+    assert drawn(workers=2) == first
+    assert all(drawn(epoch=1)[key] != row for key, row in first.items() if row)
+    assert all(drawn(seed=1)[key] != row for key, row in first.items() if row)
+    checked = data(None, str(folder), batch_size=1).val_dataloader()
+    assert {i.draw for found in infos(checked).values() for i in found} == {None}
+
+
+def test_videos_of_a_batch_have_their_times_and_images_have_none(folder):
+    kinds = set()
+    for batch in data(str(folder)).train_dataloader():
+        for visual in batch.visuals:
+            seconds = visual.info.seconds
+            kinds.add(seconds is None)
+            if seconds is not None:
+                assert len(seconds) == len(visual.frames)
+                assert sorted(seconds) == list(seconds)
+                assert seconds[-1] > seconds[0] == 0
+    assert kinds == {True, False}
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_samples_are_skipped_counted_and_shown(spoilt, folder, workers, caplog):
     module = data(str(spoilt), num_workers=workers)

@@ -1,6 +1,7 @@
 """Makes a tiny model for tiled images, and a batch with every kind of visual."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -55,7 +56,7 @@ def make_tiled_model(
     rotary: str = "videorope",
     pooler: str = "average",
     newline: bool = True,
-    **options: dict | None,
+    **options: Any,
 ) -> VideoLanguageModel:
     torch.manual_seed(0)
     encoder = {
@@ -70,6 +71,7 @@ def make_tiled_model(
         rotary=OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"rotary/{rotary}.yaml")),
         llm={"_target_": "lightning_modules.llm.causal_lm.CausalLM", "config": LLM},
         tiles=options.get("tiles", {"newline": newline}),
+        positions=options.get("positions", "reindex"),
     )
     return VideoLanguageModel(config).eval()
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parents[1] / "golden")
-KINDS = ("rope", "ppllava", "pooling")
+KINDS = ("rope", "rope2", "ppllava", "pooling")
 
 
 @dataclass
@@ -49,6 +49,11 @@ def _load(path: Path) -> Golden:
 
 @pytest.fixture
 def rope_golden(request: pytest.FixtureRequest) -> Golden:
+    return _load(request.param)
+
+
+@pytest.fixture
+def rope2_golden(request: pytest.FixtureRequest) -> Golden:
     return _load(request.param)
 
 

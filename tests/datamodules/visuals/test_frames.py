@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datamodules.batch import VisualInfo
 from datamodules.errors import BadSampleError
 from datamodules.visuals.frames import FpsSampler, FrameReader, UniformSampler
 from datamodules.visuals.images import open_image
@@ -56,6 +57,21 @@ def test_frames_wanted_twice_come_twice():
     frames = FrameReader(8, lambda times: [3, 3, 9]).video(ramp_video(12))
     assert (frames[0] == frames[1]).all()
     assert (frames[1] != frames[2]).any()
+
+
+@pytest.mark.parametrize("container", ["mp4", "mpegts"])
+def test_a_video_says_when_its_frames_are_shown_and_an_image_does_not(container):
+    """15 frames a second; mpegts does not begin at 0, which the times must not hide."""
+    reader = FrameReader(8, lambda times: [0, 3, 30, 30])
+    data = ramp_video(container=container)
+    seconds = reader.read("k.mp4", data).info.seconds
+    with av.open(io.BytesIO(data), "r") as plain:
+        shown = [frame.time for frame in plain.decode(video=0)]
+    assert seconds == pytest.approx([shown[0], shown[3], shown[30], shown[30]], abs=1e-4)
+    assert seconds[1] - seconds[0] == pytest.approx(3 / 15, abs=1e-4)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "png")
+    assert reader.read("k.png", file.getvalue()).info == VisualInfo()
 
 
 def test_uniform_keeps_both_ends_and_its_number():
