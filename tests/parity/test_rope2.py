@@ -1,0 +1,118 @@
+"""Published schemes beyond VideoRoPE's: positions exactly; axes, cos and sin within float32."""
+
+import pytest
+import torch
+
+from datamodules.batch import Grid
+from lightning_modules.llm.causal_lm import CausalLM
+from lightning_modules.rotary.base import STILL, TIME, RotaryEmbedding
+from lightning_modules.rotary.hope import HopeRope
+from lightning_modules.rotary.videorope import VideoRope
+from lightning_modules.rotary.vrope import VRope
+from tests.helpers.visuals import row_of
+
+
+class YarnV(VideoRope):
+    """YaRN-V of VideoRoPE++: time's frequencies are stretched for a longer context.
+
+    It tests `RotaryScheme.scale`; no option in configs/rotary has it yet.
+    """
+
+    def __init__(self, factor, sections=None):
+        super().__init__(sections=sections)
+        self.stretch = (32768 * factor - 1) / 32767
+
+    def scale(self, frequencies, axes):
+        place = torch.arange(len(frequencies)) / (len(frequencies) - 1)
+        return torch.where(axes == TIME, frequencies * self.stretch**-place, frequencies)
+
+
+#: Variants in the golden files that are built here, by name; each takes the sections of a case.
+VARIANTS = {
+    "hope_1.5": lambda sections=None: HopeRope(1.5, sections),
+    "hope_0.75": lambda sections=None: HopeRope(0.75, sections),
+    "vrope": lambda sections=None: VRope(),
+    "plus_default_4": lambda sections=None: VideoRope(sections=sections),
+    "plus_videorope++_v1_4": lambda sections=None: YarnV(4.0, sections),
+    "plus_videorope++_v1_2": lambda sections=None: YarnV(2.0, sections),
+}
+
+
+def read_row(segments):
+    """`["text", n]`, `["image", h, w]` or `["video", t, h, w]` -> number or layout."""
+    kinds = {"text": lambda n: n, "image": lambda h, w: Grid(1, h, w), "video": Grid}
+    return row_of(*(kinds[kind](*sizes) for kind, *sizes in segments))
+
+
+def embedding_of(scheme, head_dim, theta):
+    sizes = {"hidden_size": head_dim, "num_attention_heads": 1, "num_key_value_heads": 1}
+    sizes |= {"num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 8}
+    rope = {"rope_type": "default", "rope_theta": theta}
+    llm = CausalLM(config={"model_type": "qwen2", "rope_parameters": rope, **sizes})
+    llm.replace_rotary(lambda original: RotaryEmbedding(scheme, original))
+    return llm.decoder.rotary_emb
+
+
+@pytest.mark.parametrize("name", ["hope_1.5", "hope_0.75", "vrope"])
+def test_positions(rope2_golden, name):
+    scheme, compared = VARIANTS[name](), 0
+    for i, case in enumerate(rope2_golden.spec["cases"]):
+        if name not in case["schemes"]:
+            continue
+        positions, following = scheme.positions(read_row(case["segments"]))
+        expected = rope2_golden.tensors[f"case{i}/{name}/position_ids"][:, 0]
+        assert torch.equal(positions, expected)
+        assert case["schemes"][name]["next_position"] == [following] * scheme.num_axes
+        compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_of_padded_rows(rope2_golden, side):
+    compared = 0
+    for i, batch in enumerate(rope2_golden.spec["batches"]):
+        for name in VARIANTS.keys() & batch["schemes"].keys():
+            scheme = VARIANTS[name]()
+            rows = [read_row(row) for row in batch["rows"]]
+            found = scheme.batch_positions(rows, side)[1:]
+            prefix = f"batch{i}/{name}/{side}"
+            mask = rope2_golden.tensors[f"{prefix}/mask"].bool()
+            expected = rope2_golden.tensors[f"{prefix}/position_ids"]
+            assert torch.equal(found[:, mask], expected[:, mask])
+            following = scheme.batch_following(rows)
+            assert following.tolist() == batch["schemes"][name][side]["next_position"]
+            compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_axes_cos_and_sin(rope2_golden, name):
+    entries = [(k, e) for k, e in enumerate(rope2_golden.spec["rotary"]) if e["variant"] == name]
+    assert entries or name == "hope_0.75"
+    for k, entry in entries:
+        golden = {
+            part: rope2_golden.tensors[f"rotary{k}/{part}"]
+            for part in ("positions", "pairs", "axes", "cos", "sin")
+        }
+        scheme = VARIANTS[name](entry.get("sections"))
+        embedding = embedding_of(scheme, entry["head_dim"], entry["rope_theta"])
+        axes = scheme.axes(entry["head_dim"] // 2)
+        turns = axes != STILL
+        assert torch.equal(axes[turns], golden["axes"])
+        embedding.axis_positions = golden["positions"].float()[:, None]
+        length = golden["positions"].shape[1]
+        cos, sin = embedding(torch.zeros(1, length, 8), torch.arange(length)[None])
+        # The README allows 1e-6 * (1 + the largest position): angles are float32.
+        allowed = 1e-6 * (1 + golden["positions"].abs().max().item())
+        first, second = golden["pairs"].T
+        for ours, theirs in ((cos, golden["cos"]), (sin, golden["sin"])):
+            for channels in (first, second):
+                torch.testing.assert_close(
+                    ours[0][:, channels], theirs[:, channels], atol=allowed, rtol=0
+                )
+        still = entry.get("still_dims", [])
+        assert (cos[0][:, still] == 1).all()
+        assert (sin[0][:, still] == 0).all()
+        assert sorted(still) == sorted(
+            n + half for n in range(len(axes)) if not turns[n] for half in (0, len(axes))
+        )
