@@ -15,7 +15,7 @@ from harness import Row, at_most, compare, table
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from datamodules.batch import IGNORE_INDEX, VideoBatch
+from datamodules.batch import IGNORE_INDEX, VideoBatch, Visual
 from datamodules.haystack.cells import GridPlan, NeedleGrid, NeedleRow
 from datamodules.haystack.needle import Needle
 from datamodules.instruct import Sample, collate
@@ -24,6 +24,7 @@ from experiments import CONFIG_DIR
 from experiments.run.compose import plain
 from lightning_modules.metrics.needle.prefix import PrefixCache
 from lightning_modules.model import LanguageInputs, VideoLanguageModel, VideoLanguageModelConfig
+from lightning_modules.tokens import VisualTokens
 
 PLAN = GridPlan(frames=[192], depths=[0.0, 0.2, 0.4, 0.6, 0.8, 1.0], needles=12)
 COLOURS, SIDE = ("red", "green", "blue", "grey"), 64
@@ -47,7 +48,7 @@ def needle_rows() -> tuple[list[NeedleRow], Tensor]:
         asked = [
             [Turn("user", f"<video>\n{n.question}"), Turn("assistant", n.answer)] for n in needles
         ]
-        samples = [Sample("", encode_turns(turns), [stand_in]) for turns in asked]
+        samples = [Sample("", encode_turns(turns), [Visual(stand_in)]) for turns in asked]
         return collate(samples, pad_id=0, prompt_pad_id=0)
 
     needles = [
@@ -74,13 +75,16 @@ def run() -> list[Row]:
     torch.manual_seed(0)
     model = demo_model()
     rows, bank = needle_rows()
-    patches = model.encoder(bank, [len(bank)])
+    patches = model.encoder([Visual(bank)])[0].as_grid()  # n h w d
     counts = {}
+
+    def encoded(row: NeedleRow) -> list[VisualTokens]:
+        return [VisualTokens.on_grid(patches[order]) for order in row.order]
 
     def ours() -> list[Tensor]:
         prefixes, results = PrefixCache(model), []
         for row in rows:
-            inputs = model.compose(row.text, patches[row.order.flatten()])
+            inputs = model.compose(row.text, encoded(row))
             results += score(model, inputs, *prefixes.hidden(inputs))
         counts.update(ours=prefixes.computed)
         return results
@@ -88,7 +92,7 @@ def run() -> list[Row]:
     def baseline() -> list[Tensor]:
         results, counts["baseline"] = [], 0
         for row in rows:
-            inputs = model.compose(row.text, patches[row.order.flatten()])
+            inputs = model.compose(row.text, encoded(row))
             hidden = model.llm(inputs.embeds, inputs.mask, inputs.positions)
             results += score(model, inputs, hidden, 0)
             counts["baseline"] += int(inputs.mask.sum())

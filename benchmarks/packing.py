@@ -14,14 +14,17 @@ from torch import Tensor
 from datamodules.batch import Grid
 from experiments import CONFIG_DIR
 from lightning_modules.llm.base import LanguageModel
-from lightning_modules.rotary.base import Layout, RotaryEmbedding
+from lightning_modules.rotary.base import RotaryEmbedding
 from lightning_modules.rotary.videorope import VideoRope
 from lightning_modules.spec import build
 from lightning_modules.splice.packing import Placement, one_a_row, pack
+from lightning_modules.tokens import Layout
+from lightning_modules.tokens import Row as Segments
 
-VIDEO, IMAGE, PACKING = Grid(16, 8, 8), Grid(1, 8, 8), 2048
+VIDEO, IMAGE = Layout.full(Grid(16, 8, 8)), Layout.full(Grid(1, 8, 8))
+PACKING = 2048
 TEXTS = [180, 90, 420, 60, 250, 130, 310, 75]
-LAYOUTS: list[Layout] = [
+SAMPLES: list[Segments] = [
     *([length] for length in TEXTS),
     *([20, IMAGE, length] for length in (110, 45, 200, 80)),
     *([20, IMAGE, 30, IMAGE, length] for length in (60, 150)),
@@ -41,17 +44,15 @@ def run() -> list[Row]:
     torch.manual_seed(0)
     scheme = VideoRope()
     llm = make_llm(scheme)
-    samples = scheme.batch_positions(LAYOUTS)  # 4 s l
-    lengths = [sum(n if isinstance(n, int) else n.size for n in layout) for layout in LAYOUTS]
-    places = [samples[:, n, :length] for n, length in enumerate(lengths)]
+    samples = scheme.batch_positions(SAMPLES)  # a1 n l
+    lengths = [sum(n if isinstance(n, int) else len(n) for n in row) for row in SAMPLES]
     tokens = torch.randn(sum(lengths), llm.width)
     weight = torch.randn(sum(lengths), llm.width)
 
     def read(rows: Placement, packed: bool) -> list[Tensor]:
         leaf = tokens.clone().requires_grad_()
-        positions = rows.spread(torch.cat(places, dim=1).T).movedim(-1, 0)  # 4 b l
         mask = None if packed else rows.spread(torch.ones(len(leaf), dtype=torch.bool))
-        hidden = llm(rows.spread(leaf), mask, rows.restart(positions) if packed else positions)
+        hidden = llm(rows.spread(leaf), mask, rows.positions(samples))
         found = torch.cat([hidden[row, start:stop] for row, start, stop in rows.spans])
         (found * weight).sum().backward()
         assert leaf.grad is not None

@@ -13,6 +13,7 @@ from torch import Tensor
 from datamodules.batch import Grid
 from lightning_modules.pooler.prompt_guided import PromptGuidedPooler
 from lightning_modules.projector import Projector
+from lightning_modules.tokens import VisualTokens
 
 BEFORE, KERNEL = Grid(32, 24, 24), Grid(2, 3, 3)
 
@@ -22,7 +23,7 @@ def long_way(
 ) -> Tensor:
     scores = score.float() * pooler.logit_scale.float().exp()
     wide = projector.contract(projector.expand(patches)).permute(3, 0, 1, 2)  # m t h w
-    for axis, size in enumerate(pooler.windows.fit(Grid(*score.shape)).kernel):
+    for axis, size in enumerate(pooler.fit(Grid(*score.shape)).kernel):
         wide = wide.unfold(axis + 1, size, size)
         scores = scores.unfold(axis, size, size)
     windows = wide.contiguous().flatten(4)  # m t2 h2 w2 window
@@ -35,9 +36,10 @@ def run() -> list[Row]:
     torch.manual_seed(0)
     pooler, projector = PromptGuidedPooler(kernel=KERNEL), Projector(1024, 4096)
     patches, score = torch.randn(*BEFORE, 1024), torch.rand(BEFORE) * 0.05
+    tokens = VisualTokens.on_grid(patches)
 
     def ours() -> Tensor:
-        return projector.contract(pooler(patches, score, projector.expand))
+        return projector.contract(pooler(tokens, score.flatten(), projector.expand).as_grid())
 
     def baseline() -> Tensor:
         return long_way(pooler, projector, patches, score)
