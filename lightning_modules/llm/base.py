@@ -39,8 +39,9 @@ class LanguageModel(nn.Module, ABC):
     ) -> Float[Tensor, "b l m"]:
         """Returns the hidden states after the last norm.
 
-        Without mask and cache, a row may hold several documents that do not attend to each other.
-        A document begins at each 0 in row 0 of the positions.
+        Without mask and cache, a row may hold several documents, which do not attend to each
+        other. A document begins at each 0 in row 0 of the positions. With a mask or a cache, a row
+        is one document.
 
         Args:
             mask: False on padding; covers the cached tokens too (k ≥ l).

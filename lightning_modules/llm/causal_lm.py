@@ -85,7 +85,11 @@ class CausalLM(LanguageModel):
         ).last_hidden_state
 
     def _document_lengths(self, counts: Int[Tensor, "b l"]) -> dict[str, Any]:
-        """Returns the document lengths that flash kernels need; other kernels read `counts`."""
+        """Returns the lengths of packed documents, for flash kernels.
+
+        Other kernels find the documents in `counts`: transformers starts one at every step other
+        than +1. For flash kernels it does so only in a batch of one row.
+        """
         implementation = self.lm.config._attn_implementation
         if not is_flash_attention_requested(requested_attention_implementation=implementation):
             return {}

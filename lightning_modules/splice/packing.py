@@ -1,13 +1,8 @@
 """Assigns samples to the rows that the LLM reads: one per row, or several packed into one row.
 
-Packed samples do not attend to each other. Only the positions separate them: row 0 of the positions
-restarts at 0 with each sample, and there is no mask. transformers 5.23 treats this as follows:
-
-- sdpa, eager, flex: without mask and cache, every step of row 0 other than +1 starts a new
-  document. Documents of a row do not attend to each other. With a mask, transformers looks for no
-  documents, so there must be no mask, and padding must be a document too.
-- flash: the kernels separate documents only if they get the lengths. transformers reads the lengths
-  from the positions only for a batch of one row. `CausalLM` passes them for any number of rows.
+A packed sample is a document as `LanguageModel.forward` describes it: row 0 of the positions
+restarts at 0 with each sample, and there is no mask. Without a mask, padding must be a document,
+too.
 
 The rotary positions restart with each sample, too. So a packed sample has the same positions as
 alone, even if a scheme's positions are fractions. (Scalings whose frequencies depend on the length,

@@ -353,3 +353,20 @@ def test_workers_draw_the_same_samples(make_module):
     other = [batch.pixels for batch in module.train_dataloader()]
     pairs = zip(other, drawn[0], strict=True)
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_draw_changes_nothing_else_in_a_sample(clips, needles, conversation):
+    """Training has draws, validation has none; both show the same frames at the same times."""
+    plain, drawn = (
+        HaystackSamples(clips, needles, PLAN, conversation, 5, drawn=drawn)
+        for drawn in (False, True)
+    )
+    numbers = set()
+    for n in range(8):
+        assert shown(plain[n]) == shown(drawn[n])
+        info = drawn[n].visuals[0].info
+        assert plain[n].visuals[0].info == info._replace(draw=None)
+        assert info.seconds == tuple(float(frame) for frame in range(len(shown(plain[n]))))
+        assert info == drawn[n].visuals[0].info
+        numbers.add(info.draw)
+    assert len(numbers) == 8

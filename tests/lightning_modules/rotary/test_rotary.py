@@ -10,6 +10,7 @@ from datamodules.batch import Grid
 from experiments import CONFIG_DIR
 from lightning_modules.llm.causal_lm import CausalLM
 from lightning_modules.rotary.base import HEIGHT, STILL, TIME, WIDTH, RotaryEmbedding
+from lightning_modules.rotary.hope import HopeRope
 from lightning_modules.rotary.mrope import MRope
 from lightning_modules.rotary.videorope import VideoRope
 from lightning_modules.spec import build
@@ -297,3 +298,24 @@ def test_frequency_scaling_is_the_llms_own(scaling):
     torch.testing.assert_close(ours, stock, atol=1e-5, rtol=0)
     plain = make_llm(scheme)(embeds, None, scheme.batch_positions([[40]]))
     assert (ours - plain).abs().max() > 1e-3
+
+
+def test_a_draw_chooses_the_spacing_of_hope():
+    """One of five, each a fifth of the range; without a draw it is the spacing of the run."""
+    video = Layout.full(Grid(3, 2, 2))
+    found = [
+        HopeRope(temporal_spacing=9.0).place(replace(video, draw=draw), 0.0)[0][TIME].max().item()
+        for draw in (0.0, 0.19, 0.2, 0.5, 0.7, 0.999, None)
+    ]
+    assert found == [1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 18.0]
+
+
+def test_what_does_not_turn_does_not_turn_for_text_either():
+    scheme = HopeRope()
+    embedding = make_llm(scheme).decoder.rotary_emb
+    cos, sin = embedding(torch.zeros(1, 9, 64), torch.arange(9)[None])
+    still = scheme.axes(16) == STILL
+    assert still.tolist() == [False] * 12 + [True] * 4
+    assert (cos[0, :, :16][:, still] == 1).all()
+    assert (sin[0, :, :16][:, still] == 0).all()
+    assert (sin[0, 1:, :16][:, ~still] != 0).all()
