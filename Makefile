@@ -88,13 +88,14 @@ test: install  ## every test but the slow ones (ARGS="-k rotary" passes options 
 
 recipes: export WANDB_MODE := offline
 recipes: export HF_HUB_OFFLINE := 1
-recipes: install  ## train the small twin of every recipe
-	$(BIN)/python -m pytest tests/experiments/whole_runs/test_recipes.py -m slow -n 2 $(ARGS)
+recipes: install  ## train every recipe at its tiny scale
+	$(BIN)/python -m pytest tests/experiments/whole_runs/test_recipes.py -m slow -k "not demo" \
+		-n 2 $(ARGS)
 
 slow: export WANDB_MODE := offline
 slow: export HF_HUB_OFFLINE := 1
 slow: install  ## the tests that take minutes each, half an hour in all
-	$(BIN)/python -m pytest -m slow --ignore=tests/experiments/whole_runs/test_recipes.py -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m slow -k "not test_recipes or demo" -n 2 --dist worksteal $(ARGS)
 
 fuzz: export FUZZ_CASES ?= 2400
 fuzz: export FUZZ_SEED ?= $(shell date +%Y%m%d)

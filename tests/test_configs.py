@@ -1,12 +1,13 @@
 """Every option of every group composes, and what it names can be built."""
 
+import re
 import subprocess
-from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 
 import hydra
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -19,14 +20,26 @@ from lightning_modules.training.instruct import VideoLLMModule
 
 STAGES = ("encoder", "pooler", "rotary", "llm")
 PROGRAMS = {path.stem for path in CONFIG_DIR.glob("*.yaml")}
+#: (group, option) of every file at every level, but for programs and the untracked group.
 OPTIONS = sorted(
-    (path.parent.name, path.stem)
-    for path in CONFIG_DIR.glob("*/*.yaml")
-    if path.parent.name not in ("experiment", "hydra", "local")
+    (str(path.parent.relative_to(CONFIG_DIR)), path.stem)
+    for path in CONFIG_DIR.rglob("*/*.yaml")
+    if path.parent.name != "local"
 )
-GROUPS = {group: [name for g, name in OPTIONS if g == group] for group, _ in OPTIONS}
-EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
-TWINS = [name for name in EXPERIMENTS if name.removesuffix("_tiny") in set(EXPERIMENTS) - {name}]
+#: What chooses the options of a group that is within an option of another.
+WITHIN = {
+    "data/sampler": ["data=instruct"],
+    "data/tiny": ["data=tiny"],
+    "module/loss": ["module=preference"],
+    "module/reference": ["module=preference"],
+}
+EXPERIMENTS = [name for group, name in OPTIONS if group == "experiment"]
+SCALED = [name for group, name in OPTIONS if group == "scale/tiny"]
+#: The words of every recipe at every scale.
+RECIPES = {
+    **{name: [f"experiment={name}"] for name in EXPERIMENTS},
+    **{f"{name}-tiny": [f"experiment={name}", "scale=tiny"] for name in SCALED},
+}
 
 
 def targets(node) -> list[str]:
@@ -38,27 +51,42 @@ def targets(node) -> list[str]:
     return own + [name for key in node for name in targets(node._get_node(key))]
 
 
-def words_of(n: int, groups: Iterable[str] = GROUPS) -> list[str]:
-    """The n-th option of every group, since to compose takes longer than to look."""
-    return [f"{group}={GROUPS[group][n % len(GROUPS[group])]}" for group in groups]
+def named(groups: list[str] | None = None) -> list:
+    """The options of some groups, or of all, as parameters whose ids are words."""
+    chosen = [option for option in OPTIONS if groups is None or option[0] in groups]
+    return [pytest.param(*option, id="=".join(option)) for option in chosen]
+
+
+def words_for(group: str, name: str) -> list[str]:
+    """Words of a command line that chooses the option."""
+    if group == "scale/tiny":
+        return [f"experiment={name}", "scale=tiny"]
+    if group == "scale":
+        return ["experiment=clip_context", f"scale={name}"]
+    # A recipe that has a needle test, so that eval= has its place.
+    recipe = [] if group == "experiment" else ["experiment=vniah_d_tiny"]
+    return [*recipe, *WITHIN.get(group, []), f"{group}={name}"]
 
 
 @pytest.fixture(scope="module")
 def recipe(compose, tmp_path_factory):
     """`recipe(name)`: its config, composed once."""
-    return cache(lambda name: compose([f"experiment={name}"], tmp_path_factory.mktemp("recipe")))
+    return cache(lambda name: compose(RECIPES[name], tmp_path_factory.mktemp("recipe")))
 
 
-@pytest.mark.parametrize("n", range(max(map(len, GROUPS.values()))))
-def test_every_option_composes_and_names_what_exists(n, compose, tmp_path):
-    # With the program that has all groups, and a recipe that has a needle test.
-    config = compose(["experiment=vniah_d_tiny", *words_of(n)], tmp_path, "plan")
+@pytest.mark.parametrize(("group", "name"), named())
+def test_every_option_composes_and_names_what_exists(group, name, compose, tmp_path):
+    config = compose(words_for(group, name), tmp_path, "plan")  # the program that has all groups
+    if group == "scale/tiny":
+        assert config.name.endswith("_tiny")
+    elif group != "hydra":  # the group that Hydra itself chooses from is not among the choices
+        assert HydraConfig.get().runtime.choices[group] == name
     for target in targets(config):
         module, _, attribute = target.rpartition(".")
         assert hasattr(import_module(module), attribute), target
 
 
-@pytest.mark.parametrize(("group", "name"), [o for o in OPTIONS if o[0] in STAGES])
+@pytest.mark.parametrize(("group", "name"), named(list(STAGES)))
 def test_every_stage_fits_the_tiny_ones(group, name, compose, tmp_path):
     """A stage with a `source` would load it, and only composes."""
     config = compose([f"{group}={name}"], tmp_path)
@@ -68,46 +96,78 @@ def test_every_stage_fits_the_tiny_ones(group, name, compose, tmp_path):
     VideoLLMModule(plain(config.model), optimizer=list).check()
 
 
-MADE = ("optim", "trainer", "logger", "callbacks")
-
-
-@pytest.mark.parametrize("n", range(max(len(GROUPS[group]) for group in MADE)))
-def test_optimisers_trainers_loggers_and_callbacks_are_made(n, compose, tmp_path):
-    config = compose(words_of(n, MADE), tmp_path)
+@pytest.mark.parametrize(("group", "name"), named(["optim", "trainer", "logger", "callbacks"]))
+def test_optimisers_trainers_loggers_and_callbacks_are_made(group, name, compose, tmp_path):
+    config = compose([f"{group}={name}"], tmp_path)
     if config.trainer.accelerator == "gpu":
         config.trainer.accelerator, config.trainer.devices = "cpu", 1
     assert instantiate(config.trainer, _convert_="all", logger=False).max_epochs == 1
     assert callable(instantiate(config.optim.optimizer))
-    assert build_all(config.logger, "logger") or "logger=none" in words_of(n, MADE)
+    assert build_all(config.logger, "logger") or (group, name) == ("logger", "none")
     assert build_all(config.callbacks, "callbacks")
 
 
 @pytest.mark.parametrize(
     ("program", "name"),
     [
-        *(("train", name) for name in EXPERIMENTS),
+        *(("train", name) for name in RECIPES),
         *((program, "vniah_d_tiny") for program in sorted(PROGRAMS - {"train"})),
     ],
 )
 def test_every_experiment_composes_and_builds(name, program, recipe, compose, tmp_path):
     config = recipe(name)
     if program != "train":
-        config = compose([f"experiment={name}"], tmp_path, program)
+        config = compose(RECIPES[name], tmp_path, program)
     instantiate(config.data, _convert_="all")
     build(config.module, "module")(model=plain(config.model)).check()
-    text = (CONFIG_DIR / "experiment" / f"{name}.yaml").read_text()
-    assert "# ropelab-" in text, "a recipe states its command"
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_a_twin_has_the_stages_of_its_recipe(name, recipe):
-    """Smaller classes stand nowhere: the twin tries out what the recipe will run."""
-    twin, whole = recipe(name), recipe(name.removesuffix("_tiny"))
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_states_its_command_and_what_it_gives(name, recipe):
+    """A recipe that was not measured says so, and what is published."""
+    experiment, _, scale = name.partition("-")
+    text = (
+        CONFIG_DIR / ("scale/tiny" if scale else "experiment") / f"{experiment}.yaml"
+    ).read_text()
+    command = re.search(r"^# (ropelab-train (?:-m )?experiment=.*)$", text, re.MULTILINE)
+    assert command
+    assert set(RECIPES[name]) <= set(command[1].split())
+    if not scale:  # at the tiny scale these are the same for all: configs/scale/tiny.yaml
+        assert "Hardware: " in text
+        assert "Data: " in text
+    expected = recipe(name).expected
+    if expected:
+        assert all(isinstance(value, float) for value in expected.values())
+    else:
+        assert "# Published: " in text
+        assert "Not measured" in text
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_the_tiny_scale_has_the_stages_of_the_recipe(name, recipe):
+    """Smaller classes stand nowhere: the tiny scale tries out what the recipe will run."""
     classes = [
         [config.module._target_, *(config.model[s]._target_ for s in STAGES if s in config.model)]
-        for config in (twin, whole)
+        for config in (recipe(name), recipe(f"{name}-tiny"))
     ]
     assert classes[0] == classes[1]
+
+
+def test_words_of_the_command_line_win_over_the_tiny_scale(compose, tmp_path):
+    words = ["experiment=ppllava_vicuna7b_video", "scale=tiny", "rotary=tad", "pooler=average"]
+    words += ["llm=tiny", "trainer=ddp_sim", "trainer.max_epochs=7", "prepare=null"]
+    config = compose(words, tmp_path)
+    assert plain(config.model.pooler) == plain(compose(["pooler=average"], tmp_path).model.pooler)
+    assert plain(config.model.rotary) == plain(compose(["rotary=tad"], tmp_path).model.rotary)
+    assert config.model.llm.config.model_type == "qwen2"
+    assert (config.trainer.devices, config.trainer.max_epochs, config.prepare) == (2, 7, None)
+
+
+def test_the_tiny_scale_has_a_directory_of_its_own(compose, tmp_path):
+    words = ["experiment=videorope_qwen2_7b", "rotary=mrope"]
+    names = [compose([*words, f"scale={scale}"], tmp_path) for scale in ("full", "tiny")]
+    assert [config.name for config in names] == ["videorope_qwen2_7b", "videorope_qwen2_7b_tiny"]
+    assert [config.run_name for config in names] == ["mrope-seed0", "mrope-seed0"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

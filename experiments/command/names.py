@@ -1,4 +1,6 @@
-"""Resolvers of the configs: `${run_name:...}`, `${installed:...}`, `${device_flops:}`."""
+"""Resolvers of the configs: `${run_name:...}`, `${installed:...}`, `${device_flops:}` and
+`${full_or_tiny:...}`.
+"""
 
 import hashlib
 import re
@@ -134,6 +136,12 @@ def device_flops() -> dict[str, float]:
     return {device.name: device.peak_flops for device in devices}
 
 
+def full_or_tiny(full: str, tiny: str, *, _root_: DictConfig) -> str:
+    """Returns the option of a component at the chosen `scale`, in the defaults list of a recipe."""
+    return tiny if _root_.get("scale") == "tiny" else full
+
+
+OmegaConf.register_new_resolver("full_or_tiny", full_or_tiny, replace=True)
 OmegaConf.register_new_resolver("device_flops", device_flops, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("run_name", _name_this_run, replace=True)
 OmegaConf.register_new_resolver("installed", find_installed, replace=True)

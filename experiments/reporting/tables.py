@@ -17,7 +17,7 @@ CONDITIONS = {
 REACHES = {"within": "at training length", "beyond": "beyond it"}
 
 #: Keys that cannot be factors, because they do not change results.
-NOT_AXES = ("hydra", "paths", "logger", "callbacks")
+NOT_AXES = ("hydra", "paths", "logger", "callbacks", "expected", "expected_within")
 
 #: Least change of a logit, after a frame was replaced, that shows that the model sees the frame.
 LEAST_LOGIT_CHANGE = 1e-5

@@ -16,9 +16,17 @@ from hydra.errors import CompactHydraException, ConfigCompositionException, Over
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from experiments import CONFIG_DIR
+from experiments.command.old_words import NEW_WORDS
 from experiments.run.process import fail, process_rank
 
 _UNKNOWN = re.compile(r"Could not override '(?P<key>.*)'\.\nTo append to your config use \+(.*)")
+_NO_OPTION = re.compile(
+    r".*Could not find '(?P<group>.*)/(?P<option>[^/]*)'\n\nAvailable options in .*:\n"
+    r"(?P<known>.*)\nConfig search path:.*",
+    re.DOTALL,
+)
+_NO_TINY = re.compile(r".*Could not load 'scale/tiny/(?P<recipe>.*)'\.\n.*", re.DOTALL)
 
 #: Least similarity of two keys, and of their last parts, for a spelling suggestion. 1 is equal.
 _ALIKE = 0.75
@@ -55,6 +63,8 @@ def describe(error: CompactHydraException) -> str:
     text = str(error).strip()
     if not isinstance(error, (ConfigCompositionException, OverrideParseException)):
         return text
+    if (told := _describe_option(text)) is not None:
+        return told
     cause = error.__cause__
     unknown = _UNKNOWN.fullmatch(text)
     if unknown and isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
@@ -67,6 +77,27 @@ def describe(error: CompactHydraException) -> str:
         text = f"{text}: {str(cause).strip().splitlines()[0]}"
     text = text.partition("\nConfig search path:")[0]  # ropelab-train --info searchpath shows it
     return f"error: {' '.join(text.split())}"
+
+
+def _describe_option(text: str) -> str | None:
+    """Returns the message for a word that has gone or is misspelt, or a recipe without `scale`."""
+    if missing := _NO_OPTION.fullmatch(text):
+        group, option, known = missing["group"], missing["option"], missing["known"].split()
+        word = f"{group}={option}"
+        if word in NEW_WORDS:
+            return f"error: {word} is now {NEW_WORDS[word]}"
+        if nearest := get_close_matches(option, known, 1, _ALIKE):
+            others = ", ".join(known)
+            return f"error: {word} is not there: did you mean {group}={nearest[0]}? ({others})"
+        return None
+    if missing := _NO_TINY.fullmatch(text):
+        recipes = sorted(path.stem for path in (CONFIG_DIR / "scale" / "tiny").glob("*.yaml"))
+        recipe = missing["recipe"].replace("None", "null")
+        return (
+            f"error: experiment={recipe} has no scale=tiny: leave it out, or choose a recipe that "
+            f"has it ({', '.join(recipes)})"
+        )
+    return None
 
 
 def _nearest(key: str, known: list[str]) -> str | None:

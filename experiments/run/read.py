@@ -22,6 +22,7 @@ _NOT_RUNS = {".hydra", "slurm", "wandb"}
 
 #: Overrides that do not change what a run computes.
 _NOT_AXES = ("hydra", "paths", "logger", "callbacks", "launcher", "print_config", "resume", "name")
+_NOT_AXES += ("expected", "expected_within")
 
 #: Longest time in seconds without a heartbeat for a live run on a file system without locks.
 _SILENCE_S = 60

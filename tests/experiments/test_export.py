@@ -24,7 +24,7 @@ from experiments.run.compose import build, plain
 from lightning_modules.lora import is_lora, lora_layers, without_lora
 from lightning_modules.model import VideoLanguageModel
 
-RECIPE = "ppllava_vicuna7b_multi_image_tiny"
+RECIPE = ["experiment=ppllava_vicuna7b_multi_image", "scale=tiny"]
 QUESTIONS = [
     [{"role": "user", "content": "<video>\nWhat color is the square?"}],
     [{"role": "user", "content": "<image>\nand <image>\nWhich digit is in both images?"}],
@@ -56,7 +56,7 @@ def leave_run(config, folder: Path) -> Path:
     (folder / "checkpoints").mkdir(parents=True)
     torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
     (folder / "config.yaml").write_text(yaml.safe_dump(plain(config)))
-    (folder / "command.txt").write_text(f"ropelab-train experiment={RECIPE}\n")
+    (folder / "command.txt").write_text(f"ropelab-train {' '.join(RECIPE)}\n")
     done = {"steps": 7, "samples": 112, "metrics": {"val/loss": 1.5}}
     (folder / "done.json").write_text(json.dumps(done))
     return folder
@@ -64,13 +64,13 @@ def leave_run(config, folder: Path) -> Path:
 
 @pytest.fixture
 def run(compose, tmp_path) -> Path:
-    config = compose([f"experiment={RECIPE}", "name=a", "run_name=b"], tmp_path / "run")
+    config = compose([*RECIPE, "name=a", "run_name=b"], tmp_path / "run")
     return leave_run(config, tmp_path / "run")
 
 
 @pytest.fixture
 def run_with_lora(compose, tmp_path) -> Path:
-    words = [f"experiment={RECIPE}", "name=a", "run_name=b", "tuning=lora", "tuning.lora.rank=4"]
+    words = [*RECIPE, "name=a", "run_name=b", "tuning=lora", "tuning.lora.rank=4"]
     config = compose([*words, "tuning.lora.alpha=8"], tmp_path / "run")
     return leave_run(config, tmp_path / "run")
 
@@ -114,7 +114,7 @@ def test_what_is_written_names_its_stages_and_its_recipe(run, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "ropelab"
-    assert f"ropelab-train experiment={RECIPE}" in card
+    assert f"ropelab-train {' '.join(RECIPE)}" in card
     assert "| val/loss | 1.5 |" in card
     assert "7 steps, 112 samples" in card
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -202,7 +202,7 @@ def test_peft_reads_the_adapter_beside_a_plain_llm(run_with_lora, tmp_path):
 
 def test_tiles_are_cut_as_in_training(compose, tmp_path):
     """The same image, through the processor, through the stream, and as one of a pair."""
-    words = [f"experiment={RECIPE}", "name=a", "run_name=b", "tiles=llava_next"]
+    words = [*RECIPE, "name=a", "run_name=b", "tiles=llava_next"]
     export(leave_run(compose(words, tmp_path / "run"), tmp_path / "run"), tmp_path / "out")
     processor = Processor.from_pretrained(tmp_path / "out")
     image = encode_image(Image.new("RGB", (90, 40), "red"))

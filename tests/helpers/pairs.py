@@ -20,7 +20,8 @@ OPTIONS = {
 
 #: The recipe at a size that trains in seconds.
 TINY = [
-    "experiment=ppllava_dpo_tiny",
+    "experiment=ppllava_dpo",
+    "scale=tiny",
     "encoder=clip_tiny",
     "model.encoder.image_size=32",
     "model.encoder.config.vision={patch_size:8,hidden_size:32,num_attention_heads:2}",

@@ -8,7 +8,8 @@ from tests.helpers.visuals import frames_of
 #: The eps is large because AdamW would otherwise turn rounding errors of zero gradients into full
 #: steps.
 SMALL = [
-    "experiment=clip_context_tiny",
+    "experiment=clip_context",
+    "scale=tiny",
     "model.encoder.image_size=32",
     "model.encoder.config.vision.patch_size=8",
     "model.encoder.config.vision.hidden_size=32",

@@ -24,14 +24,16 @@ PROBE = [
 ]
 SMALL = ["model.encoder.image_size=32", "model.encoder.config.vision.patch_size=8"]
 PAIRS = [
-    "experiment=ppllava_dpo_tiny",
+    "experiment=ppllava_dpo",
+    "scale=tiny",
     *SMALL,
     "data.batch_size=2",
     "data.conversation.max_length=40",
     "model.llm.config.tie_word_embeddings=false",
 ]
 CAPTIONS = [
-    "experiment=clip_context_tiny",
+    "experiment=clip_context",
+    "scale=tiny",
     *SMALL,
     "data.batch_size=4",
     "data.global_batch_size=4",

@@ -13,6 +13,7 @@ from experiments.report import main, write_report
 from experiments.reporting import tables as tables
 from experiments.reporting.data import Cell, load_run, load_runs
 from experiments.reporting.plots import cell_means
+from experiments.run.read import differing_axes, read_runs
 from lightning_modules.metrics.bootstrap import bootstrap_interval
 
 TRAINED = (8, 24)
@@ -222,6 +223,17 @@ class TestAxes:
             text = f"model: {{scale: {scale}}}\npaths: {{output_dir: {i}}}\n"
             (tmp_path / str(i) / "config.yaml").write_text(text)
         assert tables.ablated_axes(load_runs([tmp_path])) == ["model.scale"]
+
+    def test_the_expected_numbers_of_a_recipe_are_no_factor(self, tmp_path):
+        for i, loss in enumerate((1.0, 2.0)):
+            folder = write_run(tmp_path / str(i), "videorope", 0)
+            (folder / "config.yaml").write_text(f"seed: 0\nexpected: {{val/loss: {loss}}}\n")
+        assert tables.ablated_axes(load_runs([tmp_path])) == []
+        for i, loss in enumerate((1.0, 2.0)):
+            words = ["rotary=videorope", f"expected={{val/loss:{loss}}}"]
+            (tmp_path / str(i) / ".hydra" / "overrides.yaml").write_text(json.dumps(words))
+        assert tables.ablated_axes(load_runs([tmp_path])) == []
+        assert differing_axes(read_runs([tmp_path])) == {}
 
 
 class TestRanking:

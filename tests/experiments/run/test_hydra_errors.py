@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra.errors import ConfigCompositionException
+from hydra.errors import ConfigCompositionException, MissingConfigException
 
 from experiments import start
+from experiments.command.old_words import NEW_WORDS
+from experiments.run.hydra_errors import describe
 
 ROOT = Path(__file__).parents[3]
 
@@ -21,6 +23,12 @@ SAID = {
     "rotery=mrope": "rotery=mrope sets a key that is not there: add it with +rotery=mrope",
     "rotary=foo": "In 'train': Could not find 'rotary/foo' Available options in 'rotary': mrope "
     "tad vanilla videorope",
+    "rotary=videorop": "rotary=videorop is not there: did you mean rotary=videorope? (mrope, tad, "
+    "vanilla, videorope)",
+    "scale=tiny": "experiment=resume_probe has no scale=tiny: leave it out, or choose a recipe "
+    "that has it (clip_context, ppllava_dpo, ppllava_vicuna7b_image_video, "
+    "ppllava_vicuna7b_multi_image, ppllava_vicuna7b_video, videorope_qwen2_7b)",
+    "data=preference_tiny": "data=preference_tiny is now data=tiny",
     "+seed=2": "Could not append to config. An item is already at 'seed'. Either remove + prefix: "
     "'seed=2' Or add a second + to add or override 'seed': '++seed=2'",
     "hydra.job.num=x": "Error merging override hydra.job.num=x: Value 'x' of type 'str' could not "
@@ -36,6 +44,20 @@ def test_what_hydra_refuses_is_one_line(word, said, sweep, monkeypatch, tmp_path
     with pytest.raises(SystemExit) as caught:
         start.main()
     assert caught.value.code == f"error: {said}"
+
+
+@pytest.mark.parametrize("word", NEW_WORDS)
+def test_a_word_that_has_gone_is_answered_by_the_new_words(word, compose, tmp_path):
+    with pytest.raises(MissingConfigException) as caught:
+        compose([word], tmp_path)
+    assert describe(caught.value) == f"error: {word} is now {NEW_WORDS[word]}"
+    compose(NEW_WORDS[word].split(), tmp_path)
+
+
+def test_a_misspelt_recipe_is_answered_by_the_nearest(compose, tmp_path):
+    with pytest.raises(MissingConfigException) as caught:
+        compose(["experiment=ppllava_vicuna_7b_video"], tmp_path)
+    assert "did you mean experiment=ppllava_vicuna7b_video? (" in describe(caught.value)
 
 
 @pytest.mark.parametrize("program", ["evaluate", "plan", "reference"])

@@ -1,7 +1,5 @@
 """One stage of training starts from the one before it: which weights go over, which start anew."""
 
-from functools import partial
-
 import pytest
 import torch
 from omegaconf import open_dict
@@ -11,15 +9,14 @@ from lightning_modules.checkpoint.weights import read_checkpoint
 
 TUNINGS = [f"ppllava_vicuna7b_{data}" for data in ("video", "image_video", "multi_image")]
 
-CLIP, TUNING, DPO = "clip_context_tiny", "ppllava_vicuna7b_video_tiny", "ppllava_dpo_tiny"
-OTHER = "videorope_qwen2_7b_vanilla_tiny"
-slow = partial(pytest.param, marks=pytest.mark.slow)
-SUFFIXES = ["", slow("_tiny")]
+CLIP, TUNING, DPO = "clip_context", TUNINGS[0], "ppllava_dpo"
+OTHER = "videorope_qwen2_7b"
+SCALES = ["full", pytest.param("tiny", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
 def stage(compose, tmp_path_factory):
-    """`stage(recipe, init)`: its module, of sizes in the place of sources."""
+    """`stage(recipe, init, *words)`: its module, of sizes in the place of sources."""
     folder = tmp_path_factory.mktemp("composed")
 
     def make(recipe, init=None, *overrides):
@@ -42,7 +39,7 @@ def left(stage, tmp_path_factory):
     def make(recipe, *overrides):
         if (recipe, overrides) not in folders:
             module = stage(recipe, None, *overrides)
-            with torch.device("cpu" if recipe.endswith("_tiny") else "meta"):
+            with torch.device("cpu" if "scale=tiny" in overrides else "meta"):
                 module.model = module.build()
             folders[recipe, overrides] = save(module, tmp_path_factory.mktemp(recipe))
         return folders[recipe, overrides]
@@ -58,16 +55,17 @@ def save(module, folder):
     return folder
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_each_recipe_starts_from_the_one_before_without_a_word(suffix, stage, left):
-    tuned = f"ppllava_vicuna7b_video{suffix}"
-    stage(tuned, left(f"clip_context{suffix}")).check()
-    stage(f"ppllava_dpo{suffix}", left(tuned)).check()
+@pytest.mark.parametrize("scale", SCALES)
+def test_each_recipe_starts_from_the_one_before_without_a_word(scale, stage, left):
+    scaled = f"scale={scale}"
+    stage(TUNING, left(CLIP, scaled), scaled).check()
+    stage(DPO, left(TUNING, scaled), scaled).check()
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_the_three_tunings_are_one_model_and_allow_the_same(suffix, compose, tmp_path):
-    configs = [compose([f"experiment={name}{suffix}"], tmp_path) for name in TUNINGS]
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_three_tunings_are_one_model_and_allow_the_same(scale, compose, tmp_path):
+    words = [[f"experiment={name}", f"scale={scale}"] for name in TUNINGS]
+    configs = [compose(each, tmp_path) for each in words]
     for key in ("model", "init_allow"):
         first, *others = (plain(config[key]) for config in configs)
         assert all(other == first for other in others)
@@ -76,31 +74,27 @@ def test_the_three_tunings_are_one_model_and_allow_the_same(suffix, compose, tmp
 @pytest.mark.parametrize(
     ("before", "after", "says"),
     [
-        (["clip_context_tiny"], "ppllava_dpo_tiny", r"parameters of the model are not in it"),
-        (["ppllava_vicuna7b_video_tiny"], "clip_context_tiny", r"keys have no place"),
-        (["clip_context_tiny", "model.encoder.context_length=null"], TUNINGS[0] + "_tiny", "keys"),
-        (
-            ["clip_context_tiny", "model.encoder.config.projection_dim=16"],
-            TUNINGS[0] + "_tiny",
-            "shape",
-        ),
-        (["videorope_qwen2_7b_vanilla_tiny"], TUNINGS[0] + "_tiny", "keys have no place"),
-        (["ppllava_vicuna7b_video_tiny", "encoder=clip_tiny"], "ppllava_dpo_tiny", "keys|not in"),
+        ([CLIP], DPO, r"parameters of the model are not in it"),
+        ([TUNING], CLIP, r"keys have no place"),
+        ([CLIP, "model.encoder.context_length=null"], TUNING, "keys"),
+        ([CLIP, "model.encoder.config.projection_dim=16"], TUNING, "shape"),
+        ([OTHER, "rotary=vanilla"], TUNING, "keys have no place"),
+        ([TUNING, "encoder=clip_tiny"], DPO, "keys|not in"),
     ],
 )
 def test_a_wrong_start_is_refused(before, after, says, stage, left):
     with pytest.raises(ValueError, match=says) as caught:
-        stage(after, left(*before)).check()
+        stage(after, left(*before, "scale=tiny"), "scale=tiny").check()
     assert "\n" not in str(caught.value)
 
 
 def test_tuning_starts_with_the_encoder_of_post_training(stage, tmp_path):
     """BT-Adapter, which that has not, begins as a copy of what it has made of the layers."""
     torch.manual_seed(1)
-    folder = save(stage(CLIP), tmp_path)
+    folder = save(stage(CLIP, None, "scale=tiny"), tmp_path)
     stored = read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
     torch.manual_seed(2)
-    filled = stage(TUNING, folder).network.state_dict()
+    filled = stage(TUNING, folder, "scale=tiny").network.state_dict()
     kept = [n for n in filled if n.startswith("encoder.") and not n.startswith("encoder.adapter.")]
     assert kept
     for name in kept:
@@ -115,10 +109,10 @@ def test_tuning_starts_with_the_encoder_of_post_training(stage, tmp_path):
 @pytest.mark.slow
 def test_preference_tuning_and_its_reference_start_as_tuning_has_ended(stage, tmp_path):
     torch.manual_seed(1)
-    folder = save(stage(TUNING), tmp_path)
+    folder = save(stage(TUNING, None, "scale=tiny"), tmp_path)
     stored = read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
     torch.manual_seed(2)
-    module = stage(DPO, folder)
+    module = stage(DPO, folder, "scale=tiny")
     module.configure_model()
     for network in (module.network, module.reference.network):
         state = {f"model.{name}": value for name, value in network.state_dict().items()}

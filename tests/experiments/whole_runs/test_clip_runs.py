@@ -130,7 +130,8 @@ def test_the_scale_stays_within_100(compose, tmp_path):
 def test_the_tiny_recipe_finds_what_stands_behind_clips_own_context(
     context, finds, compose, tmp_path
 ):
-    words = ["experiment=clip_context_tiny", *QUIET, f"model.encoder.context_length={context}"]
+    words = ["experiment=clip_context", "scale=tiny", *QUIET]
+    words += [f"model.encoder.context_length={context}"]
     train.main.__wrapped__(compose(words, tmp_path))
     recall = json.loads((tmp_path / "done.json").read_text())["metrics"]["val/t2i_r1"]
     assert (recall > 0.15) if finds else (recall < 0.03)  # of 200: by chance 0.005

@@ -267,7 +267,7 @@ def test_pairs_have_no_score_and_a_line_says_what_has(whole, tmp_path, monkeypat
 def test_the_tiny_recipe_learns_what_is_seen(compose, tmp_path):
     """It prefers the right colour in clips that it has not seen, and only because it sees them."""
     quiet = [word for word in TINY if word.startswith(("callbacks", "+", "print", "logger"))]
-    words = ["experiment=ppllava_dpo_tiny", *quiet]
+    words = ["experiment=ppllava_dpo", "scale=tiny", *quiet]
     run(tmp_path, words, compose)
     last = val_metrics(tmp_path)[-1]
     assert last["val/reward_accuracy"] > 0.9

@@ -1,4 +1,4 @@
-"""Every twin of a recipe trains here as its own command says, and learns."""
+"""Recipes train here as their own commands say, and give what they say: `expected`."""
 
 import json
 import os
@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from experiments import CONFIG_DIR
 from experiments.run.files import read_curves
 from lightning_modules.checkpoint.weights import read_checkpoint
 
-NAMES = {path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml")}
-TWINS = sorted(name for name in NAMES if name.removesuffix("_tiny") in NAMES - {name})
+SCALED = sorted(path.stem for path in (CONFIG_DIR / "scale" / "tiny").glob("*.yaml"))
 
-#: Each starts from the run of the one before.
-ROW = ("clip_context_tiny", "ppllava_vicuna7b_video_tiny", "ppllava_dpo_tiny")
+#: Each starts from the run of the one before, at the tiny scale.
+ROW = ("clip_context", "ppllava_vicuna7b_video", "ppllava_dpo")
 
 
-def train(name: str, folder: Path, *options: str) -> list[float]:
+def train(name: str, folder: Path, *words: str) -> list[float]:
     """Trains as a user would, in a process of its own; the losses of training."""
-    command = [sys.executable, "-m", "experiments.train", f"experiment={name}", *options]
+    command = [sys.executable, "-m", "experiments.train", f"experiment={name}", *words]
     quiet = [f"hydra.run.dir={folder}", "print_config=false"]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
@@ -36,14 +36,24 @@ def train(name: str, folder: Path, *options: str) -> list[float]:
     return losses
 
 
+def check_expected(folder: Path) -> None:
+    """Compares the metrics of a run with the numbers of its recipe, which its config has kept."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    done = json.loads((folder / "done.json").read_text())
+    assert config["expected"]
+    measured = {name: done["metrics"][name] for name in config["expected"]}
+    assert measured == pytest.approx(config["expected"], rel=config["expected_within"])
+
+
 @pytest.mark.slow  # first, as it takes longest
 @pytest.mark.timeout(1200)
 def test_the_three_stages_of_training_in_a_row(tmp_path):
     """What a stage freezes is to the bit what the stage before has learnt."""
     folders = [tmp_path / name for name in ROW]
-    losses = [train(ROW[0], folders[0])]
+    losses = [train(ROW[0], folders[0], "scale=tiny")]
+    check_expected(folders[0])
     for name, folder, before in zip(ROW[1:], folders[1:], folders, strict=False):
-        losses.append(train(name, folder, f"init={before}"))
+        losses.append(train(name, folder, "scale=tiny", f"init={before}"))
     aligned, tuned, preferred = map(weights, folders)
 
     kept = ("encoder.vision.", "encoder.visual_projection.", "encoder.text")
@@ -62,9 +72,34 @@ def test_the_three_stages_of_training_in_a_row(tmp_path):
 
 @pytest.mark.slow  # a minute each
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [name for name in TWINS if name not in ROW])
-def test_a_twin_trains_and_learns(name, tmp_path):
-    train(name, tmp_path)
+@pytest.mark.parametrize("name", [name for name in SCALED if name != ROW[0]])
+def test_a_recipe_gives_at_the_tiny_scale_what_it_says(name, tmp_path):
+    train(name, tmp_path, "scale=tiny")
+    check_expected(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_probe_gives_what_it_says(tmp_path):
+    train("resume_probe", tmp_path)
+    check_expected(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """The folder for `paths.data`, with the shards of the demo."""
+    data = tmp_path_factory.mktemp("data")
+    command = [sys.executable, "-m", "experiments.shards", "demo", str(data / "vniah")]
+    subprocess.run(command, cwd=Path(__file__).parents[3], check=True)
+    return data
+
+
+@pytest.mark.slow  # three and seven minutes
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["vniah_d_tiny", "smollm2_lora"])
+def test_a_recipe_gives_on_the_videos_of_the_demo_what_it_says(name, demo, tmp_path):
+    train(name, tmp_path, f"paths.data={demo}")
+    check_expected(tmp_path)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
