@@ -14,9 +14,10 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import GenerationConfig
 
+from datamodules.common.atomic import write_whole
 from datamodules.errors import BadSampleError
 from datamodules.processor import Processor
-from experiments.directory.run_directory import read_done, read_versions, write_whole
+from experiments.directory.run_directory import read_done, read_versions
 from experiments.evaluate import load
 from experiments.run.files import inside, read_yaml
 from experiments.run.process import run_alone

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import braceexpand
 import numpy as np
 
+from datamodules.common.atomic import write_whole
 from datamodules.errors import BadSampleError
 from datamodules.stream.reading.source import find_remote, is_remote, open_source
 from datamodules.stream.reading.tar import sample_offsets
@@ -248,7 +248,7 @@ def _keep_counts(manifest: Manifest, folders: Iterable[str]) -> None:
         if len(counts) < _MANY or here != counts.keys() or info_path(folder).exists():
             continue
         text = json.dumps({"shard_counts": counts}, indent=1)
-        write_whole(text.encode(), info_path(folder))
+        _store(text.encode(), info_path(folder))
 
 
 def expand_urls(patterns: str | Iterable[str]) -> list[str]:
@@ -337,16 +337,13 @@ def index_shard(url: str, timeout_s: float = 30.0) -> tuple[list[int], BadSample
 def write_index(offsets: Sequence[int], places: Iterable[Path]) -> Path | None:
     """Writes the index to the first writable path by an atomic write. Returns the path or None."""
     data = np.asarray(offsets, dtype=INDEX_DTYPE).tobytes()
-    return next((place for place in places if write_whole(data, place)), None)
+    return next((place for place in places if _store(data, place)), None)
 
 
-def write_whole(data: bytes, place: Path) -> bool:
+def _store(data: bytes, place: Path) -> bool:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=place.parent, prefix=".idx-", delete=False) as file:
-            file.write(data)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, place)
+        write_whole(place, data, shared=True)  # all ranks, and other runs, may index at once
         return True
     except OSError as error:
         logger.debug("%s cannot be written: %s", place, error)

@@ -1,6 +1,7 @@
 """CSV and W&B loggers that a resumed run continues."""
 
 import csv
+import io
 import logging
 import secrets
 from collections.abc import Collection, Iterable, Mapping
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from wandb.errors import AuthenticationError, CommError, UsageError
 
+from datamodules.common.atomic import write_whole
 from lightning_modules.checkpoint.preemption import signals
 from lightning_modules.loggers.history import (
     TRAINER_STEP,
@@ -95,13 +97,11 @@ class _ResumingWriter(ExperimentWriter):
         self._write_all(rows)
 
     def _write_all(self, rows: list[dict[str, str]]) -> None:
-        """Writes all rows atomically, so that a kill leaves the old file."""
-        partial = Path(f"{self.metrics_file_path}.partial")
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.metrics_keys)
-            writer.writeheader()
-            writer.writerows(rows)
-        partial.replace(self.metrics_file_path)
+        file = io.StringIO(newline="")
+        writer = csv.DictWriter(file, self.metrics_keys)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(Path(self.metrics_file_path), file.getvalue())
 
 
 class ResumableWandbLogger(WandbLogger):
@@ -297,9 +297,7 @@ def _keep_id(path: Path) -> str | None:
     """Returns the id of the run directory; only rank 0 needs it, and creates it if missing."""
     if not path.is_file() and rank_zero_only.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name("run_id.partial")  # a kill leaves no empty file
-        partial.write_text(secrets.token_hex(4))
-        partial.replace(path)
+        write_whole(path, secrets.token_hex(4))
     return path.read_text() if path.is_file() else None
 
 

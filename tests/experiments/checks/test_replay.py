@@ -253,7 +253,7 @@ def test_these_are_built_from_any_run(path):
         "lightning_modules.loggers.loggers.finish_wandb",
         "lightning_modules.loggers.loggers.csv.DictWriter",
         "lightning_modules.loggers.loggers.ResumableCSVLogger.log_metrics",
-        "datamodules.stream.index.write_whole",
+        "datamodules.common.atomic.write_whole",
         "datamodules.stream.reading.source.subprocess.Popen",
         "experiments.directory.run_directory.RunDirectory",
         "torch.optim.Optimizer.__subclasshook__",

@@ -19,10 +19,17 @@ from tests.experiments.reporting.test_report import write_run
 
 #: Files that a program of ours opens; the `.partial` ones it makes and renames.
 OPENED = [
-    *("run.lock", "status.json", "status.partial", "done.json", "metrics.csv", "samples.jsonl"),
-    *("config.yaml", "config.yaml.partial", "command.txt", "versions.json", "run_id", "train.log"),
+    *(
+        "run.lock",
+        "status.json",
+        ".status.json.partial",
+        "done.json",
+        "metrics.csv",
+        "samples.jsonl",
+    ),
+    *("config.yaml", ".config.yaml.partial", "command.txt", "versions.json", "run_id", "train.log"),
     *("tables.jsonl", "generations.jsonl", "needle.json", "scores.json", "stdout.log"),
-    *("slurm.json", ".hydra/overrides.yaml", ".hydra/hydra.yaml", ".hydra/frozen.tmp"),
+    *("slurm.json", ".hydra/overrides.yaml", ".hydra/hydra.yaml", ".hydra/.frozen.yaml.partial"),
     *("checkpoints/last.ckpt", "checkpoints/best.ckpt"),
 ]
 
