@@ -6,7 +6,6 @@ batch = processor([[{"role": "user", "content": "<video>\\nWhat is it?"}]], [["c
 print(processor.decode(model.generate(batch, **processor.generation)))
 """
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from datamodules.batch import VideoBatch
+from datamodules.common.spec import build
 from datamodules.instruct import Sample, collate
 from datamodules.sample.conversation import ConversationEncoder, Turn
 from datamodules.visuals.frames import FrameReader
 
+_PACKAGE = "datamodules"
 _FILE = "processor.json"
 _PROMPT_TOKENIZER = "prompt_tokenizer"
 
@@ -37,8 +38,8 @@ class Processor:
 
     def __init__(self, frames: Mapping[str, Any], conversation: Mapping[str, Any]):
         self._spec = {"frames": dict(frames), "conversation": dict(conversation)}
-        self._frames: FrameReader = _build(frames, FrameReader)
-        self.conversation: ConversationEncoder = _build(conversation, ConversationEncoder)
+        self._frames: FrameReader = build(frames, _PACKAGE, FrameReader)
+        self.conversation: ConversationEncoder = build(conversation, _PACKAGE, ConversationEncoder)
         tokenizer = self.conversation.tokenizer
         self.generation = {
             "eos_token_id": tokenizer.eos_token_id,
@@ -109,32 +110,3 @@ class Processor:
         encode = self.conversation if ends_with_answer else self.conversation.ask
         key = " ".join(path.name for path in paths)
         return Sample(key, encode(turns), [v for v, _ in read], [tiles for _, tiles in read])
-
-
-def _build(spec: Mapping[str, Any], kind: type = object) -> Any:
-    """Builds the object of a spec. Nested specs are built first.
-
-    Args:
-        kind: required base class.
-
-    Raises:
-        ValueError: the class is not from `datamodules`, or not a subclass of `kind`.
-    """
-    arguments = {
-        key: _build(value) if isinstance(value, Mapping) and "_target_" in value else value
-        for key, value in spec.items()
-        if key not in ("_target_", "_partial_")
-    }
-    path = str(spec.get("_target_"))
-    module, _, name = path.rpartition(".")
-    if not module.startswith("datamodules."):
-        raise ValueError(f"{path!r} refused: only classes under datamodules are built")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        found = None
-    if not isinstance(found, type) or not found.__module__.startswith("datamodules."):
-        raise ValueError(f"{path!r} is no class that datamodules defines")
-    if not issubclass(found, kind):
-        raise ValueError(f"{path!r} refused: it is no {kind.__name__}")
-    return found(**arguments)
