@@ -176,7 +176,7 @@ def test_a_bomb_in_yaml_is_one_line(name, text, why, folder):
     with pytest.raises(SystemExit, match=why):
         report.main([str(folder)])
     (state,) = read.read_runs([folder])
-    assert state.value("seed") in (None, "0")
+    assert state.settings.value("seed") in (None, "0")
     if name == "config.yaml":
         with pytest.raises(ValueError, match=r"config.yaml, which says .* is damaged"):
             read_former(folder)
