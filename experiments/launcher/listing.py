@@ -129,7 +129,7 @@ def _config_of(job: Job) -> DictConfig:
 def _describe_former(job: Job) -> str:
     """Describes a job whose directory has an earlier run. Uses the program's own checks."""
     from experiments.directory.run_directory import RunDirectory
-    from lightning_modules.checkpoint.weights import read_checkpoint
+    from lightning_modules.checkpoint.weights import read_facts
 
     try:
         directory = RunDirectory(_config_of(job), hold=False)
@@ -140,7 +140,7 @@ def _describe_former(job: Job) -> str:
         return f"refused: {str(error).splitlines()[0]}"
     if checkpoint is None:
         return "starts at step 0: no checkpoint there"
-    return f"goes on from step {read_checkpoint(checkpoint)['global_step']}"
+    return f"goes on from step {read_facts(checkpoint)['global_step']}"
 
 
 def show(jobs: Sequence[Job], states: Sequence[str], manner: str) -> str:
