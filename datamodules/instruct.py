@@ -18,7 +18,6 @@ VideoBatch   input_ids (b l)   labels (b l)   frames (n c h w)   prompt_ids (b k
              frame_counts, tiles: one entry per visual (v), in the order of the slots
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import StepsDataModule
 from datamodules.batch import IGNORE_INDEX, Task, Tiles, VideoBatch, data_rank, pad_rows
+from datamodules.common.digest import digest
 from datamodules.sample.conversation import (
     ConversationEncoder,
     EncodedConversation,
@@ -179,11 +179,9 @@ class InstructDataModule(StepsDataModule):
     def fingerprint(self) -> str:
         if self._fingerprint is None:
             order, options = self._train_order(), self._options
-            data = hashlib.sha256()
-            for manifest in self._manifests["train"]:
-                data.update(manifest.fingerprint().encode())
+            data = digest(*(each.fingerprint() for each in self._manifests["train"]))
             self._fingerprint = (
-                f"data {data.hexdigest()[:16]} seed {options.seed} {order.described} "
+                f"data {data} seed {options.seed} {order.described} "
                 f"window {options.window} chunk {options.chunk} "
                 f"batch {self.batch_size} step {self.per_step}"
             )
@@ -201,7 +199,7 @@ class InstructDataModule(StepsDataModule):
             "data": manifest.fingerprint(),
             "samples": len(manifest),
             "frames": described(self._frames),
-            "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16],
+            "chat_template": digest(template),
             "max_length": conversation.max_length,
             "max_prompt_length": conversation.max_prompt_length,
         }

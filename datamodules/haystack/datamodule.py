@@ -17,7 +17,6 @@ Needles with different questions are distractors for each other. V-NIAH: LongVA,
 V-NIAH-D: VideoRoPE, arXiv 2502.05173, section 4.3.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -32,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import StepsDataModule
 from datamodules.batch import VideoBatch, data_rank
+from datamodules.common.digest import digest
 from datamodules.errors import BadSampleError
 from datamodules.haystack.cells import GridPlan, NeedleGrid
 from datamodules.haystack.needle import Needle, by_question, read_clips, read_needles, turns_about
@@ -157,21 +157,18 @@ class HaystackDataModule(StepsDataModule):
 
     def fingerprint(self) -> str:
         if not self._fingerprint:
-            data = hashlib.sha256()
-            for shards in self._shards.values():
-                data.update(read_manifest(shards["train"]).fingerprint().encode())
+            data = self._digest("train")
             words = asdict(self.training) | {"seed": self._options.seed}
             plan = " ".join(f"{name} {words[name]}".replace(", ", ",") for name in words)
-            self._fingerprint = (
-                f"data {data.hexdigest()[:16]} {plan} batch {self.batch_size} step {self.per_step}"
-            )
+            self._fingerprint = f"data {data} {plan} batch {self.batch_size} step {self.per_step}"
         return self._fingerprint
 
     def validation_fingerprint(self) -> str:
-        data = hashlib.sha256()
-        for shards in self._shards.values():
-            data.update(read_manifest(shards["test"]).fingerprint().encode())
-        return data.hexdigest()[:16]
+        return self._digest("test")
+
+    def _digest(self, split: str) -> str:
+        shards = [of_split[split] for of_split in self._shards.values()]
+        return digest(*(read_manifest(each).fingerprint() for each in shards))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -8,7 +8,6 @@ only when a sample is read.
 """
 
 import glob
-import hashlib
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ import braceexpand
 import numpy as np
 
 from datamodules.common.atomic import write_whole
+from datamodules.common.digest import digest
 from datamodules.errors import BadSampleError
 from datamodules.stream.reading.source import find_remote, is_remote, open_source
 from datamodules.stream.reading.tar import sample_offsets
@@ -147,12 +147,12 @@ class Manifest:
         The hash covers the name, sample count and end of each shard. Each end needs an open
         index, so for more than 4,096 shards it covers at most 4,096 ends, evenly spread.
         """
-        hashed = hashlib.sha256()
         step = -(-len(self.shards) // _FINGERPRINTED) or 1
+        lines = []
         for number, (url, count) in enumerate(zip(self.urls, self.counts.tolist(), strict=True)):
             end = _end_of(self.shards[number]) if number % step == 0 else ""
-            hashed.update(f"{url.rpartition('/')[2]} {count} {end}\n".encode())
-        return hashed.hexdigest()[:16]
+            lines.append(f"{url.rpartition('/')[2]} {count} {end}\n")
+        return digest(*lines)
 
 
 def join(manifests: Sequence[Manifest]) -> Manifest:
@@ -361,11 +361,11 @@ def lengths_path(index: Path) -> Path:
 
 
 def _index_places(url: str, cache: Path) -> list[Path]:
-    kept = cache / (hashlib.sha256(url.encode()).hexdigest()[:32] + ".tar.idx")
+    kept = cache / (digest(url, length=32) + ".tar.idx")
     if is_remote(url):
         return [kept]
     # The cache key of a local shard is its absolute path: it must not depend on the run's folder.
-    absolute = hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:32]
+    absolute = digest(os.path.abspath(url), length=32)
     return [index_path(url), cache / (absolute + ".tar.idx")]
 
 

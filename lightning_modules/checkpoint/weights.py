@@ -4,12 +4,11 @@ Everything that opens weights of ours comes through here: resume, `init=`, evalu
 Code in a file of weights is never run.
 """
 
-import hashlib
 import json
 import math
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import get_total_norm
 
+from datamodules.common.digest import digest_all
 from lightning_modules.checkpoint.stored import open_weights
 from lightning_modules.checkpoint.whole import MARKER, newest_whole, what_is_wrong
 
@@ -38,13 +38,15 @@ def sha256(module: nn.Module) -> str:
     It is the same for one process, DDP and FSDP. All ranks must call it, because each parameter is
     gathered in turn.
     """
-    digest = hashlib.sha256()
+    return digest_all(_pieces(module), length=64)
+
+
+def _pieces(module: nn.Module) -> Iterator[str | memoryview]:
     for name, parameter in sorted(_trained(module), key=lambda item: item[0]):
         value = parameter.detach()
         whole = _gathered(value) if isinstance(value, DTensor) else value
-        digest.update(f"{name} {tuple(whole.shape)}\n".encode())
-        digest.update(whole.float().cpu().contiguous().numpy().astype("<f4").data)
-    return digest.hexdigest()
+        yield f"{name} {tuple(whole.shape)}\n"
+        yield whole.float().cpu().contiguous().numpy().astype("<f4").data
 
 
 def _gathered(value: DTensor) -> Tensor:
