@@ -107,6 +107,18 @@ def collate(
     )
 
 
+def collater(
+    conversation: ConversationEncoder, image_size: int
+) -> Callable[[list[Sample]], VideoBatch]:
+    """Returns the function samples -> batch, with the padding of the text encoder."""
+    return partial(
+        collate,
+        image_size=image_size,
+        pad_id=cast(int, conversation.tokenizer.pad_token_id),
+        prompt_pad_id=cast(int, conversation.prompt_tokenizer.pad_token_id),
+    )
+
+
 class InstructDataModule(StepsDataModule):
     """Streams shards of `<key>.json` (LLaVA conversation) with `<key>.mp4`, `<key>.0.jpg`, ...
 
@@ -300,13 +312,7 @@ class InstructDataModule(StepsDataModule):
 
     def collater(self) -> Callable[[list[Any]], Any]:
         """Returns the function samples -> batch."""
-        conversation = self.conversation
-        return partial(
-            collate,
-            image_size=self._frames.image_size,
-            pad_id=cast(int, conversation.tokenizer.pad_token_id),
-            prompt_pad_id=cast(int, conversation.prompt_tokenizer.pad_token_id),
-        )
+        return collater(self.conversation, self._frames.image_size)
 
     def outlined(self, outline: Outline) -> Any:
         count, options = self.batch_size, self._options

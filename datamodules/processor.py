@@ -9,14 +9,14 @@ print(processor.decode(model.generate(batch, **processor.generation)))
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
 from datamodules.batch import VideoBatch
 from datamodules.common.spec import build
-from datamodules.instruct import Sample, collate
+from datamodules.instruct import Sample, collater
 from datamodules.sample.conversation import ConversationEncoder, Turn
 from datamodules.visuals.frames import FrameReader
 
@@ -69,12 +69,7 @@ class Processor:
             self._read([Turn(m["role"], m["content"]) for m in messages], list(map(Path, paths)))
             for messages, paths in zip(conversations, files, strict=True)
         ]
-        return collate(
-            samples,
-            image_size=self._frames.image_size,
-            pad_id=cast(int, self.conversation.tokenizer.pad_token_id),
-            prompt_pad_id=cast(int, self.conversation.prompt_tokenizer.pad_token_id),
-        )
+        return collater(self.conversation, self._frames.image_size)(samples)
 
     def decode(self, ids: Int[Tensor, "b l"]) -> list[str]:
         texts = self.conversation.tokenizer.batch_decode(ids, skip_special_tokens=True)

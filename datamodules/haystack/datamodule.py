@@ -20,7 +20,7 @@ V-NIAH-D: VideoRoPE, arXiv 2502.05173, section 4.3.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from datamodules.common.digest import digest
 from datamodules.errors import BadSampleError
 from datamodules.haystack.cells import GridPlan, NeedleGrid
 from datamodules.haystack.needle import Needle, by_question, read_clips, read_needles, turns_about
-from datamodules.instruct import Sample, collate
+from datamodules.instruct import Sample, collater
 from datamodules.sample.conversation import ConversationEncoder
 from datamodules.sample.outline import Outline
 from datamodules.stream.index import read_manifest
@@ -227,12 +227,7 @@ class HaystackDataModule(StepsDataModule):
         return self._collate(texts, image_size=1)
 
     def _collate(self, samples: list[Sample], image_size: int | None = None) -> VideoBatch:
-        return collate(
-            samples,
-            image_size=image_size or self._frames.image_size,
-            pad_id=cast(int, self.conversation.tokenizer.pad_token_id),
-            prompt_pad_id=cast(int, self.conversation.prompt_tokenizer.pad_token_id),
-        )
+        return collater(self.conversation, image_size or self._frames.image_size)(samples)
 
     def _loader(
         self, split: str, plan: TrainingPlan, seed: int, per_step: int | None = None, **how: Any
