@@ -57,11 +57,6 @@ def _gathered(value: DTensor) -> Tensor:
     return value.to_local()
 
 
-def all_finite(module: nn.Module) -> bool:
-    """Returns whether all trained parameters are finite on all ranks. All ranks must call it."""
-    return finite_everywhere(parameter.detach() for _, parameter in _trained(module))
-
-
 def finite_everywhere(tensors: Iterable[Tensor]) -> bool:
     """Returns whether no tensor of any rank contains NaN or Inf; reduces one number over all ranks.
 
