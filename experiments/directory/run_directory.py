@@ -4,7 +4,7 @@ config.yaml  command.txt  versions.json     settings of the run
 .hydra/                                     overrides, and the option of every config group
 run.lock                                    held by the process that trains here
 checkpoints/last.ckpt  run_id               a resumed run starts from these
-metrics.csv  tables.jsonl  wandb/  …        logs
+metrics.csv  logged.jsonl  wandb/  …        logs
 needle.json  needle.png  scores.json        results
 done.json                                   written last
 """

@@ -84,7 +84,7 @@ def change(path: Path, changed) -> None:
 STAGES = {
     "a class of another kind": (
         "rotary",
-        "lightning_modules.loggers.loggers.ResumableCSVLogger",
+        "lightning_modules.loggers.csv.ResumableCSVLogger",
         "no Rot",
     ),
     "a reader of files": (

@@ -162,7 +162,7 @@ def test_a_refused_job_of_a_multirun_leaves_its_directory_as_it_was(
 def test_an_earlier_run_is_compared_once(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(base, "check_former", lambda *each: (asked.append(each), {})[1])
-    config = {"paths": {"run": str(tmp_path)}, "resume": True}
+    config = {"seed": 0, "paths": {"run": str(tmp_path)}, "resume": True}
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
     job: Any = SimpleNamespace(
         folder=tmp_path, config=config, task=config, plain=lambda node: node, done=lambda: None

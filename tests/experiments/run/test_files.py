@@ -28,7 +28,7 @@ OPENED = [
         "samples.jsonl",
     ),
     *("config.yaml", ".config.yaml.partial", "command.txt", "versions.json", "run_id", "train.log"),
-    *("tables.jsonl", "generations.jsonl", "needle.json", "scores.json", "stdout.log"),
+    *("logged.jsonl", "generations.jsonl", "needle.json", "scores.json", "stdout.log"),
     *("slurm.json", ".hydra/overrides.yaml", ".hydra/hydra.yaml", ".hydra/.frozen.yaml.partial"),
     *("checkpoints/last.ckpt", "checkpoints/best.ckpt"),
 ]
