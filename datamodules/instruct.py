@@ -18,7 +18,6 @@ VideoBatch   input_ids (b l)   labels (b l)   prompt_ids (b k)
              visuals: one per slot, in the order of the slots; views of one tensor `pixels`
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from datamodules.batch import (
     pad_rows,
     visual_fields,
 )
+from datamodules.common.digest import digest
 from datamodules.sample.conversation import (
     ConversationEncoder,
     EncodedConversation,
@@ -103,6 +103,15 @@ def collate(samples: Sequence[Sample], *, pad_id: int, prompt_pad_id: int) -> Vi
         keys=[sample.key for sample in samples],
         tasks=[sample.task for sample in samples],
         **visual_fields([visual for sample in samples for visual in sample.visuals]),
+    )
+
+
+def collater(conversation: ConversationEncoder) -> Callable[[list[Sample]], VideoBatch]:
+    """Returns the function samples -> batch, with the padding of the text encoder."""
+    return partial(
+        collate,
+        pad_id=cast(int, conversation.tokenizer.pad_token_id),
+        prompt_pad_id=cast(int, conversation.prompt_tokenizer.pad_token_id),
     )
 
 
@@ -178,11 +187,9 @@ class InstructDataModule(StepsDataModule):
     def fingerprint(self) -> str:
         if self._fingerprint is None:
             order, options = self._train_order(), self._options
-            data = hashlib.sha256()
-            for manifest in self._manifests["train"]:
-                data.update(manifest.fingerprint().encode())
+            data = digest(*(each.fingerprint() for each in self._manifests["train"]))
             self._fingerprint = (
-                f"data {data.hexdigest()[:16]} seed {options.seed} {order.described} "
+                f"data {data} seed {options.seed} {order.described} "
                 f"window {options.window} chunk {options.chunk} "
                 f"batch {self.batch_size} step {self.per_step}"
             )
@@ -200,7 +207,7 @@ class InstructDataModule(StepsDataModule):
             "data": manifest.fingerprint(),
             "samples": len(manifest),
             "frames": described(self._frames),
-            "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16],
+            "chat_template": digest(template),
             "max_length": conversation.max_length,
             "max_prompt_length": conversation.max_prompt_length,
         }
@@ -311,12 +318,7 @@ class InstructDataModule(StepsDataModule):
 
     def collater(self) -> Callable[[list[Any]], Any]:
         """Returns the function samples -> batch."""
-        conversation = self.conversation
-        return partial(
-            collate,
-            pad_id=cast(int, conversation.tokenizer.pad_token_id),
-            prompt_pad_id=cast(int, conversation.prompt_tokenizer.pad_token_id),
-        )
+        return collater(self.conversation)
 
     def outlined(self, outline: Outline) -> Any:
         count, options = self.batch_size, self._options

@@ -13,7 +13,6 @@ Pair             chosen, rejected: ids with labels on this answer only; both sha
 PreferenceBatch  chosen, rejected: VideoBatch with the same frames; reference (b 2)
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -26,6 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batch import IGNORE_INDEX, PreferenceBatch, VideoBatch, Visual
+from datamodules.common.digest import digest_settings
 from datamodules.errors import BadSampleError
 from datamodules.instruct import InstructDataModule, Sample, described
 from datamodules.sample.conversation import (
@@ -182,12 +182,7 @@ class PreferenceDataModule(InstructDataModule):
             "data.frames": described(self._frames),
             "data.conversation": [*words, lengths],
         }
-        return {key: _digest(value) for key, value in parts.items()}
-
-
-def _digest(settings: Any) -> str:
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return {key: digest_settings(value) for key, value in parts.items()}
 
 
 class RawPairs(Dataset):

@@ -6,20 +6,21 @@ batch = processor([[{"role": "user", "content": "<video>\\nWhat is it?"}]], [["c
 print(processor.decode(model.generate(batch, **processor.generation)))
 """
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
 from datamodules.batch import VideoBatch
-from datamodules.instruct import Sample, collate
+from datamodules.common.spec import build
+from datamodules.instruct import Sample, collater
 from datamodules.sample.conversation import ConversationEncoder, Turn
 from datamodules.visuals.frames import FrameReader
 
+_PACKAGE = "datamodules"
 _FILE = "processor.json"
 _PROMPT_TOKENIZER = "prompt_tokenizer"
 
@@ -37,8 +38,8 @@ class Processor:
 
     def __init__(self, frames: Mapping[str, Any], conversation: Mapping[str, Any]):
         self._spec = {"frames": dict(frames), "conversation": dict(conversation)}
-        self._frames: FrameReader = _build(frames, FrameReader)
-        self.conversation: ConversationEncoder = _build(conversation, ConversationEncoder)
+        self._frames: FrameReader = build(frames, _PACKAGE, FrameReader)
+        self.conversation: ConversationEncoder = build(conversation, _PACKAGE, ConversationEncoder)
         tokenizer = self.conversation.tokenizer
         self.generation = {
             "eos_token_id": tokenizer.eos_token_id,
@@ -68,11 +69,7 @@ class Processor:
             self._read([Turn(m["role"], m["content"]) for m in messages], list(map(Path, paths)))
             for messages, paths in zip(conversations, files, strict=True)
         ]
-        return collate(
-            samples,
-            pad_id=cast(int, self.conversation.tokenizer.pad_token_id),
-            prompt_pad_id=cast(int, self.conversation.prompt_tokenizer.pad_token_id),
-        )
+        return collater(self.conversation)(samples)
 
     def decode(self, ids: Int[Tensor, "b l"]) -> list[str]:
         texts = self.conversation.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -108,32 +105,3 @@ class Processor:
         encode = self.conversation if ends_with_answer else self.conversation.ask
         key = " ".join(path.name for path in paths)
         return Sample(key, encode(turns), read)
-
-
-def _build(spec: Mapping[str, Any], kind: type = object) -> Any:
-    """Builds the object of a spec. Nested specs are built first.
-
-    Args:
-        kind: required base class.
-
-    Raises:
-        ValueError: the class is not from `datamodules`, or not a subclass of `kind`.
-    """
-    arguments = {
-        key: _build(value) if isinstance(value, Mapping) and "_target_" in value else value
-        for key, value in spec.items()
-        if key not in ("_target_", "_partial_")
-    }
-    path = str(spec.get("_target_"))
-    module, _, name = path.rpartition(".")
-    if not module.startswith("datamodules."):
-        raise ValueError(f"{path!r} refused: only classes under datamodules are built")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        found = None
-    if not isinstance(found, type) or not found.__module__.startswith("datamodules."):
-        raise ValueError(f"{path!r} is no class that datamodules defines")
-    if not issubclass(found, kind):
-        raise ValueError(f"{path!r} refused: it is no {kind.__name__}")
-    return found(**arguments)

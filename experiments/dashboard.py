@@ -17,7 +17,8 @@ from typing import Any
 
 from experiments.run.files import inside, printable
 from experiments.run.process import run_alone
-from experiments.run.read import RunState, differing_axes, read_runs
+from experiments.run.read import RunState, read_runs
+from experiments.run.settings import factors
 
 try:
     import wandb_workspaces.reports.v2 as panels
@@ -144,9 +145,9 @@ def choose_axes(runs: list[RunState], names: list[str] | None) -> list[str]:
     Raises:
         ValueError: the runs do not differ in a named factor.
     """
-    differing = list(differing_axes(runs))
+    differing = list(factors([run.settings for run in runs]))
     for name in names or []:
-        if len({run.value(name) for run in runs}) < 2:
+        if len({run.settings.value(name) for run in runs}) < 2:
             known = ", ".join(differing) or "nothing"
             raise ValueError(f"the runs do not differ in {name!r}; they do in: {known}")
     return names or differing
@@ -224,7 +225,7 @@ def _filters(runs: list[RunState]) -> Any:
 
 def _config_key(run: RunState, axis: str) -> str:
     """Returns the W&B config key of a factor. Group options and the seed are under `choice`."""
-    return f"choice.{axis}" if axis == "seed" or axis in run.choices else axis
+    return f"choice.{axis}" if axis == "seed" or axis in run.settings.choices else axis
 
 
 def _summary(metric: str, best: dict[str, str]) -> str:
@@ -232,7 +233,7 @@ def _summary(metric: str, best: dict[str, str]) -> str:
 
 
 def _setting(run: RunState, key: str) -> Any:
-    node: Any = run.config
+    node: Any = run.settings.config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
     return node

@@ -27,8 +27,7 @@ from experiments.run import process
 from experiments.run.compose import build, build_all, plain, print_config, user_errors_in_one_line
 from experiments.run.hydra_errors import hydra_errors_in_one_line
 from experiments.testing import score_answers, test_needles
-from lightning_modules.checkpoint import newest_whole
-from lightning_modules.checkpoint.weights import read_checkpoint
+from lightning_modules.checkpoint.weights import Saved, open_saved
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.training.contrast import ClipContextModule
 
@@ -111,12 +110,12 @@ def load(
     """
     if (run / "config.json").is_file():
         return VideoLanguageModel.from_pretrained(run, **(replaced or {})).eval(), 0
-    path, checkpoint = _read(run, name)
-    stages = checkpoint["stages"]
+    saved = open_saved(run, "run", name)
+    stages = saved.specs
     if "llm" not in stages:
         raise ValueError(
-            f"{path} holds {', '.join(stages)} alone, as module=clip_context trains it: start a "
-            f"training of an llm from it with init={run}, or ask for its recall with "
+            f"{saved.path} holds {', '.join(stages)} alone, as module=clip_context trains it: "
+            f"start a training of an llm from it with init={run}, or ask for its recall with "
             f"ropelab-evaluate run={run} experiment=clip_context"
         )
     for part, asked in (replaced or {}).items():
@@ -124,8 +123,8 @@ def load(
             logger.warning("trained with %s, run with %s as asked", stages[part], asked)
             stages = {**stages, part: asked}
     model = VideoLanguageModel(VideoLanguageModelConfig(**stages))
-    _fill(model, checkpoint, path)
-    return model.eval(), checkpoint["global_step"]
+    _fill(model, saved)
+    return model.eval(), saved.checkpoint["global_step"]
 
 
 def load_encoder(run: Path, stage: ClipContextModule) -> int:
@@ -134,11 +133,11 @@ def load_encoder(run: Path, stage: ClipContextModule) -> int:
     Raises:
         ValueError: there is no checkpoint, or it comes from another stage of training.
     """
-    path, checkpoint = _read(run, None)
-    stage.on_load_checkpoint(checkpoint)  # refuses others
-    stage.spec, stage.resumed = dict(checkpoint["stages"]), True
-    _fill(stage.network, checkpoint, path)
-    return checkpoint["global_step"]
+    saved = open_saved(run, "run")
+    stage.on_load_checkpoint(saved.checkpoint)  # refuses others
+    stage.spec, stage.resumed = dict(saved.specs), True
+    _fill(stage.network, saved)
+    return saved.checkpoint["global_step"]
 
 
 def measure_recall(
@@ -151,20 +150,11 @@ def measure_recall(
     return metrics["val/t2i_r1"]
 
 
-def _read(run: Path, name: str | None) -> tuple[Path, dict[str, Any]]:
-    path = run / "checkpoints" / name if name else newest_whole(run / "checkpoints")
-    if path is None or not path.exists():
-        wanted = f"checkpoint {name}" if name else "checkpoint"
-        raise ValueError(f"no {wanted} in {run}: set run= to a run directory with one")
-    return path, read_checkpoint(path)
-
-
-def _fill(network: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
-    weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
+def _fill(network: nn.Module, saved: Saved) -> None:
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict(saved.weights)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its own stages: {error}") from None
+        raise ValueError(f"{saved.path} does not fit its own stages: {error}") from None
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import GenerationConfig
 
+from datamodules.common.atomic import write_whole
+from datamodules.common.spec import class_name
 from datamodules.errors import BadSampleError
 from datamodules.processor import Processor
-from experiments.directory.run_directory import read_done, read_versions, write_whole
+from experiments.directory.run_directory import read_done, read_versions
 from experiments.evaluate import load
 from experiments.run.files import inside, read_yaml
 from experiments.run.process import run_alone
@@ -119,7 +121,7 @@ def model_card(run: Path, config: dict[str, Any], model: VideoLanguageModel, ste
 
 def describe(spec: dict[str, Any]) -> str:
     """Returns a short description of a component, such as `CausalLM (qwen2, 3 layers)`."""
-    name = spec["_target_"].rpartition(".")[2]
+    name = class_name(spec)
     sizes = spec.get("config", {})
     facts = [sizes.get("model_type"), *_layers(sizes), *_layers(sizes.get("vision", {}))]
     known = ", ".join(str(fact) for fact in facts if fact)

@@ -19,11 +19,11 @@ import torch
 from lightning.fabric import Fabric
 from omegaconf import DictConfig
 
+from datamodules.common.atomic import write_whole
 from datamodules.preference import RawPairs, with_reference
 from datamodules.shards.pack import write_shard
 from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launchers and `run_name`
 from experiments.command.values import check_values
-from experiments.directory.run_directory import write_whole
 from experiments.evaluate import load
 from experiments.run import process
 from experiments.run.compose import build, plain, print_config, user_errors_in_one_line

@@ -14,6 +14,7 @@ from experiments.reporting.data import ABSENT, Run, load_runs
 from experiments.reporting.plots import COLOURS, draw_all, save_stages
 from experiments.run.files import inside, printable
 from experiments.run.process import run_alone
+from experiments.run.settings import factors
 
 SHOWN_GENERATIONS = 8
 
@@ -45,7 +46,7 @@ def write_report(runs: list[Run], output: Path) -> list[Path]:
     pages = {suffix: inside(output, f"report.{suffix}") for suffix in ("html", "md")}
     folder = inside(output, "report_files")
 
-    axes = tables.ablated_axes(runs)
+    axes = list(factors([run.settings for run in runs]))
     groups = tables.group_runs(runs, axes)
     pictures = draw_all(groups)
     files = file_names(pictures)
@@ -93,7 +94,7 @@ def describe_stages(runs: list[Run]) -> str:
             for name, points in sorted(run.curves.items())
             if name.startswith("val/") and name != "val/loss"
         ]
-        name, steps = run.config.get("name", run.folder.name), run.last_step + 1
+        name, steps = run.settings.config.get("name", run.folder.name), run.last_step + 1
         lines.append(f"| {name} | {steps} | {' | '.join(spans)} | {', '.join(others)} |")
     return "\n".join(lines)
 

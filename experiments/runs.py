@@ -19,7 +19,8 @@ from rich.text import Text
 from experiments.command.overrides import short_keys
 from experiments.run.files import printable
 from experiments.run.process import run_alone
-from experiments.run.read import RunState, differing_axes, read_runs
+from experiments.run.read import RunState, read_runs
+from experiments.run.settings import factors
 
 _COLOURS = {
     "done": "green",
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
-    axes = differing_axes(runs)
+    axes = factors([run.settings for run in runs])
     if options.json:
         print(json.dumps([as_json(run, n, axes) for n, run in enumerate(runs)], indent=1))
         return 0

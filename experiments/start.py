@@ -2,6 +2,9 @@
 
 A multirun needs only Hydra here, because every job is a process of its own. A run that receives a
 stop signal while it starts has nothing to save. It exits as a run that has saved does.
+
+This is no part of `train.py`, because that module imports PyTorch at its head, like every recipe.
+In one module, all imports of the recipe would have to hide in its functions.
 """
 
 import os

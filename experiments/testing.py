@@ -8,6 +8,7 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig
 
+from datamodules.common.spec import class_name
 from datamodules.preference import PreferenceDataModule
 from experiments.reporting.data import read_needle
 from experiments.run.compose import build, plain
@@ -116,4 +117,4 @@ def _rotary(config: DictConfig, model: VideoLanguageModel) -> str:
     spec = model.config.rotary or {}
     if spec == plain(config.model.rotary):
         return HydraConfig.get().runtime.choices["rotary"]
-    return spec["_target_"].rpartition(".")[2]
+    return class_name(spec)

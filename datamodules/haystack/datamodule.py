@@ -17,11 +17,10 @@ Needles with different questions are distractors for each other. V-NIAH: LongVA,
 V-NIAH-D: VideoRoPE, arXiv 2502.05173, section 4.3.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +31,11 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import StepsDataModule
 from datamodules.batch import VideoBatch, Visual, VisualInfo, data_rank
+from datamodules.common.digest import digest
 from datamodules.errors import BadSampleError
 from datamodules.haystack.cells import GridPlan, NeedleGrid
 from datamodules.haystack.needle import Needle, by_question, read_clips, read_needles, turns_about
-from datamodules.instruct import Sample, collate
+from datamodules.instruct import Sample, collater
 from datamodules.sample.conversation import ConversationEncoder
 from datamodules.sample.draw import with_draws
 from datamodules.sample.outline import Outline
@@ -158,21 +158,18 @@ class HaystackDataModule(StepsDataModule):
 
     def fingerprint(self) -> str:
         if not self._fingerprint:
-            data = hashlib.sha256()
-            for shards in self._shards.values():
-                data.update(read_manifest(shards["train"]).fingerprint().encode())
+            data = self._digest("train")
             words = asdict(self.training) | {"seed": self._options.seed}
             plan = " ".join(f"{name} {words[name]}".replace(", ", ",") for name in words)
-            self._fingerprint = (
-                f"data {data.hexdigest()[:16]} {plan} batch {self.batch_size} step {self.per_step}"
-            )
+            self._fingerprint = f"data {data} {plan} batch {self.batch_size} step {self.per_step}"
         return self._fingerprint
 
     def validation_fingerprint(self) -> str:
-        data = hashlib.sha256()
-        for shards in self._shards.values():
-            data.update(read_manifest(shards["test"]).fingerprint().encode())
-        return data.hexdigest()[:16]
+        return self._digest("test")
+
+    def _digest(self, split: str) -> str:
+        shards = [of_split[split] for of_split in self._shards.values()]
+        return digest(*(read_manifest(each).fingerprint() for each in shards))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -231,11 +228,7 @@ class HaystackDataModule(StepsDataModule):
         return self._collate(texts)
 
     def _collate(self, samples: list[Sample]) -> VideoBatch:
-        return collate(
-            samples,
-            pad_id=cast(int, self.conversation.tokenizer.pad_token_id),
-            prompt_pad_id=cast(int, self.conversation.prompt_tokenizer.pad_token_id),
-        )
+        return collater(self.conversation)(samples)
 
     def _loader(
         self, split: str, plan: TrainingPlan, seed: int, per_step: int | None = None, **how: Any

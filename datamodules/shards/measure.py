@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from datamodules.batch import VISUAL_SLOT
+from datamodules.common.atomic import write_whole
 from datamodules.errors import BadSampleError
 from datamodules.sample.conversation import ConversationEncoder, parse_sample
 from datamodules.shards.pack import BadItem, Outcome
-from datamodules.stream.index import Shard, info_path, read_counts, write_whole
+from datamodules.stream.index import Shard, info_path, read_counts
 from datamodules.stream.lengths import place_of
 from datamodules.stream.reading.source import open_source
 from datamodules.stream.reading.tar import untar_sample
@@ -54,10 +55,14 @@ def measure_shard(shard: Shard, tokenizer: str | None, timeout_s: float = 30.0) 
     }
     file = io.BytesIO()
     np.savez(file, **columns)
-    if not write_whole(file.getvalue(), place_of(shard)):
+    place = place_of(shard)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(place, file.getvalue(), shared=True)
+    except OSError as error:
         raise OSError(
-            f"{place_of(shard)} cannot be written; set --index-cache to a folder that can"
-        )
+            f"{place} cannot be written ({error.strerror}); set --index-cache to a folder that can"
+        ) from None
     return outcome
 
 

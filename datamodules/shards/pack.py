@@ -4,18 +4,17 @@ One shard is one task of one process. Its samples and bytes depend only on the a
 the number of processes. A shard is an atomic write: it appears whole or not at all.
 """
 
-import errno
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from webdataset import TarWriter  # pyright: ignore[reportAttributeAccessIssue]
 
+from datamodules.common.atomic import whole
 from datamodules.errors import BadSampleError
 from datamodules.sample.conversation import match_slots, parse_entry, read_entry, read_turns
 from datamodules.sample.question import read_task
@@ -30,9 +29,6 @@ from datamodules.stream.reading.tar import untar_sample
 from datamodules.visuals.frames import FrameReader, UniformSampler, is_video, naming
 from datamodules.visuals.images import open_image
 from datamodules.visuals.videos import count_frames
-
-#: Write errors that do not name a file.
-_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class BadItem(NamedTuple):
@@ -62,30 +58,20 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
     Raises:
         OSError: the shard cannot be written; the error names it, also if the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        count = 0
-        with open(temporary, "wb") as file:
-            with TarWriter(file, encoder=False, mtime=0) as tar:
-                for key, members in samples:
-                    tar.write({"__key__": key, **members})
-                    count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        if count:
-            offsets, fault = index_shard(str(temporary))
-            assert fault is None, fault
-            for older in (index_path(path), lengths_path(index_path(path))):
-                older.unlink(missing_ok=True)  # belongs to an older shard at this path
-            os.replace(temporary, path)
-            write_index(offsets, [index_path(path)])
-    except OSError as error:
-        if error.filename is None and error.errno in _OF_DISKS:
-            error.filename = str(path)  # a write error does not name its file
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    rest = iter(samples)
+    if (first := next(rest, None)) is None:
+        return
+    with whole(path) as file:
+        with TarWriter(file, encoder=False, mtime=0) as tar:
+            for key, members in chain([first], rest):
+                tar.write({"__key__": key, **members})
+        file.flush()
+        offsets, fault = index_shard(str(file.name))
+        assert fault is None, fault
+        for older in (index_path(path), lengths_path(index_path(path))):
+            older.unlink(missing_ok=True)  # belongs to an older shard at this path
+    write_index(offsets, [index_path(path)])
 
 
 class PackTask(NamedTuple):

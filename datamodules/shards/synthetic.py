@@ -17,7 +17,7 @@ from datamodules.shards.pack import write_shard
 from datamodules.stream.index import index_path
 
 _MADE = "made.json"  # beside the shards of prepare_shards
-_COLORS = {
+COLORS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
     "blue": (50, 80, 220),
@@ -29,7 +29,7 @@ _KINDS = ("video", "images", "video", "text")
 def draw_frames(seed: int, num_frames: int, size: int = 64) -> tuple[list[Image.Image], str, int]:
     """Draws a square with a digit that moves over a gradient. Returns (frames, color, digit)."""
     rng = np.random.RandomState(seed)
-    color, digit = list(_COLORS)[rng.randint(len(_COLORS))], int(rng.randint(10))
+    color, digit = list(COLORS)[rng.randint(len(COLORS))], int(rng.randint(10))
     start, step = rng.uniform(0, size, 2), rng.uniform(-size / 8, size / 8, 2)
     ramp = np.linspace(0, 120, size, dtype=np.uint8)
     ground = np.stack([np.add.outer(ramp, np.roll(ramp, rng.randint(size)))] * 3, axis=-1)
@@ -38,7 +38,7 @@ def draw_frames(seed: int, num_frames: int, size: int = 64) -> tuple[list[Image.
         frame = Image.fromarray(ground)
         x, y = (start + n * step) % (size * 2 / 3)
         pen = ImageDraw.Draw(frame)
-        pen.rectangle([x, y, x + size / 3, y + size / 3], fill=_COLORS[color])
+        pen.rectangle([x, y, x + size / 3, y + size / 3], fill=COLORS[color])
         pen.text((x + size / 8, y + size / 16), str(digit), fill=(255, 255, 255))
         frames.append(frame)
     return frames, color, digit
@@ -91,45 +91,13 @@ def make_sample(
     return {**members, "json": json.dumps(entry).encode()}
 
 
-def make_question(seed: int, num_frames: int = 4, size: int = 64) -> dict[str, Any]:
-    """Returns the members of a sample that asks for the color of a clip, with the right answer.
-
-    Each clip has four questions: multiple choice, the two of a yes/no pair, and an open one.
-    """
-    clip, kind = divmod(seed, 4)
-    rng = np.random.RandomState(clip)
-    names = list(_COLORS)
-    color, other = rng.permutation(len(names))[:2]
-    shades = rng.uniform(0.7, 1.0, num_frames)
-    frames = [
-        Image.new("RGB", (size, size), tuple(int(c * shade) for c in _COLORS[names[color]]))
-        for shade in shades
-    ]
-    if kind == 0:
-        options = "".join(f"\n{chr(65 + n)}. {name}" for n, name in enumerate(names))
-        asked = f"What color is shown?{options}\nAnswer with the letter."
-        facts: dict[str, Any] = {"options": names, "answer": chr(65 + color)}
-    elif kind == 3:
-        asked, facts = "What color is shown?", {"answer": names[color]}
-    else:
-        asked = f"Is {names[color if kind == 1 else other]} shown? Answer yes or no."
-        facts = {"answer": "yes" if kind == 1 else "no", "pair": f"clip {clip}"}
-        facts["hallucinated"] = kind == 2
-    turns = [
-        {"from": "human", "value": f"<video>\n{asked}"},
-        {"from": "gpt", "value": facts["answer"]},
-    ]
-    entry = json.dumps({"conversations": turns, "question": facts})
-    return {"mp4": encode_video(frames), "json": entry.encode()}
-
-
 def make_pair(seed: int, num_frames: int = 12, size: int = 64) -> dict[str, Any]:
     """Returns the members of one sample by suffix: a video and a pair about its square's color.
 
     The right color is chosen, and another color is rejected.
     """
     frames, color, _ = draw_frames(seed, num_frames, size)
-    others = [name for name in _COLORS if name != color]
+    others = [name for name in COLORS if name != color]
     question = {"from": "human", "value": "<video>\nWhat color is the square?"}
     entry = {"conversations": [question], "chosen": color, "rejected": others[seed % len(others)]}
     return {"mp4": encode_video(frames), "json": json.dumps(entry).encode()}

@@ -7,12 +7,12 @@ micro-batch m   [310 80 95] [2040] [77 ...]
 """
 
 import copy
-import hashlib
 import logging
 
 import numpy as np
 from jaxtyping import Int, Int32, Int64
 
+from datamodules.common.digest import digest
 from datamodules.stream.mixture import MixtureOrder
 from datamodules.stream.order import Row, ShuffledOrder, check_ranks
 
@@ -52,8 +52,8 @@ class BudgetOrder:
     ):
         self._epochs, self._tokens, self._max_tokens = order, tokens, max_tokens
         self.micro_batch, self.per_step, self.number = micro_batch, per_step, 0
-        digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()[:16]
-        self.described = f"{order.described} tokens {max_tokens} of {digest}"
+        lengths = digest(tokens.astype("<i4").tobytes())
+        self.described = f"{order.described} tokens {max_tokens} of {lengths}"
         self._order = order.epoch(0)
         self._cuts = self._cut(self._order)
         found = len(self._cuts) - 1

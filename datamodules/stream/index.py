@@ -8,7 +8,6 @@ only when a sample is read.
 """
 
 import glob
-import hashlib
 import json
 import logging
 import os
@@ -18,12 +17,13 @@ from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import braceexpand
 import numpy as np
 
+from datamodules.common.atomic import write_whole
+from datamodules.common.digest import digest
 from datamodules.errors import BadSampleError
 from datamodules.stream.reading.source import find_remote, is_remote, open_source
 from datamodules.stream.reading.tar import sample_offsets
@@ -147,12 +147,12 @@ class Manifest:
         The hash covers the name, sample count and end of each shard. Each end needs an open
         index, so for more than 4,096 shards it covers at most 4,096 ends, evenly spread.
         """
-        hashed = hashlib.sha256()
         step = -(-len(self.shards) // _FINGERPRINTED) or 1
+        lines = []
         for number, (url, count) in enumerate(zip(self.urls, self.counts.tolist(), strict=True)):
             end = _end_of(self.shards[number]) if number % step == 0 else ""
-            hashed.update(f"{url.rpartition('/')[2]} {count} {end}\n".encode())
-        return hashed.hexdigest()[:16]
+            lines.append(f"{url.rpartition('/')[2]} {count} {end}\n")
+        return digest(*lines)
 
 
 def join(manifests: Sequence[Manifest]) -> Manifest:
@@ -248,7 +248,7 @@ def _keep_counts(manifest: Manifest, folders: Iterable[str]) -> None:
         if len(counts) < _MANY or here != counts.keys() or info_path(folder).exists():
             continue
         text = json.dumps({"shard_counts": counts}, indent=1)
-        write_whole(text.encode(), info_path(folder))
+        _store(text.encode(), info_path(folder))
 
 
 def expand_urls(patterns: str | Iterable[str]) -> list[str]:
@@ -337,16 +337,13 @@ def index_shard(url: str, timeout_s: float = 30.0) -> tuple[list[int], BadSample
 def write_index(offsets: Sequence[int], places: Iterable[Path]) -> Path | None:
     """Writes the index to the first writable path by an atomic write. Returns the path or None."""
     data = np.asarray(offsets, dtype=INDEX_DTYPE).tobytes()
-    return next((place for place in places if write_whole(data, place)), None)
+    return next((place for place in places if _store(data, place)), None)
 
 
-def write_whole(data: bytes, place: Path) -> bool:
+def _store(data: bytes, place: Path) -> bool:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=place.parent, prefix=".idx-", delete=False) as file:
-            file.write(data)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, place)
+        write_whole(place, data, shared=True)  # all ranks, and other runs, may index at once
         return True
     except OSError as error:
         logger.debug("%s cannot be written: %s", place, error)
@@ -364,11 +361,11 @@ def lengths_path(index: Path) -> Path:
 
 
 def _index_places(url: str, cache: Path) -> list[Path]:
-    kept = cache / (hashlib.sha256(url.encode()).hexdigest()[:32] + ".tar.idx")
+    kept = cache / (digest(url, length=32) + ".tar.idx")
     if is_remote(url):
         return [kept]
     # The cache key of a local shard is its absolute path: it must not depend on the run's folder.
-    absolute = hashlib.sha256(os.path.abspath(url).encode()).hexdigest()[:32]
+    absolute = digest(os.path.abspath(url), length=32)
     return [index_path(url), cache / (absolute + ".tar.idx")]
 
 

@@ -2,7 +2,6 @@
 `${full_or_tiny:...}`.
 """
 
-import hashlib
 import re
 from collections.abc import Collection, Mapping
 from contextvars import ContextVar
@@ -15,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from datamodules.common.digest import digest
 from experiments import CONFIG_DIR
 from experiments.command.overrides import read_overrides, show_value
 
@@ -56,8 +56,7 @@ def name_run(
     if unique and len(name) <= _LONGEST_NAME and not _HASHED.search(name):
         return name
     exact = show_value([rotary, seed, *([k, _kind(v), v] for k, v in sorted(settings.items()))])
-    digest = hashlib.sha256(exact.encode()).hexdigest()[:_HASH_LENGTH]
-    return f"{name[: _LONGEST_NAME - _HASH_LENGTH - 1]}-{digest}"
+    return f"{name[: _LONGEST_NAME - _HASH_LENGTH - 1]}-{digest(exact, length=_HASH_LENGTH)}"
 
 
 def _kind(value: Any) -> str:

@@ -17,6 +17,7 @@ LEFTOVERS = (
     "done.json",  # first, so that a kill in between does not leave a run that looks finished
     "checkpoints",
     "generations.jsonl",
+    "logged.jsonl",
     "metrics.csv",
     "needle.json",
     "needle.png",
@@ -24,7 +25,6 @@ LEFTOVERS = (
     "samples.jsonl",
     "scores.json",
     "status.json",
-    "tables.jsonl",
     "wandb",
 )
 

@@ -4,7 +4,7 @@ config.yaml  command.txt  versions.json     settings of the run
 .hydra/                                     overrides, and the option of every config group
 run.lock                                    held by the process that trains here
 checkpoints/last.ckpt  run_id               a resumed run starts from these
-metrics.csv  tables.jsonl  wandb/  …        logs
+metrics.csv  logged.jsonl  wandb/  …        logs
 needle.json  needle.png  scores.json        results
 done.json                                   written last
 """
@@ -28,6 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from datamodules.common.atomic import write_whole
 from experiments.directory import kept as before
 from experiments.directory.former import check_former, has_results, read_former
 from experiments.directory.made_of import Differences
@@ -207,16 +208,6 @@ def typed_command() -> str:
         return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     folder = os.path.relpath(hydra.run.dir)
     return shlex.join(["ropelab-train", *hydra.overrides.task, f"hydra.run.dir={folder}"])
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file atomically: a kill in between leaves the old file."""
-    beside = path.with_name(path.name + ".partial")
-    with open(beside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def read_versions() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from experiments.directory.former import check_former, read_former
+from experiments.directory.made_of import Differences
 from experiments.launcher.job import Job, compose
 from experiments.launcher.wandb_key import check_key
 from experiments.run.files import check_files
@@ -35,18 +36,28 @@ def unwritable(folder: Path) -> str | None:
 def refusal(job: Job) -> str | None:
     """Returns why a job must not run in its directory, or None if it may.
 
-    Call it before the job's frozen config is written there. Imports no torch.
+    Call it before the job's frozen config is written there.
     """
-    if why := unwritable(job.folder):
-        return why
     try:
-        config = job.plain(job.task)
-        former = read_former(job.folder, strict=config.get("resume", True))
-        if former is not None:
-            check_former(job.folder, former, config)
+        compare_with_former(job)
     except ValueError as error:
         return str(error).splitlines()[0]
     return None
+
+
+def compare_with_former(job: Job) -> Differences:
+    """Returns the differences for which a finished run in the job's directory must continue.
+
+    Imports no torch.
+
+    Raises:
+        ValueError: the job must not run in its directory.
+    """
+    if why := unwritable(job.folder):
+        raise ValueError(why)
+    config = job.plain(job.task)
+    former = read_former(job.folder, strict=config.get("resume", True))
+    return {} if former is None else check_former(job.folder, former, config)
 
 
 class ProcessLauncher(Launcher):

@@ -16,6 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from datamodules.common.atomic import write_whole
 from experiments.run.files import FROZEN, read_yaml
 
 
@@ -76,9 +77,7 @@ class Job:
         }
         path = self.folder / ".hydra" / f"{FROZEN}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(OmegaConf.to_yaml(OmegaConf.create(frozen)))
-        beside.replace(path)
+        write_whole(path, OmegaConf.to_yaml(OmegaConf.create(frozen)))
 
     def done(self) -> dict[str, Any] | None:
         """Returns `done.json` if exactly this run has finished in the directory, else None.

@@ -12,7 +12,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.launcher.base import ProcessLauncher, refusal, unwritable
+from experiments.command.values import check_values
+from experiments.launcher.base import ProcessLauncher, compare_with_former, unwritable
 from experiments.launcher.job import Job
 from experiments.launcher.wandb_key import check_key
 from experiments.run import lock
@@ -100,24 +101,18 @@ def describe(job: Job, launcher: ProcessLauncher) -> str:
         return f"running, {lock.describe(about)}"
     if queued := launcher.queued(job):
         return f"queued, {queued}"
-    if why := refusal(job) or _wrong_value(job):
-        return f"refused: {why}"
+    try:
+        to_do = compare_with_former(job)
+        check_values(_config_of(job))
+    except ValueError as error:
+        return f"refused: {str(error).splitlines()[0]}"
     if not (job.folder / "config.yaml").is_file():
         return "new"
     if not job.config.get("resume", True):
         return "starts anew: what an earlier run left there is removed"
-    return _describe_former(job)
-
-
-def _wrong_value(job: Job) -> str | None:
-    """Returns the program's error message for a value of the wrong type, or None."""
-    from experiments.command.values import check_values
-
-    try:
-        check_values(_config_of(job))
-    except ValueError as error:
-        return str(error).splitlines()[0]
-    return None
+    if not to_do and (job.folder / "done.json").is_file():
+        return "finished"
+    return _describe_checkpoint(job.folder / "checkpoints")
 
 
 def _config_of(job: Job) -> DictConfig:
@@ -126,21 +121,17 @@ def _config_of(job: Job) -> DictConfig:
     return config
 
 
-def _describe_former(job: Job) -> str:
-    """Describes a job whose directory has an earlier run. Uses the program's own checks."""
-    from experiments.directory.run_directory import RunDirectory
-    from lightning_modules.checkpoint.weights import read_checkpoint
+def _describe_checkpoint(folder: Path) -> str:
+    from lightning_modules.checkpoint.weights import read_facts  # imports torch
+    from lightning_modules.checkpoint.whole import newest_whole
 
     try:
-        directory = RunDirectory(_config_of(job), hold=False)
-        if directory.finished():
-            return "finished"
-        checkpoint = directory.checkpoint
+        checkpoint = newest_whole(folder)
     except (ValueError, OSError) as error:
         return f"refused: {str(error).splitlines()[0]}"
     if checkpoint is None:
         return "starts at step 0: no checkpoint there"
-    return f"goes on from step {read_checkpoint(checkpoint)['global_step']}"
+    return f"goes on from step {read_facts(checkpoint)['global_step']}"
 
 
 def show(jobs: Sequence[Job], states: Sequence[str], manner: str) -> str:

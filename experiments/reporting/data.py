@@ -1,22 +1,18 @@
 """Reads run directories: everything that a report needs from disk."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.command.overrides import DELETED, read_overrides, show_value
+from experiments.command.overrides import DELETED, show_value
 from experiments.run.files import inside, read_curves, read_yaml
+from experiments.run.settings import Settings, find_runs
 from lightning_modules.metrics.bootstrap import MeanInterval
 
 #: Stands for a value that a run does not have.
 ABSENT = "-"
-
-#: Folders inside a run that may hold another `config.yaml`. They do not count as runs, nor does a
-#: later evaluation of the run's model.
-NOT_RUNS = {".hydra", "wandb", "checkpoints", "evaluate"}
 
 
 class Cell(NamedTuple):
@@ -49,10 +45,7 @@ class Needle:
 @dataclass(frozen=True)
 class Run:
     folder: Path
-    # Values are texts in these three.
-    overrides: dict[str, str]  # overrides of the command line
-    choices: dict[str, str]  # the chosen option of every config group
-    config: dict[str, str]  # leaves of the resolved config, by dotted key
+    settings: Settings
     command: str
     versions: dict[str, str] = field(default_factory=dict)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
@@ -60,10 +53,16 @@ class Run:
     generations: list[dict[str, str]] = field(default_factory=list)
 
     def value(self, key: str) -> str:
-        for known in (self.overrides, self.choices, self.config):
-            if key in known:
-                return known[key]
-        return ABSENT
+        """Returns a setting as text; `ABSENT` if the run has none."""
+        if (value := self.settings.value(key)) is not None:
+            return value
+        return self.needle.rotary if self.needle and key == "rotary" else ABSENT
+
+    @property
+    def overrides(self) -> dict[str, str]:
+        """The overrides of the command line, as texts."""
+        values = self.settings.overrides.items()
+        return {key: ABSENT if v is DELETED else show_value(v) for key, v in values}
 
     @property
     def last_step(self) -> int:
@@ -86,65 +85,23 @@ def load_runs(roots: list[Path]) -> list[Run]:
     Raises:
         ValueError: a root is missing or holds no run, or a file of a run cannot be read.
     """
-    folders: dict[Path, None] = {}
-    for root in roots:
-        if not root.is_dir():
-            raise ValueError(f"no such folder: {root}")
-        found = sorted(_run_folders(root), key=lambda folder: _natural(folder.parts))
-        if not found:
-            raise ValueError(f"no run below {root}: a run is a folder with a config.yaml")
-        folders.update(dict.fromkeys(found))
-    return [load_run(folder) for folder in folders]
+    return [load_run(folder) for folder in find_runs(roots)]
 
 
 def load_run(folder: Path) -> Run:
     file = partial(inside, folder)
-    config = read_yaml(file("config.yaml")) or read_yaml(file(".hydra/config.yaml")) or {}
-    hydra = read_yaml(file(".hydra/hydra.yaml")) or {}
-    choices = hydra.get("hydra", {}).get("runtime", {}).get("choices", {})
-    lines = read_yaml(file(".hydra/overrides.yaml")) or []
-    overrides = read_overrides(lines)
+    settings = Settings.read(folder)
+    _ = settings.choices, settings.config  # a damaged file is an error here, not later
     command = file("command.txt")
-    needle = read_needle(file("needle.json"))
-    measured = {"rotary": needle.rotary, "seed": str(needle.seed)} if needle else {}
     return Run(
         folder=folder,
-        overrides={k: ABSENT if v is DELETED else show_value(v) for k, v in overrides.items()},
-        choices=measured
-        | {k: show_value(v) for k, v in choices.items() if not k.startswith("hydra")},
-        config={key: show_value(value) for key, value in _leaf_values(config)},
+        settings=settings,
         command=command.read_text().strip() if command.is_file() else "",
         versions=_versions(file("versions.json")),
         curves=read_curves(file("metrics.csv")),
-        needle=needle,
+        needle=read_needle(file("needle.json")),
         generations=_generations(file("generations.jsonl")),
     )
-
-
-def _run_folders(root: Path) -> Iterator[Path]:
-    for pattern, up in (("config.yaml", 0), (".hydra/config.yaml", 1)):
-        for path in root.rglob(pattern):
-            folder = path.parents[up]
-            if not NOT_RUNS.intersection(folder.relative_to(root).parts):
-                yield folder
-
-
-def _natural(parts: tuple[str, ...]) -> list[tuple[bool, int, str]]:
-    """Returns a sort key of path parts that orders numbers by value: Hydra's job 10 after job 9."""
-    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
-
-
-def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields (dotted key, value as text) of every leaf of a config."""
-    yield from ((key, str(value)) for key, value in _leaf_values(node, prefix))
-
-
-def _leaf_values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for key, child in node.items():
-            yield from _leaf_values(child, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, node
 
 
 def _versions(path: Path) -> dict[str, str]:

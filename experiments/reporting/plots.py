@@ -135,7 +135,7 @@ def save_stages(runs: list[Run], path: Path) -> Path:
                     colour = COLOURS[0] if name == "train/loss" else COLOURS[1]
                     steps, values = _smooth(run.curves[name])
                     ax.plot(steps + 1, values, color=colour, label=name, ms=5, **look)
-            title = f"{number + 1}. {run.config.get('name', run.folder.name)}"
+            title = f"{number + 1}. {run.settings.config.get('name', run.folder.name)}"
             ax.set(title=plain_text(title), xlabel="optimiser step", xlim=(0, None), ylim=(0, None))
         axes[0].set_ylabel("loss")
         _legend(figure, list(axes))

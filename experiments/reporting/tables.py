@@ -16,9 +16,6 @@ CONDITIONS = {
 }
 REACHES = {"within": "at training length", "beyond": "beyond it"}
 
-#: Keys that cannot be factors, because they do not change results.
-NOT_AXES = ("hydra", "paths", "logger", "callbacks", "expected", "expected_within")
-
 #: Least change of a logit, after a frame was replaced, that shows that the model sees the frame.
 LEAST_LOGIT_CHANGE = 1e-5
 
@@ -69,25 +66,6 @@ class Canary(NamedTuple):
     proves: str
     passes: Callable[[Needle], bool]
     shows: Callable[[Needle], str]
-
-
-def ablated_axes(runs: list[Run]) -> list[str]:
-    """Returns the factors: keys whose value differs between the runs, `seed` last.
-
-    Compares the choices of the command lines first. If they are all equal (a yaml was edited
-    between two runs), compares the leaves of the resolved configs.
-    """
-    chosen = dict.fromkeys(key for run in runs for key in (*run.choices, *run.overrides))
-    leaves = dict.fromkeys(key for run in runs for key in run.config)
-    for keys in (chosen, leaves):
-        axes = [
-            key
-            for key in keys
-            if key.split(".")[0] not in NOT_AXES and len({run.value(key) for run in runs}) > 1
-        ]
-        if axes:
-            return sorted(axes, key=lambda key: key == "seed")
-    return []
 
 
 def group_runs(runs: list[Run], axes: list[str]) -> list[Group]:

@@ -26,7 +26,7 @@ from datamodules.errors import BadSampleError
 from experiments.run import process
 from lightning_modules.callbacks.memory import is_out_of_memory
 from lightning_modules.checkpoint.preemption import Preempted, signals
-from lightning_modules.loggers.loggers import finish_wandb
+from lightning_modules.loggers.wandb import finish_wandb
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from datamodules.common.atomic import write_whole
+
 logger = logging.getLogger(__name__)
 
 
@@ -90,9 +92,7 @@ class Heartbeat(Callback):
             **more,
         }
         try:
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(status))
-            partial.replace(self.path)
+            write_whole(self.path, json.dumps(status))
         except OSError as error:
             logger.warning("no sign of life in %s: %s", self.path, error)
 

@@ -12,6 +12,7 @@ from torch import distributed
 
 from datamodules.base import datamodule_of
 from datamodules.batch import PreferenceBatch, VideoBatch, data_rank
+from datamodules.common.atomic import write_whole
 
 _COLUMNS = ["step", "key", "prompt", "answer", "generated"]
 
@@ -71,7 +72,7 @@ class Generations(Callback):
         path = self.folder / "generations.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
         earlier = [line for line in lines if json.loads(line)["step"] < rows[0]["step"]]
-        path.write_text("".join(f"{line}\n" for line in [*earlier, *map(json.dumps, rows)]))
+        write_whole(path, "".join(f"{line}\n" for line in [*earlier, *map(json.dumps, rows)]))
 
 
 class BadSamples(Callback):

@@ -1,7 +1,6 @@
 """Stores scores with everything they depend on, which shows whether two are comparable."""
 
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from datamodules.base import datamodule_of
 from datamodules.batch import VISUAL_SLOT, PreferenceBatch, VideoBatch
+from datamodules.common.atomic import write_whole
 from lightning_modules.metrics.answers.generate import GREEDY
 
 _PACKAGES = ("ropelab", "torch", "transformers", "torchmetrics")
@@ -82,9 +82,7 @@ class ScoreBook(Callback):
         """Appends a validation after those of earlier steps; drops those of later steps."""
         earlier = json.loads(self.path.read_text()) if self.path.is_file() else []
         kept = [former for former in earlier if former["step"] < validation["step"]]
-        beside = self.path.with_name(self.path.name + ".partial")  # a kill leaves the old file
-        beside.write_text(json.dumps([*kept, validation], indent=1, default=str))
-        os.replace(beside, self.path)
+        write_whole(self.path, json.dumps([*kept, validation], indent=1, default=str))
 
 
 def _as_text(ids: list[int], tokenizer: Any) -> str:

@@ -1,12 +1,16 @@
-"""Reads weights from checkpoints, computes their digest, and checks that they are finite."""
+"""Reads saved weights, computes their digest, and checks that they are finite.
 
-import hashlib
+Everything that opens weights of ours comes through here: resume, `init=`, evaluation and export.
+Code in a file of weights is never run.
+"""
+
+import json
 import math
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -17,6 +21,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import get_total_norm
 
+from datamodules.common.digest import digest_all
+from lightning_modules.checkpoint.stored import open_weights
+from lightning_modules.checkpoint.whole import MARKER, newest_whole, what_is_wrong
+
+#: Of the network's parameters in a checkpoint of Lightning.
+_PREFIX = "model."
+
+#: A file in a folder of shards: everything but tensors.
+_META = "meta.pt"
+
 
 def sha256(module: nn.Module) -> str:
     """Returns a digest of the trained parameters: name, shape and little-endian float32 values.
@@ -24,13 +38,15 @@ def sha256(module: nn.Module) -> str:
     It is the same for one process, DDP and FSDP. All ranks must call it, because each parameter is
     gathered in turn.
     """
-    digest = hashlib.sha256()
+    return digest_all(_pieces(module), length=64)
+
+
+def _pieces(module: nn.Module) -> Iterator[str | memoryview]:
     for name, parameter in sorted(_trained(module), key=lambda item: item[0]):
         value = parameter.detach()
         whole = _gathered(value) if isinstance(value, DTensor) else value
-        digest.update(f"{name} {tuple(whole.shape)}\n".encode())
-        digest.update(whole.float().cpu().contiguous().numpy().astype("<f4").data)
-    return digest.hexdigest()
+        yield f"{name} {tuple(whole.shape)}\n"
+        yield whole.float().cpu().contiguous().numpy().astype("<f4").data
 
 
 def _gathered(value: DTensor) -> Tensor:
@@ -39,11 +55,6 @@ def _gathered(value: DTensor) -> Tensor:
         placements = [Replicate()] * (axis + 1) + list(value.placements[axis + 1 :])
         value = value.redistribute(placements=placements)
     return value.to_local()
-
-
-def all_finite(module: nn.Module) -> bool:
-    """Returns whether all trained parameters are finite on all ranks. All ranks must call it."""
-    return finite_everywhere(parameter.detach() for _, parameter in _trained(module))
 
 
 def finite_everywhere(tensors: Iterable[Tensor]) -> bool:
@@ -59,15 +70,74 @@ def finite_everywhere(tensors: Iterable[Tensor]) -> bool:
     return bool(finite)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+class Saved(NamedTuple):
+    """A saved network.
+
+    Attributes:
+        path: the file or folder that was opened.
+        weights: tensors by the network's parameter names, memory-mapped.
+        specs: specs of the components; empty if they are unknown.
+        checkpoint: everything else in the checkpoint; empty for a folder in transformers' layout.
+    """
+
+    path: Path
+    weights: dict[str, Tensor]
+    specs: dict[str, Any]
+    checkpoint: dict[str, Any]
+
+
+def open_saved(place: Path, key: str, name: str | None = None) -> Saved:
+    """Opens a saved network.
+
+    Args:
+        place: a run directory, one of its checkpoints, or a folder that `save_pretrained` or
+            ropelab-import wrote.
+        key: the setting that names the place, for errors.
+        name: file name of a checkpoint of the run directory; by default the newest whole one.
+
+    Raises:
+        ValueError: there are no weights, they are damaged, or they are not of ropelab.
+    """
+    if (place / "config.json").is_file():
+        config = json.loads((place / "config.json").read_text())
+        if config.get("model_type") != "ropelab":
+            raise ValueError(
+                f"{key}={place} holds a model of type {config.get('model_type')!r}: "
+                "ropelab-import makes a folder of it that can be opened"
+            )
+        return Saved(place, open_weights(place), config, {})
+    path = _find(place, key, name)
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.pop("state_dict")
+    weights = {k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)}
+    return Saved(path, weights, checkpoint.get("stages", {}), checkpoint)
+
+
+def _find(place: Path, key: str, name: str | None) -> Path:
+    if not place.exists():
+        raise ValueError(f"{key}={place} does not exist: set {key} to a folder or a checkpoint")
+    path: Path | None = place
+    if place.is_dir() and not any((place / file).exists() for file in (MARKER, _META)):
+        folder = place / "checkpoints"
+        path = newest_whole(folder) if name is None else folder / name
+        if path is None or not path.exists():
+            wanted = f"checkpoint {name}" if name else "checkpoint"
+            raise ValueError(f"no {wanted} in {place}: set {key}= to a run directory with one")
+    if wrong := what_is_wrong(path):
+        raise ValueError(f"{key}={path} {wrong}")
+    return path
+
+
+def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
     """Reads a checkpoint file, or a sharded checkpoint without its optimizer state, on the CPU.
 
-    Never runs code from the checkpoint.
+    Args:
+        mmap: whether tensors of a file are read on use. Then unused ones, such as the optimizer's
+            moments, are never read.
     """
     if path.is_file():
-        # Memory-mapped: unused tensors, such as the optimizer's moments, are never read.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    checkpoint = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    checkpoint = torch.load(path / _META, map_location="cpu", weights_only=True)
     reader, prefix = _PlainReader(path), "state_dict."
     stored = reader.read_metadata().state_dict_metadata
     state = {
@@ -87,7 +157,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
     Tensors have shapes but no values, so nothing large is read.
     """
-    file = path / "meta.pt" if path.is_dir() else path
+    file = path / _META if path.is_dir() else path
     return torch.load(file, map_location="meta", weights_only=True, mmap=True)
 
 

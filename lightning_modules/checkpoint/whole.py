@@ -4,15 +4,15 @@ A checkpoint is a `torch.save` file, whose records have checksums, or a folder o
 whole if it contains its marker.
 """
 
-import errno
 import json
 import logging
-import os
 import shutil
 import zipfile
 from pathlib import Path
 
 import torch
+
+from datamodules.common.atomic import sync, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -115,25 +115,10 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems raise it for a folder
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def _seal(folder: Path) -> None:
     """Marks a folder of shards as whole, after all its files are on disk."""
     files = sorted(file for file in folder.iterdir() if file.name != MARKER)
     for file in files:
         sync(file)
-    with (folder / MARKER).open("w") as marker:
-        json.dump({file.name: file.stat().st_size for file in files}, marker)
-        marker.flush()
-        os.fsync(marker.fileno())
+    write_whole(folder / MARKER, json.dumps({file.name: file.stat().st_size for file in files}))
     sync(folder)

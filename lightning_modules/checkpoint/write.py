@@ -12,6 +12,7 @@ from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
 
+from lightning_modules.checkpoint.weights import read_checkpoint
 from lightning_modules.checkpoint.whole import publish, remove, remove_leftovers
 
 
@@ -36,7 +37,7 @@ class DiskCheckpointIO(TorchCheckpointIO):
                 f"{path} was saved in shards: go on with trainer=fsdp or trainer=fsdp_sim, on any "
                 "number of ranks (trainer.devices=1), or start anew with resume=false"
             )
-        return super().load_checkpoint(path, *args, **kwargs)
+        return read_checkpoint(Path(path), mmap=False)
 
 
 def save_whole(

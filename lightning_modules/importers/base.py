@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_modules.checkpoint.stored import open_weights
 from lightning_modules.importers.match import Allowed, Match, Rule, adopt, check, match
-from lightning_modules.importers.stored import open_weights
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 
 REPORT = "import.json"

@@ -5,7 +5,6 @@ all ranks. Samples are identified by their key, so each counts once for any batc
 of ranks. This holds even if ranks repeat samples because their number is not divisible.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from datamodules.batch import Task
+from datamodules.common.digest import number
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Score(Metric, ABC):
     def update(self, answered: Sequence[Answered]) -> None:
         """Adds the samples of a batch for which `asks` is true."""
         counted = [sample for sample in answered if self.asks(sample.task)]
-        marks = [[mark(s.key), mark(s.task.pair if s.task else "")] for s in counted]
+        marks = [[number(s.key), number(s.task.pair if s.task else "")] for s in counted]
         rows = [list(self.row(sample)) for sample in counted]
         # Append empty tensors, too: a rank without any tensor could not be gathered with others.
         self.samples.append(torch.tensor(marks, dtype=torch.long, device=self.device).view(-1, 2))
@@ -94,8 +94,3 @@ def distinct(marks: Int[Tensor, " n"]) -> list[int]:
     """Returns the index of the first of each mark, in an order that depends on the marks alone."""
     places = {key: place for place, key in reversed(list(enumerate(marks.tolist())))}
     return [places[key] for key in sorted(places)]
-
-
-def mark(text: str) -> int:
-    """Returns a hash of a text that is the same in every process."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)

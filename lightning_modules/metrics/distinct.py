@@ -8,7 +8,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_modules.metrics.base import distinct, mark
+from datamodules.common.digest import number
+from lightning_modules.metrics.base import distinct
 
 
 class DistinctMeans(Metric):
@@ -40,7 +41,7 @@ class DistinctMeans(Metric):
         """
         self._names = tuple(sums)
         columns = [terms, *sums.values()]
-        self.samples.append(torch.tensor([mark(key) for key in keys], device=self.device))
+        self.samples.append(torch.tensor([number(key) for key in keys], device=self.device))
         self.rows.append(torch.stack([column.detach().double() for column in columns], dim=1))
 
     def compute(self) -> dict[str, float]:

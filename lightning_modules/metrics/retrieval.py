@@ -1,6 +1,5 @@
 """Retrieval recall between captions and visuals over a whole validation set."""
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +8,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+
+from datamodules.common.digest import number
 
 _AT_ONCE = 1024  # rows of the similarity matrix that are in memory at a time
 
@@ -46,7 +47,7 @@ class Retrieval(Metric):
         """Adds pairs as unit vectors; pairs with the same key count as one pair."""
         self.visuals.append(visuals.detach().float())
         self.captions.append(captions.detach().float())
-        self.pairs.append(torch.tensor([_number(key) for key in keys], device=visuals.device))
+        self.pairs.append(torch.tensor([number(key) for key in keys], device=visuals.device))
         self.scale = scale.detach().float().squeeze()
 
     def compute(self) -> dict[str, Tensor]:
@@ -83,9 +84,3 @@ def _first_of_each(pairs: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
         0, group, places, "amin"
     )
     return first[group] == places
-
-
-def _number(key: str) -> int:
-    """Returns 63 bits of a hash, because ranks exchange tensors, not strings."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -1,6 +1,5 @@
 """Initial weights of a training: read from a model that was saved or trained before."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +8,9 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from lightning_modules.checkpoint import newest_whole
-from lightning_modules.checkpoint.weights import read_checkpoint
-from lightning_modules.checkpoint.whole import what_is_wrong
+from lightning_modules.checkpoint.weights import Saved, open_saved
 from lightning_modules.encoder.base import Encoder
 from lightning_modules.importers.match import Allowed, Match, Rule, check, copy, match
-from lightning_modules.importers.stored import open_weights
 from lightning_modules.lora import is_lora
 
 logger = logging.getLogger(__name__)
@@ -41,7 +37,7 @@ class Initial:
     def __init__(self, path: str, unused: Sequence[str] = (), unfilled: Sequence[str] = ()):
         self.path = Path(path).expanduser()
         self._allowed = Allowed(unused, unfilled, "init_allow.{}")
-        self._opened: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._opened: Saved | None = None
 
     def match(self, network: nn.Module) -> Match:
         """Matches each stored tensor to a parameter; works on the meta device, too.
@@ -50,8 +46,8 @@ class Initial:
             ValueError: the weights cannot be read, or names or shapes do not fit.
         """
         if self._opened is None:
-            self._opened = _open(self.path)
-        stored = _with_copies(_into_adapted(self._opened[0], network), network)
+            self._opened = open_saved(self.path, "init")
+        stored = _with_copies(_into_adapted(self._opened.weights, network), network)
         found = match(stored, network, _SAME)
         if not any(map(is_lora, stored)):  # new adapters do not change the output yet
             found.unfilled = [name for name in found.unfilled if not is_lora(name)]
@@ -67,7 +63,7 @@ class Initial:
         found = self.match(network)
         copy(network, found.values)
         assert self._opened is not None
-        self._note(found, self._opened[1].get("rotary"), spec.get("rotary"))
+        self._note(found, self._opened.specs.get("rotary"), spec.get("rotary"))
         self._opened = None
 
     @rank_zero_only
@@ -102,33 +98,3 @@ def _parts(names: Sequence[str], others: Mapping[str, Tensor]) -> list[str]:
     shared = {name.partition(".")[0] for name in others}
     paths = [name.split(".")[:2] for name in names]
     return list(dict.fromkeys(".".join(p) if p[0] in shared else p[0] for p in paths))
-
-
-def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns tensors by the network's names, and the specs of the components if known."""
-    if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text())
-        if config.get("model_type") != "ropelab":
-            raise ValueError(
-                f"init={path} holds a model of type {config.get('model_type')!r}: "
-                "ropelab-import makes a folder of it that can be started from"
-            )
-        return open_weights(path), config
-    checkpoint = path
-    if (path / "checkpoints").is_dir():
-        newest = newest_whole(path / "checkpoints")
-        if newest is None:
-            raise ValueError(f"init={path} is a run without a checkpoint")
-        checkpoint = newest
-    elif not path.exists():
-        raise ValueError(f"init={path} does not exist: set init to a folder or a checkpoint")
-    elif wrong := what_is_wrong(path):
-        raise ValueError(f"init={path} {wrong}")
-    held = read_checkpoint(checkpoint)
-    prefix = "model."
-    network = {
-        name.removeprefix(prefix): value
-        for name, value in held["state_dict"].items()
-        if name.startswith(prefix)
-    }
-    return network, held.get("stages", {})

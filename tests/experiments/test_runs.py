@@ -16,7 +16,8 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from experiments.run import lock
-from experiments.run.read import differing_axes, read_runs
+from experiments.run.read import RunState, read_runs
+from experiments.run.settings import factors
 from experiments.runs import as_age, main, make_table, what_is_missing
 from lightning_modules.callbacks.heartbeat import Heartbeat
 
@@ -125,11 +126,15 @@ def test_the_queue_is_asked_where_there_is_one(tmp_path, monkeypatch):
     assert states(runs) == {"waits": "queued", "cancelled": "not started"}
 
 
+def varied(runs: list[RunState]) -> dict[str, list[str | None]]:
+    return factors([run.settings for run in runs])
+
+
 def test_axes_are_what_differs_whether_said_or_not(tmp_path):
     make_run(tmp_path / "a", "experiment=x", "seed=0", "rotary=tad", "paths.runs=1")
     make_run(tmp_path / "b", "experiment=x", "seed=1", "+optim.lr=0.2", "paths.runs=2")
     freeze(tmp_path / "c", "experiment=x")
-    assert differing_axes(read_runs([tmp_path])) == {
+    assert varied(read_runs([tmp_path])) == {
         "rotary": ["tad", "videorope", "tad"],
         "optim.lr": ["0.1", "0.2", None],
         "seed": ["0", "1", "0"],
@@ -158,7 +163,7 @@ def test_the_table_shows_it_and_json_holds_it(tmp_path, capsys):
     )
     runs = read_runs([tmp_path])
     console = Console(width=140, record=True, file=io.StringIO())
-    console.print(make_table(runs, differing_axes(runs), "val/loss"))
+    console.print(make_table(runs, varied(runs), "val/loss"))
     title, head, first, second = console.export_text().splitlines()
     assert title.strip() == str(tmp_path)
     assert head.split() == ["run", "rotary", "state", "step", "val/loss", "last", "sign", "resumes"]
@@ -302,13 +307,13 @@ def test_300_runs_are_listed_without_torch(tmp_path):
         make_run(tmp_path / str(n), f"seed={n}", "rotary=tad", status={"state": "training"})
     lines = [
         "import sys, yaml",
-        "from experiments import runs; from experiments.run import read",
+        "from experiments import runs; from experiments.run import settings as read",
         "opened = []",
         "before = read.read_yaml",
         "read.read_yaml = lambda path: (opened.append(path.name), before(path))[1]",
         f"assert runs.main([{str(tmp_path)!r}, '--json']) == 0",
         "heavy = {'torch', 'lightning', 'wandb', 'hydra', 'numpy'} & sys.modules.keys()",
-        "print(sorted(heavy), set(opened), file=sys.stderr)",
+        "print(sorted(heavy), sorted(set(opened)), file=sys.stderr)",
     ]
     root = str(Path(__file__).parents[2])
     shown = subprocess.run(
@@ -319,4 +324,4 @@ def test_300_runs_are_listed_without_torch(tmp_path):
         check=True,
     )
     assert len(json.loads(shown.stdout)) == 300
-    assert shown.stderr.strip() == "[] {'overrides.yaml'}"
+    assert shown.stderr.strip() == "[] ['hydra.yaml', 'overrides.yaml']"

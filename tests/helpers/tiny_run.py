@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.stream.loader import outlive_stop_signals
 from lightning_modules.checkpoint import BestCheckpoint, LastCheckpoint, newest_whole
 from lightning_modules.checkpoint.preemption import Preempted, signals
-from lightning_modules.loggers.loggers import ResumableCSVLogger
+from lightning_modules.loggers.csv import ResumableCSVLogger
 
 BATCHES = 24  # micro-batches per epoch, over all ranks
 

@@ -83,7 +83,8 @@ import sys, torch
 from tests.lightning_modules.test_blocks import step_of
 from tests.helpers.tuned import LORA
 from lightning_modules.training.tuning import Tuning
-from lightning_modules.checkpoint.weights import all_finite, sha256
+from lightning_modules.checkpoint.weights import sha256
+from tests.helpers.finite import all_finite
 torch.set_num_threads(1)
 for extra in ({}, {"lora": LORA, "checkpointing": ["llm"]}):
     network, loss, gradients = step_of(Tuning(**extra), pooler="average")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn.utils import get_total_norm
 
-from lightning_modules.checkpoint.weights import all_finite
 from lightning_modules.lora import is_lora
 from lightning_modules.training.instruct import VideoLLMModule
 from lightning_modules.training.tuning import Tuning
+from tests.helpers.finite import all_finite
 from tests.helpers.tiny_fit import Angles
 from tests.helpers.tuned import LORA, make_module, train
 from tests.lightning_modules.test_model import specs

@@ -1,7 +1,5 @@
 """Preference tuning: makes the answer that people chose more likely than the rejected answer."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 
 from datamodules.base import datamodule_of
 from datamodules.batch import PreferenceBatch
+from datamodules.common.digest import digest_settings
 from lightning_modules.model import LogProbs, VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.training.instruct import VideoLLMModule
 from lightning_modules.training.preference.loss import PreferenceLoss
@@ -125,8 +124,4 @@ def model_settings(config: VideoLanguageModelConfig) -> dict[str, str]:
     """Returns digests of the components' specs as in a checkpoint, without their sizes."""
     encoder = {k: v for k, v in (config.encoder or {}).items() if k not in ("config", "source")}
     stages = {"encoder": encoder, "pooler": config.pooler, "rotary": config.rotary}
-    return {f"model.{stage}": digest(spec) for stage, spec in stages.items()}
-
-
-def digest(described: Any) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
+    return {f"model.{stage}": digest_settings(spec) for stage, spec in stages.items()}

@@ -199,7 +199,7 @@ def test_a_full_disk_is_named_by_the_shard(tmp_path, monkeypatch):
         patched.setattr("os.fsync", full)
         with pytest.raises(OSError, match=r"No space left on device: '.*/a/shard-000000.tar'"):
             prepare_shards(tmp_path / "shards", {"a": [2]})
-    monkeypatch.setattr("datamodules.stream.index.write_whole", lambda *_: False)
+    monkeypatch.setattr("datamodules.stream.index._store", lambda *_: False)
     with pytest.raises(OSError, match=r"cannot be written: '.*/shard-000000.tar.idx'"):
         prepare_shards(tmp_path / "shards", {"a": [2]})
 

@@ -84,7 +84,7 @@ def change(path: Path, changed) -> None:
 STAGES = {
     "a class of another kind": (
         "rotary",
-        "lightning_modules.loggers.loggers.ResumableCSVLogger",
+        "lightning_modules.loggers.csv.ResumableCSVLogger",
         "no Rot",
     ),
     "a reader of files": (
@@ -93,7 +93,7 @@ STAGES = {
         "is no Encoder",
     ),
     "a pooler as the llm": ("llm", "lightning_modules.pooler.average.AveragePooler", "is no Lang"),
-    "a walk": ("pooler", "lightning_modules.spec.importlib.import_module", "no stage class"),
+    "a walk": ("pooler", "lightning_modules.checkpoint.weights.torch.load", "there is no class"),
     "no text": ("pooler", ["evil"], "refused"),
 }
 
@@ -125,8 +125,12 @@ def test_code_beside_a_saved_model_is_not_run(theirs, tmp_path):
     [
         ("frames", "datamodules.stream.reading.source.LocalFile", "is no FrameReader"),
         ("conversation", "datamodules.visuals.frames.UniformSampler", "is no ConversationEncoder"),
-        ("frames", "datamodules.visuals.frames.os.system", "no class that datamodules"),
-        ("frames", "datamodules.stream.index.read_manifest", "no class that datamodules"),
+        ("frames", "datamodules.visuals.frames.os.system", "there is no class"),
+        (
+            "frames",
+            "datamodules.stream.index.read_manifest",
+            "not a class defined under datamodules",
+        ),
         ("frames", "evil.Thing", "only classes under datamodules"),
     ],
 )

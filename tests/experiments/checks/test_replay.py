@@ -49,7 +49,7 @@ def check(replay, hostile, tmp_path):
     (options / "evaluate.yaml").write_text(
         "run: ???\ntrust: []\nname: x\nprepare: {_target_: shutil.rmtree}\n"
         f"paths: {{data: d, run: {tmp_path}/out}}\n"
-        "logger: {csv: {_target_: lightning_modules.loggers.loggers.ResumableCSVLogger, "
+        "logger: {csv: {_target_: lightning_modules.loggers.csv.ResumableCSVLogger, "
         "save_dir: '${paths.run}'}}\n"
         "data: {_target_: datamodules.instruct.InstructDataModule, val: null}\n"
     )
@@ -146,7 +146,7 @@ OUT = {
     "a partial": f"{CSV}, version: /elsewhere, _partial_: true}}",
     "an own callback": "+callbacks.h={_target_: lightning_modules.callbacks.heartbeat.Heartbeat, "
     "_args_: [elsewhere]}",
-    "its options": "+logger.w={_target_: lightning_modules.loggers.loggers.ResumableWandbLogger, "
+    "its options": "+logger.w={_target_: lightning_modules.loggers.wandb.ResumableWandbLogger, "
     "save_dir: '${paths.run}', settings: {root_dir: /elsewhere}}",
     "W&B's folder": "+logger.w={_target_: lightning.pytorch.loggers.WandbLogger, dir: elsewhere}",
     "indexes of shards": "+data.stream={index_cache: /elsewhere}",
@@ -250,10 +250,10 @@ def test_these_are_built_from_any_run(path):
         "lightning_modules.checkpoint.weights._PlainReader",
         "lightning_modules.checkpoint.weights.FileSystemReader",
         "lightning_modules.checkpoint.weights.read_checkpoint",
-        "lightning_modules.loggers.loggers.finish_wandb",
-        "lightning_modules.loggers.loggers.csv.DictWriter",
-        "lightning_modules.loggers.loggers.ResumableCSVLogger.log_metrics",
-        "datamodules.stream.index.write_whole",
+        "lightning_modules.loggers.wandb.finish_wandb",
+        "lightning_modules.loggers.csv.csv.DictWriter",
+        "lightning_modules.loggers.csv.ResumableCSVLogger.log_metrics",
+        "datamodules.common.atomic.write_whole",
         "datamodules.stream.reading.source.subprocess.Popen",
         "experiments.directory.run_directory.RunDirectory",
         "torch.optim.Optimizer.__subclasshook__",

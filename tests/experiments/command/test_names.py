@@ -20,7 +20,8 @@ from experiments.command.names import name_run
 from experiments.command.overrides import DELETED, read_overrides, read_value, show_value
 from experiments.reporting import tables as report_tables
 from experiments.reporting.data import load_runs
-from experiments.run.read import differing_axes, read_runs
+from experiments.run.read import read_runs
+from experiments.run.settings import factors
 
 LIGHT = Path(__file__).parents[1] / "launcher" / "cluster" / "configs" / "light.yaml"
 GROUPS = {"pooler", "trainer", "llm", "module/loss", "scores", "tiles", "my", "my_group"}
@@ -255,9 +256,9 @@ def write_run(folder: Path, *words: str, lr: float = 0.001, flag: bool = True) -
 def settings_of(folder: Path) -> tuple[dict[str, Any], list[str], list[str]]:
     """Factors that ropelab-runs finds, and factors and settings of ropelab-report."""
     runs = load_runs([folder])
-    axes = report_tables.ablated_axes(runs)
+    axes = list(factors([run.settings for run in runs]))
     return (
-        differing_axes(read_runs([folder])),
+        factors([run.settings for run in read_runs([folder])]),
         axes,
         [g.label for g in report_tables.group_runs(runs, axes)],
     )

@@ -215,7 +215,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 def online(folder: Path, mode: str | None = "online") -> list[Job]:
-    target = "lightning_modules.loggers.loggers.ResumableWandbLogger"
+    target = "lightning_modules.loggers.wandb.ResumableWandbLogger"
     return [make_job(folder, logger={"csv": None, "wandb": {"_target_": target, "mode": mode}})]
 
 

@@ -5,12 +5,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
 
+from experiments.launcher import base, listing
 from experiments.launcher.listing import take_dry_run
 from tests.experiments.test_runs import hold_fixture  # noqa: F401
 
@@ -154,3 +157,18 @@ def test_a_refused_job_of_a_multirun_leaves_its_directory_as_it_was(
     assert code == 1
     assert any("optim.optimizer.lr=0.5, this run has" in line for line in lines)
     assert snapshot(run) == before
+
+
+def test_an_earlier_run_is_compared_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(base, "check_former", lambda *each: (asked.append(each), {})[1])
+    config = {"seed": 0, "paths": {"run": str(tmp_path)}, "resume": True}
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    job: Any = SimpleNamespace(
+        folder=tmp_path, config=config, task=config, plain=lambda node: node, done=lambda: None
+    )
+    launcher: Any = SimpleNamespace(queued=lambda job: "")
+    assert listing.describe(job, launcher) == "starts at step 0: no checkpoint there"
+    (tmp_path / "done.json").write_text("{}")
+    assert listing.describe(job, launcher) == "finished"
+    assert len(asked) == 2, "once for each call"

@@ -11,9 +11,9 @@ import pytest
 
 from experiments.report import main, write_report
 from experiments.reporting import tables as tables
-from experiments.reporting.data import Cell, load_run, load_runs
+from experiments.reporting.data import Cell, Run, load_run, load_runs
 from experiments.reporting.plots import cell_means
-from experiments.run.read import differing_axes, read_runs
+from experiments.run.settings import factors
 from lightning_modules.metrics.bootstrap import bootstrap_interval
 
 TRAINED = (8, 24)
@@ -201,9 +201,13 @@ class TestReading:
             main([str(tmp_path / name)])
 
 
+def varied(runs: list[Run]) -> list[str]:
+    return list(factors([run.settings for run in runs]))
+
+
 class TestAxes:
     def test_what_the_command_line_varied(self, sweep):
-        assert tables.ablated_axes(load_runs([sweep])) == ["rotary", "seed"]
+        assert varied(load_runs([sweep])) == ["rotary", "seed"]
 
     def test_an_override_in_some_runs_only_is_compared_with_the_config_of_the_others(
         self, tmp_path
@@ -214,7 +218,7 @@ class TestAxes:
         overrides = ["rotary=videorope", "model.rotary.delta=1"]
         (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
         runs = load_runs([tmp_path])
-        assert tables.ablated_axes(runs) == ["model.rotary.delta"]
+        assert varied(runs) == ["model.rotary.delta"]
         assert [g.label for g in tables.group_runs(runs, ["model.rotary.delta"])] == ["1", "2"]
 
     def test_without_hydras_files_the_configs_are_compared(self, tmp_path):
@@ -222,18 +226,17 @@ class TestAxes:
             (tmp_path / str(i)).mkdir()
             text = f"model: {{scale: {scale}}}\npaths: {{output_dir: {i}}}\n"
             (tmp_path / str(i) / "config.yaml").write_text(text)
-        assert tables.ablated_axes(load_runs([tmp_path])) == ["model.scale"]
+        assert varied(load_runs([tmp_path])) == ["model.scale"]
 
     def test_the_expected_numbers_of_a_recipe_are_no_factor(self, tmp_path):
         for i, loss in enumerate((1.0, 2.0)):
             folder = write_run(tmp_path / str(i), "videorope", 0)
             (folder / "config.yaml").write_text(f"seed: 0\nexpected: {{val/loss: {loss}}}\n")
-        assert tables.ablated_axes(load_runs([tmp_path])) == []
+        assert varied(load_runs([tmp_path])) == []
         for i, loss in enumerate((1.0, 2.0)):
             words = ["rotary=videorope", f"expected={{val/loss:{loss}}}"]
             (tmp_path / str(i) / ".hydra" / "overrides.yaml").write_text(json.dumps(words))
-        assert tables.ablated_axes(load_runs([tmp_path])) == []
-        assert differing_axes(read_runs([tmp_path])) == {}
+        assert varied(load_runs([tmp_path])) == []
 
 
 class TestRanking:

@@ -19,10 +19,17 @@ from tests.experiments.reporting.test_report import write_run
 
 #: Files that a program of ours opens; the `.partial` ones it makes and renames.
 OPENED = [
-    *("run.lock", "status.json", "status.partial", "done.json", "metrics.csv", "samples.jsonl"),
-    *("config.yaml", "config.yaml.partial", "command.txt", "versions.json", "run_id", "train.log"),
-    *("tables.jsonl", "generations.jsonl", "needle.json", "scores.json", "stdout.log"),
-    *("slurm.json", ".hydra/overrides.yaml", ".hydra/hydra.yaml", ".hydra/frozen.tmp"),
+    *(
+        "run.lock",
+        "status.json",
+        ".status.json.partial",
+        "done.json",
+        "metrics.csv",
+        "samples.jsonl",
+    ),
+    *("config.yaml", ".config.yaml.partial", "command.txt", "versions.json", "run_id", "train.log"),
+    *("logged.jsonl", "generations.jsonl", "needle.json", "scores.json", "stdout.log"),
+    *("slurm.json", ".hydra/overrides.yaml", ".hydra/hydra.yaml", ".hydra/.frozen.yaml.partial"),
     *("checkpoints/last.ckpt", "checkpoints/best.ckpt"),
 ]
 
@@ -169,7 +176,7 @@ def test_a_bomb_in_yaml_is_one_line(name, text, why, folder):
     with pytest.raises(SystemExit, match=why):
         report.main([str(folder)])
     (state,) = read.read_runs([folder])
-    assert state.value("seed") in (None, "0")
+    assert state.settings.value("seed") in (None, "0")
     if name == "config.yaml":
         with pytest.raises(ValueError, match=r"config.yaml, which says .* is damaged"):
             read_former(folder)

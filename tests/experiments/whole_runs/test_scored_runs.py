@@ -19,7 +19,7 @@ from lightning_modules.training.instruct import VideoLLMModule
 PROBE = [
     "experiment=resume_probe",
     "prepare.counts={train: [24], val: [6, 5]}",
-    "+prepare.make={_target_: datamodules.shards.synthetic.make_question, _partial_: true}",
+    "+prepare.make={_target_: tests.helpers.questions.make_question, _partial_: true}",
     "prepare.num_frames=4",
     "data.stream={virtual_streams: 2, window: 4, num_workers: 0}",
     "trainer.max_epochs=1",

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 from lightning_modules.callbacks.guard import NonFiniteGuard
 from lightning_modules.callbacks.randomness import SeedByPosition
 from lightning_modules.callbacks.samples import without_folder
-from lightning_modules.checkpoint.weights import all_finite, finite_everywhere, sha256
+from lightning_modules.checkpoint.weights import finite_everywhere, sha256
 from lightning_modules.training.instruct import VideoLLMModule
+from tests.helpers.finite import all_finite
 
 QUIET = {
     "accelerator": "cpu",

@@ -7,7 +7,8 @@ import torch
 from lightning import Callback
 
 from lightning_modules.callbacks.guard import NonFiniteGuard
-from lightning_modules.checkpoint.weights import all_finite, sha256
+from lightning_modules.checkpoint.weights import sha256
+from tests.helpers.finite import all_finite
 from tests.helpers.tiny_fit import (
     OPTIM,
     STEPS,

@@ -8,12 +8,13 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
 
 from datamodules.batch import Visual
+from datamodules.common.spec import resolve
 from experiments import CONFIG_DIR
 from experiments.run.compose import plain
 from lightning_modules.encoder.base import Encoder
 from lightning_modules.encoder.clip import ClipEncoder, normalise
 from lightning_modules.encoder.prompt import stretch_positions
-from lightning_modules.spec import build, resolve
+from lightning_modules.spec import PACKAGE, build
 
 CONFIG = {
     "vision": {
@@ -304,7 +305,7 @@ def test_every_option_is_an_encoder(compose, tmp_path):
     assert {"clip_large_336", "clip_tiny"} <= options
     for option in options:
         spec = plain(compose([f"encoder={option}"], tmp_path).model.encoder)
-        assert issubclass(resolve(spec["_target_"]), Encoder)
+        assert issubclass(resolve(spec["_target_"], PACKAGE), Encoder)
         if spec["source"] is None:
             (tokens,) = build(spec)([Visual(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))])
             assert tokens.features.shape == (32, 96)

@@ -20,8 +20,9 @@ import wandb
 import wandb.sdk.launch  # by every `init`: a second that each forked child would take again
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_modules.loggers.history import find_fragments, read_rows
-from lightning_modules.loggers.loggers import ResumableCSVLogger, ResumableWandbLogger, finish_wandb
+from lightning_modules.loggers.csv import ResumableCSVLogger
+from lightning_modules.loggers.wandb import ResumableWandbLogger, finish_wandb
+from tests.helpers.wandb_files import find_fragments, read_rows
 from tests.helpers.wandb_server import WandbServer
 
 STEPS = 20
@@ -111,7 +112,7 @@ def lasting(values: dict[str, Any]) -> dict[str, Any]:
 
 def rows_on_disk(folder: Path) -> list[dict[str, Any]]:
     run_id = (folder / "run_id").read_text()
-    rows = {r.wandb_step: lasting(r.values) for r in read_rows(find_fragments(folder, run_id))}
+    rows = {row["_step"]: lasting(row) for row in read_rows(find_fragments(folder, run_id))}
     return [rows[step] for step in sorted(rows)]
 
 
@@ -173,17 +174,27 @@ def test_online_the_server_receives_every_row_once(server, whole, tmp_path):
     assert {json.loads(body)["data"][0][0] for body in tables} == {4, 9, 14, 19}
 
 
-def test_offline_fragments_are_one_run_once_synced(server, whole, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert in_child(partial(train, tmp_path, die_at=(13, "loss"), pause=0.5)) == -signal.SIGKILL
-    assert in_child(partial(train, tmp_path, 10)) == 0
-    monkeypatch.setenv("WANDB_MODE", "online")
-    fragments = sorted(map(str, tmp_path.glob("wandb/offline-run-*")))
-    command = [sys.executable, "-m", "wandb", "sync", *fragments]
-    synced = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def sync(folder: Path) -> None:
+    command = [sys.executable, "-m", "wandb", "sync", str(folder / "wandb" / "latest-run")]
+    synced = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert synced.returncode == 0, synced.stderr
+
+
+@pytest.mark.parametrize("often", [False, True])
+def test_offline_the_newest_start_holds_the_run(often, server, whole, tmp_path, monkeypatch):
+    """Whoever syncs after each start sends some rows twice. They are the same at the same step."""
+    act = partial(train, tmp_path)
+    for ending in (partial(act, die_at=(13, "loss"), pause=0.5), partial(act, 10)):
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        in_child(ending)
+        monkeypatch.setenv("WANDB_MODE", "online")
+        if often or ending.args[1:]:
+            sync(tmp_path)
     (run,) = server.runs.values()
-    assert [flat(row) for row in run.rows] == whole
+    received = [flat(row) for row in run.rows]
+    assert all(row == whole[row["_step"]] for row in received)
+    assert {row["_step"] for row in received} == {row["_step"] for row in whole}
+    assert often or len(received) == len(whole)
     assert run.config["choice"]["value"] == {"seed": 0}
 
 

@@ -13,7 +13,6 @@ from datamodules.errors import BadSampleError
 from datamodules.instruct import collate, decode_sample
 from datamodules.sample.conversation import ConversationEncoder, Turn
 from datamodules.sample.question import encode_task, read_task
-from datamodules.shards.synthetic import make_question
 from datamodules.visuals.frames import FrameReader, UniformSampler
 from lightning_modules.metrics.answers.generate import read_answers
 from lightning_modules.metrics.base import Answered
@@ -22,6 +21,7 @@ from lightning_modules.metrics.open_answer import OpenAnswer
 from lightning_modules.metrics.perplexity import Perplexity
 from lightning_modules.metrics.yes_no_pairs import YesNoPairs
 from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
+from tests.helpers.questions import make_question
 
 SCHEMES = ["vanilla", "tad", "mrope", "videorope"]
 

@@ -152,7 +152,7 @@ def test_lora_beside_the_weights_starts_fresh(trained, weights):
     ("make", "says"),
     [
         (lambda p: p / "nowhere", "nowhere does not exist"),
-        (lambda p: (p / "checkpoints").mkdir() or p, "a run without a checkpoint"),
+        (lambda p: (p / "checkpoints").mkdir() or p, "no checkpoint in .*init= to a run directory"),
         (lambda p: (p / "a.ckpt").write_bytes(b"x") and p / "a.ckpt", "is cut or no checkpoint"),
         (
             lambda p: (p / "config.json").write_text(json.dumps({"model_type": "qwen2"})) and p,
