@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from lightning_modules.recompute import is_running_again
+from lightning_modules.tokens import VisualTokens
 
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -76,8 +77,10 @@ class OutOfMemory(Callback):
         if is_running_again():
             return  # still in the backward pass of this component
         self._is_at("loss" if name == "llm" else name)
-        if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(partial(self._is_at, name, True))
+        for part in output if isinstance(output, list) else [output]:
+            part = part.features if isinstance(part, VisualTokens) else part
+            if isinstance(part, Tensor) and part.requires_grad:
+                part.register_hook(partial(self._is_at, name, True))
 
     def _describe(self, error: str, trainer: Trainer, pl_module: LightningModule) -> str:
         place = f"the backward of {self._where}" if self._backward else self._where

@@ -94,7 +94,8 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         """Stores the components' specs with the weights, as plain containers."""
         super().on_save_checkpoint(checkpoint)
         config = self.network.config
-        checkpoint["stages"] = {stage: getattr(config, stage) for stage in self.spec}
+        parts = dict.fromkeys([*self.spec, "positions"])
+        checkpoint["stages"] = {part: getattr(config, part) for part in parts}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses weights with another rotary scheme, pooler, LoRA and so on, or without an LLM.

@@ -134,7 +134,7 @@ def test_a_question_is_read_as_it_was_in_training(run, files, tmp_path):
             answered.input_ids[row][answered.attention_mask[row]],
         )
     assert (asked.labels == IGNORE_INDEX).all()
-    assert torch.equal(asked.frames, answered.frames)
+    assert torch.equal(asked.pixels, answered.pixels)
     model = VideoLanguageModel.from_pretrained(tmp_path / "out").eval()
     texts = processor.decode(model.generate(asked, max_new_tokens=3, **processor.generation))
     assert len(texts) == len(QUESTIONS)

@@ -42,7 +42,12 @@ def decoder() -> Callable[[dict], Sample]:
 
 
 def equal(one: Sample, other: Sample) -> bool:
-    return one.text == other.text and all(map(torch.equal, one.visuals, other.visuals))
+    pairs = list(zip(one.visuals, other.visuals, strict=True))
+    return (
+        one.text == other.text
+        and all(a.info == b.info for a, b in pairs)
+        and all(torch.equal(a.frames, b.frames) for a, b in pairs)
+    )
 
 
 def run_case(seed: int, folder: Path) -> tuple[str, str]:

@@ -135,7 +135,7 @@ def test_every_sample_is_read(packed):
             continue
         sample = decode_sample({"__url__": "", **raw}, frames, encoder)
         assert sample.text.input_ids.count(VISUAL_SLOT) == len(sample.visuals)
-        visuals.append([len(visual) for visual in sample.visuals])
+        visuals.append([len(visual.frames) for visual in sample.visuals])
     assert visuals == [[1], [], [2], [1, 1], [2], [2], [2], [2], [1]]
 
 

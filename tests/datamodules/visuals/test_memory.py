@@ -56,10 +56,12 @@ def test_frames_are_held_once():
 def test_a_batch_of_one_visual_holds_the_frames_of_its_sample():
     raw = {"__key__": "k", "__url__": "u", **make_sample(0)}
     sample = decode_sample(raw, READER, ConversationEncoder())
-    options = {"image_size": 16, "pad_id": 0, "prompt_pad_id": 0}
-    assert collate([sample], **options).frames.data_ptr() == sample.visuals[0].data_ptr()
+    options = {"pad_id": 0, "prompt_pad_id": 0}
+    assert collate([sample], **options).pixels.data_ptr() == sample.visuals[0].frames.data_ptr()
     both = collate([sample, sample], **options)
-    assert torch.equal(both.frames, torch.cat([sample.visuals[0]] * 2))
+    frames = sample.visuals[0].frames
+    assert all(torch.equal(visual.frames, frames) for visual in both.visuals)
+    assert len(both.visuals) == 2
 
 
 def test_another_thread_may_reserve_what_it_likes(monkeypatch):

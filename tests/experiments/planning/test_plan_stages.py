@@ -61,7 +61,7 @@ def test_a_batch_is_what_the_datamodule_makes(composed):
 def test_pairs_share_their_frames(composed):
     batch = build(composed(*PAIRS).data, "data").outlined(outline())
     assert isinstance(batch, PreferenceBatch)
-    assert batch.rejected.frames is batch.chosen.frames
+    assert batch.rejected.pixels is batch.chosen.pixels
     assert (len(batch), batch.reference.shape, batch.settings) == (2, (2, 2), [])
 
 

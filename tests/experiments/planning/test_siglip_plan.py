@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipConfig, SiglipModel
 
-from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, VideoBatch
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, VideoBatch, Visual
 from experiments.planning.forecast import forecast
 from experiments.planning.memory_watch import ATTENTION
 from experiments.run.compose import build, plain
@@ -49,7 +49,7 @@ def test_a_frame_is_its_patches_and_a_class_token_where_there_is_one(tower):
     stages = Stages(tower(config={"vision": VISION}))
     meter = FlopMeter(stages)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        stages.encoder(torch.zeros(5, 3, SIDE, SIDE), [5])
+        stages.encoder([Visual(torch.zeros(5, 3, SIDE, SIDE))])
     found = meter.flops["encoder"]
     assert found == counter.get_total_flops()
     assert (found == by_hand(5)) == (tower is SiglipEncoder)

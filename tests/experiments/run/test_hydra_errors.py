@@ -21,10 +21,10 @@ SAID = {
     "trainer.max_steps=6": "trainer.max_steps=6 sets a key that is not there: add it with "
     "+trainer.max_steps=6",
     "rotery=mrope": "rotery=mrope sets a key that is not there: add it with +rotery=mrope",
-    "rotary=foo": "In 'train': Could not find 'rotary/foo' Available options in 'rotary': mrope "
-    "tad vanilla videorope",
-    "rotary=videorop": "rotary=videorop is not there: did you mean rotary=videorope? (mrope, tad, "
-    "vanilla, videorope)",
+    "rotary=foo": "In 'train': Could not find 'rotary/foo' Available options in 'rotary': hope "
+    "mrope tad vanilla videorope vrope",
+    "rotary=videorop": "rotary=videorop is not there: did you mean rotary=videorope? (hope, mrope, "
+    "tad, vanilla, videorope, vrope)",
     "scale=tiny": "experiment=resume_probe has no scale=tiny: leave it out, or choose a recipe "
     "that has it (clip_context, ppllava_dpo, ppllava_vicuna7b_image_video, "
     "ppllava_vicuna7b_multi_image, ppllava_vicuna7b_video, videorope_qwen2_7b)",

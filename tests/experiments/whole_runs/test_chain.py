@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from omegaconf import open_dict
+from omegaconf import DictConfig, open_dict
 
 from experiments.run.compose import build, plain
 from lightning_modules.checkpoint.weights import read_checkpoint
@@ -24,7 +24,7 @@ def stage(compose, tmp_path_factory):
         config.init = None if init is None else str(init)
         with open_dict(config):
             for spec in config.model.values():
-                if spec.get("source"):
+                if isinstance(spec, DictConfig) and spec.get("source"):
                     spec.source, spec.config = None, config.sizes[spec.source]
         return build(config.module, "module")(model=plain(config.model))
 

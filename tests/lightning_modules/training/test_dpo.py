@@ -143,7 +143,7 @@ def test_a_pair_in_a_batch_is_each_answer_alone(rotary, make_stage):
     network.encoder.register_forward_hook(lambda _, args, __: encoded.append(len(args[0])))
     with torch.no_grad():
         together = network.log_probs(data.collater()(pairs))
-        assert encoded == [3 * 2]
+        assert encoded == [3]
         for row, pair in enumerate(pairs):
             batch = data.collater()([pair])
             for column, answer in enumerate((batch.chosen, batch.rejected)):
