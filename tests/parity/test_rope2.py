@@ -1,15 +1,18 @@
 """Published schemes beyond VideoRoPE's: positions exactly; axes, cos and sin within float32."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from datamodules.batch import Grid
 from lightning_modules.llm.causal_lm import CausalLM
-from lightning_modules.rotary.base import STILL, TIME, RotaryEmbedding
+from lightning_modules.rotary.base import STILL, TIME, RotaryEmbedding, RotaryScheme
 from lightning_modules.rotary.hope import HopeRope
+from lightning_modules.rotary.mrope import MRope
 from lightning_modules.rotary.videorope import VideoRope
 from lightning_modules.rotary.vrope import VRope
-from tests.helpers.visuals import row_of
+from lightning_modules.tokens import Layout
 
 
 class YarnV(VideoRope):
@@ -27,6 +30,74 @@ class YarnV(VideoRope):
         return torch.where(axes == TIME, frequencies * self.stretch**-place, frequencies)
 
 
+class Seconds(MRope):
+    """Qwen2.5-VL: a time step stands at its whole number of ticks. It tests `Layout.shown_at`."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def place(self, visual, start):
+        _, row, column = visual.coordinates.unbind(1)
+        ticks = (visual.shown_at * self.rate).floor()
+        ends = replace(visual, coordinates=torch.tensor([[visual.extent.t - 1.0, 0, 0]]))
+        last = (ends.shown_at * self.rate).floor().item()
+        placed = start + torch.stack([ticks, row, column])
+        return placed, start + max(last, visual.extent.h - 1, visual.extent.w - 1) + 1
+
+
+class Lumos(RotaryScheme):
+    """Lumos-1: frames are counted through the row. It tests a scheme that reads the whole row."""
+
+    def place(self, visual, start):
+        raise NotImplementedError
+
+    def axes(self, num_frequencies):
+        raise NotImplementedError
+
+    def positions(self, row):
+        count, frame, origin, parts = 0, 0, None, []
+        for segment in row:
+            if isinstance(segment, Layout):
+                origin = count if origin is None else origin
+                where = segment.coordinates + torch.tensor([frame, 0, 0])
+                parts.append(origin + (where * torch.tensor([4.0, 8.0, 8.0])).mT)
+                frame, count = frame + segment.extent.t, count + len(segment)
+            else:
+                parts.append((count + torch.arange(segment).float()).expand(3, -1))
+                count += segment
+        return torch.cat(parts, dim=1), float(count)
+
+
+class Date(MRope):
+    """DATE: frames of one video share their rows and columns. It tests `Layout.continues`."""
+
+    def positions(self, row):
+        start, origin, parts = 0.0, 0.0, []
+        for n, segment in enumerate(row):
+            if isinstance(segment, Layout):
+                origin = origin if segment.continues else start
+                time, i, j = segment.coordinates.unbind(1)
+                parts.append(torch.stack([start + time, origin + i, origin + j]))
+                last = start + segment.extent.t - 1
+                beside = [s for s in row[n + 1 : n + 3] if isinstance(s, Layout)]
+                sides = origin + max(segment.extent[1:]) - 1
+                start = (last if any(s.continues for s in beside) else max(last, sides)) + 1
+            else:
+                parts.append((start + torch.arange(segment).float()).expand(3, -1))
+                start += segment
+        return torch.cat(parts, dim=1), start
+
+
+#: Schemes that are written here, in the test, to show what the contract can say.
+SEAMS = {
+    "qwen2_5_vl_2": Seconds(2),
+    "qwen2_5_vl_25": Seconds(25),
+    "tmrope_25": Seconds(25),
+    "mmrope_lumos": Lumos(),
+    "date_tim": Date(),
+}
+
 #: Variants in the golden files that are built here, by name; each takes the sections of a case.
 VARIANTS = {
     "hope_1.5": lambda sections=None: HopeRope(1.5, sections),
@@ -38,10 +109,20 @@ VARIANTS = {
 }
 
 
-def read_row(segments):
+def read_row(segments, seconds_per_step=(), videos=()):
     """`["text", n]`, `["image", h, w]` or `["video", t, h, w]` -> number or layout."""
-    kinds = {"text": lambda n: n, "image": lambda h, w: Grid(1, h, w), "video": Grid}
-    return row_of(*(kinds[kind](*sizes) for kind, *sizes in segments))
+    steps = iter(seconds_per_step)
+    parts = [n > 0 for v in videos for n in range(v["grid"][0] if v["stamp_tokens"] else 1)]
+    continues, row = iter(parts), []
+    for kind, *sizes in segments:
+        if kind == "text":
+            row.append(sizes[0])
+            continue
+        seconds, grid = None, Grid(*([1, *sizes] if kind == "image" else sizes))
+        if kind == "video" and (step := next(steps, None)) is not None:
+            seconds = tuple((torch.arange(grid.t) * torch.tensor(step)).tolist())
+        row.append(replace(Layout.full(grid, seconds), continues=next(continues, False)))
+    return row
 
 
 def embedding_of(scheme, head_dim, theta):
@@ -53,13 +134,14 @@ def embedding_of(scheme, head_dim, theta):
     return llm.decoder.rotary_emb
 
 
-@pytest.mark.parametrize("name", ["hope_1.5", "hope_0.75", "vrope"])
+@pytest.mark.parametrize("name", ["hope_1.5", "hope_0.75", "vrope", *SEAMS])
 def test_positions(rope2_golden, name):
-    scheme, compared = VARIANTS[name](), 0
+    scheme, compared = SEAMS[name] if name in SEAMS else VARIANTS[name](), 0
     for i, case in enumerate(rope2_golden.spec["cases"]):
         if name not in case["schemes"]:
             continue
-        positions, following = scheme.positions(read_row(case["segments"]))
+        row = read_row(case["segments"], case["seconds_per_step"], case.get("videos", ()))
+        positions, following = scheme.positions(row)
         expected = rope2_golden.tensors[f"case{i}/{name}/position_ids"][:, 0]
         assert torch.equal(positions, expected)
         assert case["schemes"][name]["next_position"] == [following] * scheme.num_axes
