@@ -20,7 +20,7 @@ from datamodules.haystack.cells import GridPlan, NeedleGrid, NeedleRow
 from datamodules.haystack.needle import Needle
 from datamodules.instruct import Sample, collate
 from datamodules.sample.conversation import ConversationEncoder, Turn
-from experiments import CONFIG_DIR
+from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows its resolvers
 from experiments.run.compose import plain
 from lightning_modules.metrics.needle.prefix import PrefixCache
 from lightning_modules.model import LanguageInputs, VideoLanguageModel, VideoLanguageModelConfig

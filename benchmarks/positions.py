@@ -12,7 +12,8 @@ image, and text between them.
 from collections.abc import Callable
 
 import torch
-from harness import Row, compare, table
+from harness import Row as Result
+from harness import compare, table
 from torch import Tensor
 
 from datamodules.batch import Grid
@@ -21,7 +22,7 @@ from lightning_modules.rotary.mrope import MRope
 from lightning_modules.rotary.tad import TadRope
 from lightning_modules.rotary.vanilla import VanillaRope
 from lightning_modules.rotary.videorope import VideoRope
-from lightning_modules.tokens import Layout
+from lightning_modules.tokens import Layout, Row
 
 CLIP = Grid(128, 12, 12)
 #: Numbers of text tokens, and the grids of visuals.
@@ -29,6 +30,11 @@ Segments = list[int | Grid]
 SEGMENTS: Segments = [64, CLIP, 200, CLIP, CLIP, 7, Grid(1, 24, 24), 500, CLIP]
 SEGMENTS += [Grid(200, 10, 12), 925]
 SPACING = 2
+
+
+def read(segments: Segments) -> Row:
+    """Returns the same row with the layouts of its visuals."""
+    return [Layout.full(s) if isinstance(s, Grid) else s for s in segments]
 
 
 def vanilla(segments: Segments) -> Tensor:
@@ -87,7 +93,7 @@ def videorope(segments: Segments) -> Tensor:
     return torch.tensor(ids).T
 
 
-def run() -> list[Row]:
+def run() -> list[Result]:
     schemes: list[tuple[str, RotaryScheme, Callable[[Segments], Tensor]]] = [
         ("vanilla", VanillaRope(), vanilla),
         ("tad", TadRope(), tad),
@@ -95,11 +101,10 @@ def run() -> list[Row]:
         ("videorope", VideoRope(temporal_spacing=SPACING), videorope),
     ]
     tokens = sum(s.size if isinstance(s, Grid) else s for s in SEGMENTS)
-    row = [Layout.full(s) if isinstance(s, Grid) else s for s in SEGMENTS]
     return [
         compare(
             f"positions of {tokens:,} tokens, {name}, against a loop over tokens",
-            lambda scheme=scheme: scheme.positions(row)[0],
+            lambda scheme=scheme: scheme.positions(read(SEGMENTS))[0],
             lambda loop=loop: loop(SEGMENTS),
             at_least=10,
             tolerance=0,

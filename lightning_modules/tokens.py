@@ -126,5 +126,9 @@ class VisualTokens:
 
 def grid_coordinates(grid: Grid) -> Float[Tensor, "l 3"]:
     """Returns time step, row and column of every point of a grid, in order time, row, column."""
-    axes = [torch.arange(n).float() for n in grid]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+    return product([torch.arange(n).float() for n in grid])
+
+
+def product(axes: Sequence[Float[Tensor, " _"]]) -> Float[Tensor, "l 3"]:
+    """Returns every combination of a time step, a row and a column, in this order."""
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1).mT  # t h w -> l 3

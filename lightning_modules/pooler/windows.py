@@ -10,6 +10,7 @@ from torch import Tensor
 
 from datamodules.batch import Grid
 from lightning_modules.recompute import made_again
+from lightning_modules.tokens import product
 
 #: Frames that are expanded at a time when no gradient is needed.
 CHUNK_FRAMES = 4
@@ -39,7 +40,7 @@ class FittedWindows(NamedTuple):
             axis.unfold(0, size, stride)[:count].mean(1)
             for axis, size, stride, count in zip(along, *self, strict=True)
         ]
-        return torch.stack(torch.meshgrid(*middles, indexing="ij"), dim=-1).flatten(0, 2)
+        return product(middles)
 
     def average(
         self,
