@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.private.wandb import as_plain, take_place_of
 from experiments.run.files import inside, printable
 from experiments.run.process import run_alone
 from experiments.run.read import RunState, read_runs
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.save:
             workspace.save()
             print(workspace.url)
-        output.write_text(json.dumps(json.loads(workspace._to_model().model_dump_json()), indent=1))
+        output.write_text(json.dumps(as_plain(workspace), indent=1))
     except (ValueError, OSError, WandbError) as error:
         print(f"error: {printable(str(error).strip().splitlines()[0])}", file=sys.stderr)
         return 2
@@ -164,8 +165,7 @@ def place(run: RunState, entity: str | None, project: str | None) -> tuple[str, 
 def same_view(workspace: ws.Workspace, output: Path) -> None:
     """Gives `workspace` the name and id of the view in `output`, so that it replaces that view."""
     if output.is_file():
-        saved = json.loads(output.read_text())
-        workspace._internal_name, workspace._internal_id = saved["name"], saved["id"]
+        take_place_of(workspace, json.loads(output.read_text()))
 
 
 def _ranking(

@@ -16,6 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
+from lightning_modules.private.peft import BASE_LAYER, disabled
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -127,20 +129,12 @@ def without_lora(model: nn.Module) -> Iterator[None]:
     layers = [layer for _, layer in lora_layers(model)]
     if not layers:
         raise ValueError("the model has no LoRA to leave out: choose tuning=lora")
-    # Do not use peft's `enable_adapters`: it also turns `requires_grad` off, and a sharded weight
-    # that is first gathered inside this context would then never be trained.
-    before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
+    with disabled(layers):
         yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
 
 
 def _take_plain_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Renames weights that were saved without LoRA, so that they load into the base linears."""
     for leaf in ("weight", "bias"):
         if prefix + leaf in state:
-            state[f"{prefix}base_layer.{leaf}"] = state.pop(prefix + leaf)
+            state[f"{prefix}{BASE_LAYER}.{leaf}"] = state.pop(prefix + leaf)

@@ -121,8 +121,8 @@ class RunDirectory:
         # Hydra does not write these: it would overwrite them even when this run is refused.
         hydra = HydraConfig.get()
         (self.path / ".hydra").mkdir(exist_ok=True)
-        OmegaConf.save(hydra.overrides.task, self.path / ".hydra" / "overrides.yaml")
-        OmegaConf.save({"hydra": hydra}, self.path / ".hydra" / "hydra.yaml")
+        for name, node in (("overrides", hydra.overrides.task), ("hydra", {"hydra": hydra})):
+            write_whole(self.path / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(node))
 
     def finish(self, steps: int, score: float | None, **facts: Any) -> None:
         """Writes `done.json`.

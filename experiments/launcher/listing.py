@@ -16,6 +16,7 @@ from experiments.command.values import check_values
 from experiments.launcher.base import ProcessLauncher, compare_with_former, unwritable
 from experiments.launcher.job import Job
 from experiments.launcher.wandb_key import check_key
+from experiments.private.hydra import combinations
 from experiments.run import lock
 
 _WORDS = {"--dry-run": True, "dry_run=true": True, "dry_run=false": False}
@@ -65,15 +66,12 @@ class ListingSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        # Hydra loads this module again while it looks for plugins, so no class may inherit from it.
-        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
         if not isinstance(self.launcher, ProcessLauncher):
             sys.exit("error: a dry run needs a launcher of ropelab: leave hydra/launcher out")
         parser = OverridesParser.create(config_loader=self.loader)
         swept = [f"{key}={values}" for key, values in self.params.items()]
         overrides = parser.parse_overrides([*swept, *arguments])
-        (words,) = BasicSweeper.split_arguments(overrides, None)
+        words = combinations(overrides)
         if self.single and len(words) > 1:
             swept = next(each.input_line for each in overrides if each.is_sweep_override())
             sys.exit(f"error: {swept} asks for {len(words)} runs: add -m")

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from datamodules.batch import Tiles, Visual, VisualInfo
 from datamodules.sample.outline import Outline
 from datamodules.visuals.tiles import check_grids
+from experiments.private.torch import FakeTensorMode
 from experiments.run.compose import plain
 from lightning_modules.model import VideoLanguageModel
 

@@ -8,13 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
+
+from experiments.private.torch import (
+    CPU_ATTENTION,
+    CPU_ATTENTION_BACKWARD,
+    INDEX_PUT,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    active_fake_mode,
+    local_piece,
+    storage_key,
+    tree_leaves,
+)
 
 aten = torch.ops.aten
 
@@ -97,7 +106,7 @@ class MemoryWatch(TorchDispatchMode):
         if not isinstance(tensor, Tensor):
             return
         storage = local_piece(tensor).untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self._live:
             return
         size = _rounded(storage.nbytes())
@@ -109,15 +118,15 @@ class MemoryWatch(TorchDispatchMode):
         self._now[kind] -= size
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
-        if known := self._live.get(storage._cdata):
+        if known := self._live.get(storage_key(storage)):
             reference, before, kind = known
             size = _rounded(storage.nbytes())
-            self._live[storage._cdata] = reference, size, kind
+            self._live[storage_key(storage)] = reference, size, kind
             self._count(kind, size - before)
 
     def _found_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        key = local_piece(parameter.grad).untyped_storage()._cdata
+        key = storage_key(local_piece(parameter.grad).untyped_storage())
         if key in self._live:
             reference, size, kind = self._live[key]
             self._live[key] = reference, size, "gradients"
@@ -132,7 +141,7 @@ class MemoryWatch(TorchDispatchMode):
 
 
 _MADE = (aten.empty.memory_format, aten.full.default)
-_INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+_INDEXED = (aten.index, aten.index_put, aten.index_put_, INDEX_PUT)
 
 
 def _as_numbers(indices: list[Tensor | None]) -> list[Tensor | None]:
@@ -144,11 +153,6 @@ def _as_numbers(indices: list[Tensor | None]) -> list[Tensor | None]:
         else:
             numbers.append(index)
     return numbers
-
-
-def local_piece(tensor: Tensor) -> Tensor:
-    """Returns this rank's local tensor of a DTensor, and other tensors unchanged."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _rounded(size: int) -> int:
@@ -166,8 +170,8 @@ def _attention_backward(_: Any, query: Any, key: Any, value: Any, *args: Any, **
 
 #: FLOP formulas that PyTorch lacks for CPU attention. Fake tensors are on the CPU.
 ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    CPU_ATTENTION: _attention,
+    CPU_ATTENTION_BACKWARD: _attention_backward,
 }
 
 #: FLOP formulas by operator. `FlopCounterMode` is not used, because it keeps tensors of

@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed._tools.fake_collectives  # defines them for fake tensors
 from torch import Tensor, distributed, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.optim import Optimizer
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from datamodules.batch import PreferenceBatch, VideoBatch
-from experiments.planning.memory_watch import MemoryWatch, local_piece
+from experiments.planning.memory_watch import MemoryWatch
+from experiments.private.torch import FakeStore, FakeTensorMode, forget_shardings, local_piece
 from lightning_modules.callbacks.flops import FlopMeter
+from lightning_modules.private.lightning import set_device_mesh
 from lightning_modules.training.base import TrainingModule
 
 Batch = VideoBatch | PreferenceBatch
@@ -89,7 +87,8 @@ def rehearse(
         warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
         if sharded:
             names = ("data_parallel", "tensor_parallel")
-            module._device_mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=names)
+            mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=names)
+            set_device_mesh(module, mesh)
         with module.precision.tensor_init_context(), torch.device("meta"):
             module.configure_model()
             module.precision.convert_module(module)  # now, as fake weights cannot be converted
@@ -109,15 +108,14 @@ def _fill(module: nn.Module) -> None:
         return
     filled: dict[Tensor, Tensor] = {}
     for part in module.modules():
-        for name, tensor in [*part._parameters.items(), *part._buffers.items()]:
-            if tensor is None:
-                continue
+        own: dict[str, Any] = {"recurse": False, "remove_duplicate": False}
+        for name, tensor in [*part.named_parameters(**own), *part.named_buffers(**own)]:
             if tensor not in filled:
                 empty = torch.empty_like(tensor, device="cpu")
                 learns = tensor.requires_grad
                 is_weight = isinstance(tensor, nn.Parameter)
                 filled[tensor] = nn.Parameter(empty, learns) if is_weight else empty
-            (part._parameters if name in part._parameters else part._buffers)[name] = filled[tensor]  # pyright: ignore[reportArgumentType]
+            setattr(part, name, filled[tensor])
 
 
 def _step(
@@ -177,5 +175,4 @@ def _fake_group(ranks: int) -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
-        # PyTorch's cache of sharded operators names the fake rank and would affect a later group.
-        _clear_sharding_prop_cache()
+        forget_shardings()

@@ -1,8 +1,4 @@
-"""Ends a Hydra program with one line if its command line names keys or options that do not exist.
-
-Hydra prints several lines for such an error, with a hint about tracebacks. The only place to change
-that is Hydra's function that prints them.
-"""
+"""Ends a Hydra program with one line if its command names keys or options that do not exist."""
 
 import functools
 import os
@@ -11,13 +7,13 @@ from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
-from hydra._internal import utils
 from hydra.errors import CompactHydraException, ConfigCompositionException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from experiments import CONFIG_DIR
 from experiments.command.old_words import NEW_WORDS
+from experiments.private.hydra import report_first, root_of
 from experiments.run.process import fail, process_rank
 
 _UNKNOWN = re.compile(r"Could not override '(?P<key>.*)'\.\nTo append to your config use \+(.*)")
@@ -34,17 +30,10 @@ _ALIKE = 0.75
 
 def hydra_errors_in_one_line(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the result of `hydra.main`. `HYDRA_FULL_ERROR=1` still shows tracebacks."""
-    report = utils.run_and_report
-
-    def run(func: Callable[[], Any]) -> Any:
-        return report(functools.partial(_in_one_line, func))
 
     def guarded(*arguments: Any) -> Any:
-        utils.run_and_report = run
-        try:
+        with report_first(_in_one_line):
             return main(*arguments)
-        finally:
-            utils.run_and_report = report
 
     return functools.update_wrapper(guarded, getattr(main, "__wrapped__", main))
 
@@ -113,7 +102,7 @@ def _nearest(key: str, known: list[str]) -> str | None:
 def _keys_beside(error: OmegaConfBaseException) -> Iterator[str]:
     """Yields the dotted keys of the config in which a key was not found."""
     if error.parent_node is not None:
-        root = OmegaConf.to_container(error.parent_node._get_root(), throw_on_missing=False)
+        root = OmegaConf.to_container(root_of(error.parent_node), throw_on_missing=False)
         yield from (key for key in _keys(root) if key.partition(".")[0] != "hydra")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +18,28 @@ from datamodules.common.atomic import write_whole
 _COLUMNS = ["step", "key", "prompt", "answer", "generated"]
 
 
-class Generations(Callback):
+class FirstBatch(Callback):
+    """Calls `on_first_batch` after the first batch of each validation."""
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: VideoBatch | PreferenceBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx == 0:
+            self.on_first_batch(trainer, pl_module, batch)
+
+    @abstractmethod
+    def on_first_batch(
+        self, trainer: Trainer, pl_module: LightningModule, batch: VideoBatch | PreferenceBatch
+    ) -> None: ...
+
+
+class Generations(FirstBatch):
     """Writes the model's answers to the first validation batch, beside the expected answers.
 
     They go to `generations.jsonl` in `folder`, and to W&B as a table. The tokenizer is that of the
@@ -30,17 +52,10 @@ class Generations(Callback):
                 raise ValueError(f"{name}={value} must be 1 or more")
         self.folder, self.count, self.max_new_tokens = Path(folder), count, max_new_tokens
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: VideoBatch | PreferenceBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def on_first_batch(
+        self, trainer: Trainer, pl_module: LightningModule, batch: VideoBatch | PreferenceBatch
     ) -> None:
-        generates = hasattr(pl_module.network, "generate")
-        if batch_idx or trainer.sanity_checking or not generates:
+        if trainer.sanity_checking or not hasattr(pl_module.network, "generate"):
             return
         tokenizer = datamodule_of(trainer).tokenizer
         network: Any = pl_module.network

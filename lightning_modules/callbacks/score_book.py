@@ -5,19 +5,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from datamodules.base import datamodule_of
 from datamodules.batch import VISUAL_SLOT, PreferenceBatch, VideoBatch
 from datamodules.common.atomic import write_whole
+from lightning_modules.callbacks.samples import FirstBatch
 from lightning_modules.metrics.answers.generate import GREEDY
 
 _PACKAGES = ("ropelab", "torch", "transformers", "torchmetrics")
 _COLUMNS = ["step", "name", "value", "count", "parser", "max_new_tokens"]
 
 
-class ScoreBook(Callback):
+class ScoreBook(FirstBatch):
     """Stores the scores of each validation in `scores.json`, and in W&B as a table.
 
     A validation is `{"run", "step", "weights", "scores": [{"name", "value", "count", "parser",
@@ -42,16 +43,10 @@ class ScoreBook(Callback):
         self.run, self.weights, self.step = run, weights, step
         self._prompt = ""
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: VideoBatch | PreferenceBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def on_first_batch(
+        self, trainer: Trainer, pl_module: LightningModule, batch: VideoBatch | PreferenceBatch
     ) -> None:
-        if batch_idx == 0 and getattr(pl_module, "scores", None) and trainer.is_global_zero:
+        if getattr(pl_module, "scores", None) and trainer.is_global_zero:
             tokenizer = datamodule_of(trainer).tokenizer
             asked = batch.first(1).questions()
             self._prompt = _as_text(asked.input_ids[0][asked.attention_mask[0]].tolist(), tokenizer)

@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
 from datamodules.batch import data_rank
@@ -17,7 +16,6 @@ from lightning_modules.checkpoint.position import (
     leave_epoch_open,
     mark_validation_due,
     rescale,
-    validation_is_next,
 )
 from lightning_modules.checkpoint.preemption import (
     Preempted,
@@ -28,6 +26,7 @@ from lightning_modules.checkpoint.preemption import (
 )
 from lightning_modules.checkpoint.whole import LAST, PREVIOUS, remove
 from lightning_modules.checkpoint.write import DiskCheckpointIO, save_whole
+from lightning_modules.private.lightning import kill_other_ranks, validation_is_next
 
 logger = logging.getLogger(__name__)
 
@@ -121,10 +120,8 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._deferral.close()
-        launcher = trainer.strategy.launcher
-        alone = isinstance(exception, Preempted) and not self._stopping
-        if alone and isinstance(launcher, _SubprocessScriptLauncher):
-            launcher.kill(9)  # the other ranks would wait for this one
+        if isinstance(exception, Preempted) and not self._stopping:
+            kill_other_ranks(trainer)  # they would wait for this one
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -194,7 +191,7 @@ class BestCheckpoint(Checkpoint):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(monitor=self.monitor)
+        return f"{type(self).__qualname__}{dict(monitor=self.monitor)}"  # as Lightning makes them
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

@@ -4,6 +4,12 @@ from typing import Any
 
 from lightning import Trainer
 
+from lightning_modules.private.lightning import (
+    accumulates,
+    begin_next_epoch,
+    validation_is_next,
+)
+
 _COUNTERS = ("ready", "started", "processed", "completed")
 
 
@@ -28,12 +34,6 @@ def rescale(checkpoint: dict[str, Any], world_size: int) -> None:
         shift = processed - counts["processed"]
         for name in _COUNTERS:
             counts[name] += shift
-
-
-def validation_is_next(trainer: Trainer) -> bool:
-    """Returns whether the trainer validates before the next batch; call it after a batch."""
-    fetcher: Any = trainer.fit_loop._data_fetcher
-    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def mark_validation_due(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ def leave_epoch_open(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     for span in ("current", "total"):
         epochs[span]["processed"] -= 1
         batches[span]["completed"] -= 1
-    if not trainer.fit_loop._should_accumulate():  # Lightning counts it after the end of a batch
+    if not accumulates(trainer):  # Lightning counts it after the end of a batch
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
@@ -79,8 +79,5 @@ def close_epoch(trainer: Trainer) -> None:
     With `max_steps`, Lightning would continue the finished epoch, and count an epoch without
     batches.
     """
-    loop = trainer.fit_loop
-    if loop.restarted_on_epoch_end:
-        loop.epoch_progress.increment_completed()
-        loop.reset_restart_stage()
-        loop._restarting = loop.epoch_loop.restarting = False
+    if trainer.fit_loop.restarted_on_epoch_end:
+        begin_next_epoch(trainer)

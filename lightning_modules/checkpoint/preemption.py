@@ -14,6 +14,8 @@ import torch
 from lightning import Trainer
 from torch.distributed import ReduceOp
 
+from lightning_modules.private.lightning import install_no_signal_handlers
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 #: Reasons to stop a run. If ranks have different reasons, the later one in this list counts for
@@ -181,5 +183,4 @@ def leave_signals_to_us(trainer: Trainer) -> None:
     Its SIGTERM handler waits in a broadcast for ranks that got no signal. Its handler of SLURM's
     requeue signal saves in the middle of a step.
     """
-    connector: Any = trainer._signal_connector
-    connector.register_signal_handlers = lambda: None
+    install_no_signal_handlers(trainer)

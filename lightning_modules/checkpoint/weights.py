@@ -24,6 +24,7 @@ from torch.nn.utils import get_total_norm
 from datamodules.common.digest import digest_all
 from lightning_modules.checkpoint.stored import open_weights
 from lightning_modules.checkpoint.whole import MARKER, newest_whole, what_is_wrong
+from lightning_modules.private.torch import before_compile
 
 #: Of the network's parameters in a checkpoint of Lightning.
 _PREFIX = "model."
@@ -205,4 +206,4 @@ def _trained(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
             part.reshard()
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            yield name.replace("_orig_mod.", ""), parameter
+            yield before_compile(name), parameter

@@ -19,6 +19,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from lightning_modules.llm.base import LanguageModel
 from lightning_modules.llm.split import split_blocks
+from lightning_modules.private.transformers import attention_of
 from lightning_modules.spec import set_attention
 
 
@@ -90,7 +91,7 @@ class CausalLM(LanguageModel):
         Other kernels find the documents in `counts`: transformers starts one at every step other
         than +1. For flash kernels it does so only in a batch of one row.
         """
-        implementation = self.lm.config._attn_implementation
+        implementation = attention_of(self.lm.config)
         if not is_flash_attention_requested(requested_attention_implementation=implementation):
             return {}
         ends, longest = prepare_fa_kwargs_from_position_ids(counts)

@@ -34,10 +34,10 @@ class Row:
     tables: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
 
-    def names(self) -> Iterator[str]:
+    def restored(self) -> Iterator[str]:
+        """Yields the names that a later start can log again from the journal alone."""
         yield from self.numbers
         yield from self.tables
-        yield from self.others
 
 
 class Journal:

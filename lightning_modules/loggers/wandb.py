@@ -169,7 +169,7 @@ class ResumableWandbLogger(WandbLogger):
     def _note(self, row: Row) -> None:
         self._count += 1
         if row.step is not None:
-            self._stored |= {k: max(row.step, self._stored.get(k, -1)) for k in row.names()}
+            self._stored |= {k: max(row.step, self._stored.get(k, -1)) for k in row.restored()}
 
 
 def finish_wandb(exit_code: int, preempted: bool = False) -> None:

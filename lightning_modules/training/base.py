@@ -66,7 +66,10 @@ class TrainingModule(LightningModule, Generic[Network]):
     @property
     def precision(self) -> Precision:
         """Returns the trainer's precision plugin; without a trainer, the plugin set here."""
-        return self._precision if self._trainer is None else self._trainer.precision_plugin
+        try:
+            return self.trainer.precision_plugin
+        except RuntimeError:  # there is no trainer
+            return self._precision
 
     @precision.setter
     def precision(self, plugin: Precision) -> None:

@@ -12,14 +12,15 @@ from lightning_modules.checkpoint.weights import Saved, open_saved
 from lightning_modules.encoder.base import Encoder
 from lightning_modules.importers.match import Allowed, Match, Rule, check, copy, match
 from lightning_modules.lora import is_lora
+from lightning_modules.private.peft import BASE_LAYER
 
 logger = logging.getLogger(__name__)
 
 #: Components keep their names from one training to the next.
 _SAME = (Rule("", ""),)
 
-#: Part of the names of weights that have LoRA beside them (peft).
-_BASE = ".base_layer."
+#: Part of the names of weights that have LoRA beside them.
+_BASE = f".{BASE_LAYER}."
 
 
 class Initial:

@@ -26,7 +26,7 @@ def test_a_torn_row_of_the_journal_is_no_row(tmp_path):
     assert list(journal.read()) == rows[:2]
     journal.append(rows[2])
     assert list(journal.read()) == rows
-    assert [list(row.names()) for row in rows] == [["train/loss"], ["t", "image"], ["a"]]
+    assert [list(row.restored()) for row in rows] == [["train/loss"], ["t"], ["a"]]
 
 
 def read(folder: Path) -> list[dict[str, str]]:

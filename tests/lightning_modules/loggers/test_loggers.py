@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
 import wandb.sdk.launch  # by every `init`: a second that each forked child would take again
@@ -35,6 +36,7 @@ VOLATILE = ("_runtime", "_timestamp", "artifact_path", ".path", ".filenames")
 def in_child(act: Callable[[], None]) -> int:
     """Runs `act` in a forked process, which may kill itself; its exit status or minus a signal."""
     wandb.teardown()  # what another test has left of it does not survive a fork
+    time.sleep(1.0 - time.time() % 1.0)  # W&B names its folders by the second
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -266,6 +268,23 @@ def test_a_run_without_a_key_is_one_line(server, monkeypatch, tmp_path):
         assert "\n" not in str(caught.value)
 
     assert in_child(begin) == 0
+
+
+def test_an_image_that_a_kill_may_have_lost_is_logged_again(tmp_path):
+    """The journal does not hold it. A test that is repeated makes it anew."""
+
+    def log() -> None:
+        logger = make_logger(tmp_path)
+        logger.log_image("needle/heatmap", [np.zeros((4, 4, 3), np.uint8)], step=12)
+        logger.log_metrics({"needle/plain": 0.5}, 12)
+        finish_wandb(0)
+
+    for _ in range(2):
+        assert in_child(log) == 0
+    (_, second) = find_fragments(tmp_path, (tmp_path / "run_id").read_text())
+    rows = list(read_rows([second]))
+    assert [row.get("needle/plain") for row in rows] == [None, 0.5, None]
+    assert "needle/heatmap._type" in rows[-1]
 
 
 def test_other_ranks_log_nothing(server, monkeypatch, tmp_path):
