@@ -11,7 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.reporting import tables as tables
 from experiments.reporting.data import ABSENT, Run, load_runs
-from experiments.reporting.plots import COLOURS, draw_all, save_stages
+from experiments.reporting.plots import PLOTS, draw_all, save_stages
+from experiments.reporting.style import COLOURS
 from experiments.run.files import inside, printable
 from experiments.run.process import run_alone
 from experiments.run.settings import factors
@@ -117,6 +118,7 @@ def describe(runs: list[Run], groups: list[tables.Group], axes: list[str]) -> di
         "conditions": tables.conditions_of(groups),
         "reaches": tables.REACHES,
         "canaries": tables.CANARIES,
+        "plots": PLOTS,
         "colours": COLOURS,
         "generations": generations(groups),
         "commands": commands(runs),

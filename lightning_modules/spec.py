@@ -24,6 +24,11 @@ def build(spec: Mapping[str, Any], kind: type = object) -> Any:
     return specs.build(spec, PACKAGE, kind, nested=nn.Module)
 
 
+def spec_of(component: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Returns the spec from which `build` makes another component of this class."""
+    return {"_target_": f"{type(component).__module__}.{type(component).__qualname__}", **arguments}
+
+
 def set_attention(model: PreTrainedModel, stage: str, attention: str) -> None:
     """Selects the attention implementation of `model`: sdpa, eager, flash_attention_2, …
 

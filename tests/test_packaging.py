@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from datamodules.batch import Grid
 from experiments import CONFIG_DIR
-from tests.helpers.visuals import row_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -125,14 +123,3 @@ def test_a_python_too_old_is_one_line(tmp_path, python):
     assert first.startswith("ropelab needs Python 3.11, 3.12 or 3.13, " + python)
     assert all(line.startswith("make") for line in rest)
     assert not venv.exists()
-
-
-def test_the_scheme_that_contributing_shows_works():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
-    names: dict = {}
-    exec(blocks[0], names)
-    scheme = names["FrameRope"]()
-    positions, following = scheme.positions(row_of(1, Grid(2, 1, 2), 1))
-    assert positions.tolist() == [[0, 1, 1, 2, 2, 3]]
-    assert following == 4
-    assert scheme.axes(4).tolist() == [0] * 4

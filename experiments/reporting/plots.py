@@ -1,81 +1,34 @@
 """Draws groups of runs as SVG text that needs no fonts, scripts or other files."""
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
-from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
 from experiments.reporting.data import ABSENT, Cell, Needle, Run
+from experiments.reporting.style import (
+    COLOURS,
+    HEATMAP,
+    MARKERS,
+    Plot,
+    draw_legend,
+    line_style,
+    new_figure,
+    plain_text,
+    smooth,
+    to_svg,
+)
 from experiments.reporting.tables import CONDITIONS, Group, conditions_of, score
-from experiments.run.files import printable
-
-#: The colours of Okabe and Ito (2008), which every kind of colour vision can tell apart. Yellow is
-#: left out, because it is too pale for a line on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "os^DvPX*"  # one more than colours, so that pairs of both repeat late
-LINES = ("-", "--", ":")  # one for each pass through the colours
-HEATMAP = matplotlib.colormaps["cividis"]
-
-STYLE: Any = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#8a8f98",
-    "axes.grid": True,
-    "axes.labelcolor": "#3d4450",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "font.size": 10,
-    "grid.color": "#e6e8eb",
-    "hatch.color": "#b9bec6",
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "ropelab",  # the same runs give the same bytes
-    "text.color": "#1c2128",
-    "xtick.color": "#3d4450",
-    "ytick.color": "#3d4450",
-}
-
-
-@contextmanager
-def _figure(rows: int, columns: int, width: float, height: float) -> Iterator[Figure]:
-    """Yields a figure in the report's style. Avoids pyplot because of its global state."""
-    with matplotlib.rc_context(STYLE):
-        yield Figure(figsize=(columns * width, rows * height), layout="constrained")
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
-
-
-def plain_text(text: str) -> str:
-    """Escapes `$` in a label, which would start a formula. Keeps line breaks."""
-    return "\n".join(map(printable, text.split("\n"))).replace("$", r"\$")
 
 
 def draw_all(groups: list[Group]) -> dict[str, str]:
     """Returns the SVG text by name of every picture for which the runs have data."""
-    conditions = list(conditions_of(groups))
-    pictures = {f"heatmap-{c}": heatmaps(groups, c) for c in conditions}
-    if conditions:
-        pictures["accuracy"] = accuracy_by_length(groups, conditions)
-    names = [
-        n for n in ("train/loss", "val/loss") if any(n in r.curves for g in groups for r in g.runs)
-    ]
-    if names:
-        pictures["loss"] = loss_curves(groups, names)
-    return pictures
+    pictures = {f"heatmap-{c}": heatmaps(groups, c) for c in conditions_of(groups)}
+    drawn = {name: plot.draw(groups) for name, plot in PLOTS.items()}
+    return pictures | {name: svg for name, svg in drawn.items() if svg is not None}
 
 
 def heatmaps(groups: list[Group], condition: str) -> str:
@@ -86,7 +39,7 @@ def heatmaps(groups: list[Group], condition: str) -> str:
     depths = sorted({cell.depth for cell in everything})
     columns = min(len(shown), 4)
     rows = -(-len(shown) // columns)
-    with _figure(rows, columns, 3.0, 0.9 + 0.3 * len(depths)) as figure:
+    with new_figure(rows, columns, 3.0, 0.9 + 0.3 * len(depths)) as figure:
         axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for ax in axes.flat[len(shown) :]:
             ax.set_visible(False)
@@ -100,7 +53,7 @@ def heatmaps(groups: list[Group], condition: str) -> str:
             ax.set_xlabel("frames of the haystack")
         bar = ScalarMappable(Normalize(0, 1), HEATMAP)
         figure.colorbar(bar, ax=axes, label="share found", shrink=0.9, aspect=14, pad=0.015)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def save_heatmap(needle: Needle, path: Path) -> Path:
@@ -109,7 +62,7 @@ def save_heatmap(needle: Needle, path: Path) -> Path:
     everything = [cell for cells in needle.cells.values() for cell in cells]
     frames = sorted({cell.frames for cell in everything})
     depths = sorted({cell.depth for cell in everything})
-    with _figure(1, len(conditions), 3.0, 0.9 + 0.3 * len(depths)) as figure:
+    with new_figure(1, len(conditions), 3.0, 0.9 + 0.3 * len(depths)) as figure:
         axes = figure.subplots(1, len(conditions), squeeze=False, sharey=True)[0]
         for ax, condition in zip(axes, conditions, strict=True):
             _heatmap(ax, cell_means(needle.cells[condition], frames, depths), frames, depths)
@@ -127,18 +80,18 @@ def save_stages(runs: list[Run], path: Path) -> Path:
 
     Losses of different stages are not comparable, so each stage has its own axis.
     """
-    with _figure(1, len(runs), 3.6, 2.9) as figure:
+    with new_figure(1, len(runs), 3.6, 2.9) as figure:
         axes = figure.subplots(1, len(runs), squeeze=False)[0]
         for number, (ax, run) in enumerate(zip(axes, runs, strict=True)):
             for name, look in (("train/loss", {"lw": 1.3}), ("val/loss", {"lw": 0, "marker": "o"})):
                 if name in run.curves:
                     colour = COLOURS[0] if name == "train/loss" else COLOURS[1]
-                    steps, values = _smooth(run.curves[name])
+                    steps, values = smooth(run.curves[name])
                     ax.plot(steps + 1, values, color=colour, label=name, ms=5, **look)
             title = f"{number + 1}. {run.settings.config.get('name', run.folder.name)}"
             ax.set(title=plain_text(title), xlabel="optimiser step", xlim=(0, None), ylim=(0, None))
         axes[0].set_ylabel("loss")
-        _legend(figure, list(axes))
+        draw_legend(figure, list(axes))
         figure.savefig(path, dpi=110)
     return path
 
@@ -187,10 +140,13 @@ def _training_range(group: Group) -> tuple[int, int]:
     return next(run.needle.train_frames for run in group.runs if run.needle)
 
 
-def accuracy_by_length(groups: list[Group], conditions: list[str]) -> str:
+def accuracy_by_length(groups: list[Group]) -> str | None:
     """Draws each group's line with its 95 % band over needles, and the score of blind guessing."""
+    conditions = list(conditions_of(groups))
+    if not conditions:
+        return None
     shown = [group for group in groups if group.tested]
-    with _figure(1, len(conditions), 5.6, 3.7) as figure:
+    with new_figure(1, len(conditions), 5.6, 3.7) as figure:
         axes = figure.subplots(1, len(conditions), squeeze=False, sharey=True)[0]
         for ax, condition in zip(axes, conditions, strict=True):
             for group in shown:
@@ -202,8 +158,8 @@ def accuracy_by_length(groups: list[Group], conditions: list[str]) -> str:
             ax.axhline(blind, color="#3d4450", ls="--", lw=1.2, label="blind (no needle)")
             ax.set(title=plain_text(CONDITIONS.get(condition, condition)), ylim=(-0.02, 1.04))
         axes[0].set_ylabel("share found")
-        _legend(figure, list(axes))
-        return _svg(figure)
+        draw_legend(figure, list(axes))
+        return to_svg(figure)
 
 
 def _accuracy_line(ax: Axes, group: Group, cells: list[Cell]) -> None:
@@ -212,16 +168,17 @@ def _accuracy_line(ax: Axes, group: Group, cells: list[Cell]) -> None:
     if not intervals:
         return
     mean, low, high = np.array(intervals).T
-    ax.fill_between(lengths, low, high, color=_line(group)["color"], alpha=0.14, lw=0)
+    ax.fill_between(lengths, low, high, color=line_style(group)["color"], alpha=0.14, lw=0)
     marker = MARKERS[group.index % len(MARKERS)]
     ax.plot(
-        lengths, mean, **_line(group), marker=marker, ms=5, lw=1.8, label=plain_text(group.label)
+        lengths,
+        mean,
+        **line_style(group),
+        marker=marker,
+        ms=5,
+        lw=1.8,
+        label=plain_text(group.label),
     )
-
-
-def _line(group: Group) -> dict[str, Any]:
-    turn, colour = divmod(group.index, len(COLOURS))
-    return {"color": COLOURS[colour], "ls": LINES[turn % len(LINES)]}
 
 
 def _length_axis(ax: Axes, lengths: list[int], trained: tuple[int, int]) -> None:
@@ -232,35 +189,41 @@ def _length_axis(ax: Axes, lengths: list[int], trained: tuple[int, int]) -> None
     ax.set_xlabel("frames of the haystack")
 
 
-def loss_curves(groups: list[Group], names: list[str]) -> str:
+def loss_curves(groups: list[Group]) -> str | None:
     """Draws one thin line for each run, in the colour of its group."""
-    with _figure(1, len(names), 5.6, 3.3) as figure:
+    known = {name for group in groups for run in group.runs for name in run.curves}
+    names = [name for name in ("train/loss", "val/loss") if name in known]
+    if not names:
+        return None
+    with new_figure(1, len(names), 5.6, 3.3) as figure:
         axes = figure.subplots(1, len(names), squeeze=False)[0]
         for ax, name in zip(axes, names, strict=True):
             for group in groups:
                 for i, run in enumerate(r for r in group.runs if name in r.curves):
-                    steps, values = _smooth(run.curves[name])
+                    steps, values = smooth(run.curves[name])
                     label = plain_text(group.label) if i == 0 else None
                     few = {"marker": MARKERS[group.index % len(MARKERS)]} if len(steps) < 5 else {}
-                    ax.plot(steps, values, **_line(group), **few, lw=1.3, alpha=0.85, label=label)
+                    ax.plot(
+                        steps, values, **line_style(group), **few, lw=1.3, alpha=0.85, label=label
+                    )
             ax.set(title=name, xlabel="optimiser step", xlim=(0, None), ylim=(0, None))
         axes[0].set_ylabel("nats a token")
-        _legend(figure, list(axes))
-        return _svg(figure)
+        draw_legend(figure, list(axes))
+        return to_svg(figure)
 
 
-def _legend(figure: Figure, axes: list[Axes]) -> None:
-    """Draws one legend below all axes. The longest label decides the number of columns."""
-    handles = {
-        label: handle
-        for ax in axes
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    columns = max(1, int(figure.get_figwidth() * 9) // (max(map(len, handles)) + 8))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
-
-
-def _smooth(points: list[tuple[int, float]], most: int = 120) -> np.ndarray:
-    """Returns (steps, values) as means of at most `most` equal parts, to smooth out noise."""
-    parts = np.array_split(np.array(points, dtype=float), min(most, len(points)))
-    return np.array([part.mean(axis=0) for part in parts]).T
+#: The plots that have a section of their own, in the order of the page.
+PLOTS = {
+    "accuracy": Plot(
+        title="How far it reaches",
+        alt="Share found by frames of the haystack, one line for each setting",
+        note="Mean over depths, needles and seeds, with its 95 % interval over needles.",
+        draw=accuracy_by_length,
+    ),
+    "loss": Plot(
+        title="Training",
+        alt="Loss by step, one line for each run",
+        note="",
+        draw=loss_curves,
+    ),
+}

@@ -1,4 +1,4 @@
-"""The contract of an encoder: visuals -> tokens, prompt -> embedding."""
+"""The contract of an encoder: visuals -> tokens; if it reads prompts, prompt -> embedding."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,7 +13,9 @@ from .chunks import CHUNK_FRAMES
 
 
 class Encoder(nn.Module, ABC):
-    """Turns visuals into tokens, and maps tokens and prompts into one shared space.
+    """Turns visuals into tokens. It may also map tokens and prompts into one shared space.
+
+    An encoder that reads prompts overrides `align`, `encode_prompt` and `prompt_modules`.
 
     Attributes that a subclass sets:
         width: d, the width of the tokens' features.
@@ -28,7 +30,7 @@ class Encoder(nn.Module, ABC):
     width: int
     per_frame: bool
     class_tokens: int = 0
-    reads_prompts: bool = True
+    reads_prompts: bool = False
     chunk_frames: int | None = CHUNK_FRAMES
 
     @abstractmethod
@@ -52,19 +54,27 @@ class Encoder(nn.Module, ABC):
     def blank(self) -> Visual:
         """Returns the smallest visual that this encoder reads, on the CPU."""
 
-    @abstractmethod
     def align(self, patches: Float[Tensor, "*n p d"]) -> Float[Tensor, "*n p e"]:
-        """Maps features of patches into the space shared with prompts; does not normalise them."""
+        """Maps features of patches into the space shared with prompts; does not normalise them.
 
-    @abstractmethod
+        Raises:
+            ValueError: the encoder reads no prompts.
+        """
+        raise no_prompts()
+
     def encode_prompt(
         self, prompt_ids: Int[Tensor, "b k"], prompt_mask: Bool[Tensor, "b k"]
     ) -> Float[Tensor, "b e"]:
-        """Returns one embedding per prompt in the space shared with patches; not normalised."""
+        """Returns one embedding per prompt in the space shared with patches; not normalised.
 
-    @abstractmethod
+        Raises:
+            ValueError: the encoder reads no prompts.
+        """
+        raise no_prompts()
+
     def prompt_modules(self) -> list[nn.Module]:
         """Returns the modules that only `align` and `encode_prompt` use."""
+        return []
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
@@ -77,3 +87,10 @@ class Encoder(nn.Module, ABC):
     def copied(self) -> dict[str, str]:
         """Maps each parameter that starts as a copy to its original; names as in the state dict."""
         return {}
+
+
+def no_prompts() -> ValueError:
+    return ValueError(
+        "this encoder has no text tower to read prompts with: take a pooler that no prompt guides "
+        "(pooler=average, none), or an encoder with one (encoder=clip_large_336)"
+    )

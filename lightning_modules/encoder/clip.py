@@ -10,7 +10,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from datamodules.batch import Visual
-from lightning_modules.spec import set_attention
+from lightning_modules.spec import set_attention, spec_of
 from lightning_modules.tokens import VisualTokens
 
 from .bt_adapter import BTAdapter
@@ -56,6 +56,7 @@ class ClipEncoder(FrameEncoder):
     """
 
     class_tokens = 1
+    reads_prompts = True
 
     def __init__(
         self,
@@ -174,17 +175,17 @@ class ClipEncoder(FrameEncoder):
             "text": tower_sizes(self.text.config),
             "projection_dim": self.visual_projection.out_features,
         }
-        return {
-            "_target_": f"{type(self).__module__}.{type(self).__qualname__}",
-            "config": config,
-            "feature_layer": self.feature_layer,
-            "context_length": self.context_length if self.stretched else None,
-            "kept_positions": self.kept_positions,
-            "bt_adapter": self.bt_adapter,
-            "image_size": self.image_size,
-            "attention": self.attention,
-            "chunk_frames": self.chunk_frames,
-        }
+        return spec_of(
+            self,
+            config=config,
+            feature_layer=self.feature_layer,
+            context_length=self.context_length if self.stretched else None,
+            kept_positions=self.kept_positions,
+            bt_adapter=self.bt_adapter,
+            image_size=self.image_size,
+            attention=self.attention,
+            chunk_frames=self.chunk_frames,
+        )
 
 
 def normalise(frames: Num[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lightning_modules.spec import set_attention
+from lightning_modules.spec import set_attention, spec_of
 
 from .chunks import CHUNK_FRAMES, check_chunk_frames
 from .clip import run_tower
@@ -26,7 +26,6 @@ class ClipVisionEncoder(FrameEncoder):
         ValueError: the arguments do not fit together.
     """
 
-    reads_prompts = False
     per_frame = True
     class_tokens = 1
 
@@ -58,14 +57,6 @@ class ClipVisionEncoder(FrameEncoder):
         hidden = run_tower(self.vision, layers, frames, self.chunk_frames)
         return hidden[:, 1:]
 
-    def align(self, patches: Float[Tensor, "*n p d"]) -> Float[Tensor, "*n p e"]:
-        raise no_prompts()
-
-    def encode_prompt(
-        self, prompt_ids: Int[Tensor, "b k"], prompt_mask: Bool[Tensor, "b k"]
-    ) -> Float[Tensor, "b e"]:
-        raise no_prompts()
-
     def prompt_modules(self) -> list[nn.Module]:
         return [self.vision.post_layernorm]  # only the tower's own pooled output needs it
 
@@ -73,18 +64,11 @@ class ClipVisionEncoder(FrameEncoder):
         return list(self.vision.encoder.layers)
 
     def to_spec(self) -> dict:
-        return {
-            "_target_": f"{type(self).__module__}.{type(self).__qualname__}",
-            "config": {"vision": tower_sizes(self.vision.config)},
-            "feature_layer": self.feature_layer,
-            "image_size": self.image_size,
-            "attention": self.attention,
-            "chunk_frames": self.chunk_frames,
-        }
-
-
-def no_prompts() -> ValueError:
-    return ValueError(
-        "this encoder has no text tower to read prompts with: take a pooler that no prompt guides "
-        "(pooler=average, none), or an encoder with one (encoder=clip_large_336)"
-    )
+        return spec_of(
+            self,
+            config={"vision": tower_sizes(self.vision.config)},
+            feature_layer=self.feature_layer,
+            image_size=self.image_size,
+            attention=self.attention,
+            chunk_frames=self.chunk_frames,
+        )

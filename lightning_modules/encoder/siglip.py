@@ -15,10 +15,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from lightning_modules.spec import set_attention
+from lightning_modules.spec import set_attention, spec_of
 
+from .base import no_prompts
 from .chunks import CHUNK_FRAMES, check_chunk_frames, run_layers
-from .clip_vision import no_prompts
 from .prompt import extend_context
 from .towers import (
     FrameEncoder,
@@ -144,16 +144,16 @@ class SiglipEncoder(FrameEncoder):
         config = {"vision": tower_sizes(self.vision.config)}
         if self.text is not None:
             config["text"] = tower_sizes(self.text.config)
-        return {
-            "_target_": f"{type(self).__module__}.{type(self).__qualname__}",
-            "config": config,
-            "feature_layer": self.feature_layer,
-            "context_length": self.context_length if self.stretched else None,
-            "kept_positions": self.kept_positions,
-            "image_size": self.image_size,
-            "attention": self.attention,
-            "chunk_frames": self.chunk_frames,
-        }
+        return spec_of(
+            self,
+            config=config,
+            feature_layer=self.feature_layer,
+            context_length=self.context_length if self.stretched else None,
+            kept_positions=self.kept_positions,
+            image_size=self.image_size,
+            attention=self.attention,
+            chunk_frames=self.chunk_frames,
+        )
 
     def _heads(self) -> list[nn.Module]:
         return [self.vision.head] if self.vision.use_head else []

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from datamodules.base import datamodule_of
@@ -54,7 +55,11 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         if pooler.uses_prompt:
             effective = pooler.last_effective_tokens
             sums |= {"effective": 0.0 if effective is None else effective, "pooled": 1}
-        return self.add_to_step(output.losses.sum(), output.labelled, len(batch), **sums)
+        return self.add_to_step(*self.terms(output), len(batch), **sums)
+
+    def terms(self, output: Output) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+        """Returns the loss of a micro-batch, summed over its terms, and the number of terms."""
+        return output.losses.sum(), output.labelled
 
     def log_step(self, sums: Mapping[str, float]) -> None:
         super().log_step(sums)

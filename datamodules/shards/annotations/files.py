@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.errors import BadSampleError
+from datamodules.shards.annotations.formats import READERS
 
 #: First bytes of other files, with their kind.
 _OTHER_FILES = {
@@ -17,7 +18,7 @@ _OTHER_FILES = {
     b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself with git lfs pull",
     b"<": "HTML or XML, perhaps the page of an error: download the file itself",
 }
-_CONVERSATIONS = {"conversations", "conversation", "messages", "QA", "query", "instruction"}
+_CONVERSATIONS = {"conversations", "conversation", "messages", "query", "instruction"}
 _ANSWERS = {"prompt", "chosen", "caption"}
 
 
@@ -88,7 +89,7 @@ def _whole(lines: Sequence[bytes], path: Path) -> list[Annotation] | None:
         if _is_lines(path):
             return None
         raise ValueError(f"{path}: {error.detail}") from None
-    if isinstance(entries, dict) and entries.keys() & (_CONVERSATIONS | _ANSWERS):
+    if isinstance(entries, dict) and entries.keys() & (_CONVERSATIONS | _ANSWERS | READERS.keys()):
         entries = [entries]
     if not isinstance(entries, list):
         raise ValueError(f"{path}: {_expected(entries)}")

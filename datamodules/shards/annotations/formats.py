@@ -17,7 +17,7 @@ that excludes an answer from the loss.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from datamodules.errors import BadSampleError
@@ -40,10 +40,10 @@ _VISUALS = {
 }
 # (question, more of it, answer) of ms-swift and LLaMA-Factory
 _PAIRS = (("query", None, "response"), ("instruction", "input", "output"))
-# Fields that are read. A null counts as a missing field: pandas writes one in every row without
-# the field.
+# Fields that are read, beside those of `READERS`. A null counts as a missing field: pandas writes
+# one in every row without the field.
 _READ = {"conversations", "conversation", "messages", "prompt", "completion", "chosen", "rejected"}
-_READ |= {"rejected_response", "rejected_messages", "QA", "query", "response", "history", "system"}
+_READ |= {"rejected_response", "rejected_messages", "query", "response", "history", "system"}
 _READ |= {"instruction", "input", "output", "question"}
 
 
@@ -59,13 +59,15 @@ def to_conversation(entry: Any, ignored: Collection[str] = ()) -> dict[str, Any]
     """
     if not isinstance(entry, dict):
         raise BadSampleError("missing_field", "conversations: the entry is no object")
-    entry = {n: value for n, value in entry.items() if value is not None or n not in _READ}
+    fields = _READ | READERS.keys()
+    entry = {n: value for n, value in entry.items() if value is not None or n not in fields}
     entry = _with_own_visuals(entry, ignored)
     refuse_unlearnt(entry, ignored)
-    own = read_videochat2(entry) if "QA" in entry else _with_system(_read_turns(entry))
-    own = _with_tagged(own)
+    reader = next((read for field, read in READERS.items() if field in entry), None)
+    own = _with_tagged(reader(entry) if reader else _with_system(_read_turns(entry)))
     seen = any(own.get(kind) for kind in _VISUALS)
-    refuse_visuals(entry, seen, tuple(_VISUALS), ignored)
+    read = entry.keys() - own.keys() if reader else ()  # the fields that the reader took out
+    refuse_visuals(entry, seen, (*_VISUALS, *read), ignored)
     return own
 
 
@@ -246,6 +248,11 @@ def read_videochat2(entry: dict[str, Any]) -> dict[str, Any]:
         turns += [{"from": "human", "value": slot + asked}, {"from": "gpt", "value": answer}]
     kept = {name: value for name, value in entry.items() if name != "QA"}
     return {**kept, "conversations": turns}
+
+
+#: Readers of whole formats, each under a field that only its format has. A reader gets an entry and
+#: returns it with `conversations`, and `image` or `video`, in place of the fields that it has read.
+READERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"QA": read_videochat2}
 
 
 def with_answers(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
