@@ -184,7 +184,7 @@ def test_too_many_bad_samples_stop_a_training_with_the_commonest_reasons():
 @pytest.mark.parametrize(
     ("sizes", "world", "message"),
     [
-        ({"batch_size": 8, "global_batch_size": 12}, 1, "12 is no multiple of 8 x 1; legal batch "
+        ({"batch_size": 8, "global_batch_size": 12}, 1, "not a multiple of 8 x 1; legal batch "
          "sizes for 1 rank: 1, 2, 3, 4, 6, 12"),
         ({"batch_size": 6, "global_batch_size": 12}, 4, "legal batch sizes for 4 ranks: 1, 3"),
         ({"batch_size": 4, "global_batch_size": 32}, 3, "legal global batch sizes: multiples of "

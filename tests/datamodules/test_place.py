@@ -171,7 +171,7 @@ def test_a_checkpoint_of_another_stream_is_refused(texts, tmp_path):
     assert saved["InstructDataModule"]["micro_batches"] == 4  # of the second epoch
     saved["InstructDataModule"]["micro_batches"] = 8  # as two ranks would have left it
     torch.save(saved, tmp_path / "cut.ckpt")
-    with pytest.raises(ValueError, match="at micro-batch 14 of all ranks, its checkpoint at 18"):
+    with pytest.raises(ValueError, match=r"at micro-batch 14 of all ranks, but .* is at 18"):
         fit(same(), Recorder(), tmp_path, resume=True)
 
 

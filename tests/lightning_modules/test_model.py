@@ -285,7 +285,7 @@ def test_mistakes_in_a_spec_are_one_line():
 
 
 def test_slots_must_match_visuals():
-    with pytest.raises(ValueError, match="3 visual slots in the text, but 2 visuals"):
+    with pytest.raises(ValueError, match="3 visual slots, but there are 2 visuals"):
         make_batch([[S, S, 1, 2], [S, 3, 4]], [2, 2])
 
 

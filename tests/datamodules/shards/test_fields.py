@@ -142,7 +142,7 @@ def test_a_picture_without_an_ending_is_named(tmp_path, capsys):
 def test_a_visual_in_an_answer(kind):
     """Its slot would be learnt as a word, and its place would be before the question."""
     shown = [part(kind, "a.mp4"), part("text", "x")]
-    refused({"messages": messages("What?", shown)}, "messages 1", repr(kind), "an answer is text")
+    refused({"messages": messages("What?", shown)}, "messages 1", repr(kind), "must be text")
     refused({"conversations": messages("What?", shown, names=("from", "value"))}, "conversations 1")
     asked = {"messages": messages(shown, [part("text", "x")])}
     assert to_conversation(asked)["conversations"][1] == {"from": "gpt", "value": "x"}

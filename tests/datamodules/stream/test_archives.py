@@ -105,7 +105,7 @@ def test_members_sorted_by_type(tmp_path, capsys):
     assert not index_path(path).exists()
     assert "slot_mismatch" in samples[0]
     assert "missing_field" in samples[2]
-    assert ".mp4 alone" in samples[2]
+    assert "only .mp4:" in samples[2]
     assert all("tar --sort=name" in sample for sample in samples)
     report = verify(path, capsys)
     assert report["bad"] == {"tar_unsorted": 1, "slot_mismatch": 2, "missing_field": 2}

@@ -86,7 +86,7 @@ def test_lengths_that_are_missing_or_of_another_shard_are_one_line(measured):
         return str(error.value)
 
     place.write_bytes(lengths_path(index_path(first.with_name("shard-000001.tar"))).read_bytes())
-    assert "lengths of 4 samples, the shard has 9" in refused()
+    assert "lengths of 4 samples, but the shard has 9" in refused()
     place.write_bytes(b"no numbers")
     assert "cannot be read" in refused()
     place.unlink()
@@ -151,7 +151,10 @@ def test_samples_that_are_too_long_are_said_once(measured, caplog):
     module.train_dataloader()
     said = [r.getMessage() for r in caplog.records if "max_tokens" in r.getMessage()]
     assert len(said) == 1
-    line = f"of 20 samples are longer than data.stream.max_tokens={longest - 1}, up to {longest}:"
+    line = (
+        f"of 20 samples are longer than data.stream.max_tokens={longest - 1}, "
+        f"the longest has {longest} tokens:"
+    )
     assert line in said[0]
 
 

@@ -176,8 +176,8 @@ def sizes(counts, name="x") -> Manifest:
 @pytest.mark.parametrize(
     ("streams", "per_step", "world", "message"),
     [
-        (12, 12, 5, "12 micro-batches.* by 5 ranks; take 1, 2, 3, 4, 6, 12 ranks"),
-        (9, 8, 4, "9 virtual streams.*multiple of 4, or take 1 ranks"),
+        (12, 12, 5, "12 micro-batches.* by 5 ranks; use 1, 2, 3, 4, 6, 12 ranks"),
+        (9, 8, 4, "9 virtual streams.*multiple of 4, or use 1 ranks"),
         (57, 1, 1, "56 or less"),
         (40, 1, 1, ""),
         (None, 57, 1, "112 samples are fewer than the 114"),
@@ -321,7 +321,7 @@ def test_counts_of_a_prepared_folder_are_taken_without_its_indexes(tmp_path):
     os.utime(tmp_path, ns=(0, 0))
     assert [shard.count for shard in read_manifest(str(tmp_path)).shards] == [4, 7]
     reader = ShardReader(manifest, 30.0)
-    with pytest.raises(BadSampleError, match=r"index_stale: 5 samples, 4 when"):
+    with pytest.raises(BadSampleError, match=r"index_stale: 5 samples, but 4 when"):
         reader.read(0, 0)
     reader.close()
     os.utime(tmp_path)

@@ -85,14 +85,18 @@ STAGES = {
     "a class of another kind": (
         "rotary",
         "lightning_modules.loggers.csv.ResumableCSVLogger",
-        "no Rot",
+        "not a subclass of Rot",
     ),
     "a reader of files": (
         "encoder",
         "lightning_modules.checkpoint.weights._PlainReader",
-        "is no Encoder",
+        "is not a subclass of Encoder",
     ),
-    "a pooler as the llm": ("llm", "lightning_modules.pooler.average.AveragePooler", "is no Lang"),
+    "a pooler as the llm": (
+        "llm",
+        "lightning_modules.pooler.average.AveragePooler",
+        "is not a subclass of Lang",
+    ),
     "a walk": ("pooler", "lightning_modules.checkpoint.weights.torch.load", "there is no class"),
     "no text": ("pooler", ["evil"], "refused"),
 }
@@ -123,8 +127,16 @@ def test_code_beside_a_saved_model_is_not_run(theirs, tmp_path):
 @pytest.mark.parametrize(
     ("node", "target", "says"),
     [
-        ("frames", "datamodules.stream.reading.source.LocalFile", "is no FrameReader"),
-        ("conversation", "datamodules.visuals.frames.UniformSampler", "is no ConversationEncoder"),
+        (
+            "frames",
+            "datamodules.stream.reading.source.LocalFile",
+            "is not a subclass of FrameReader",
+        ),
+        (
+            "conversation",
+            "datamodules.visuals.frames.UniformSampler",
+            "is not a subclass of ConversationEncoder",
+        ),
         ("frames", "datamodules.visuals.frames.os.system", "there is no class"),
         (
             "frames",

@@ -97,7 +97,7 @@ def test_only_clip_has_a_context_to_train():
     with pytest.raises(ValueError, match=r"^model\.encoder is Siglip.*encoder=clip_large_336"):
         ContrastiveClip(spec, 0.01)
     spec = {"_target_": "lightning_modules.rotary.tad.TadRope"}
-    with pytest.raises(ValueError, match=r"TadRope' refused: it is no Encoder"):
+    with pytest.raises(ValueError, match=r"TadRope' refused: it is not a subclass of Encoder"):
         ContrastiveClip(spec, 0.01)
 
 
