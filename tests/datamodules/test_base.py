@@ -1,4 +1,4 @@
-"""A datamodule of somebody else: what it must give, and that every callback works with it."""
+"""A datamodule of another project: what it must provide, and that every callback works with it."""
 
 import json
 
@@ -16,7 +16,7 @@ from tests.helpers.uneven import make_rows
 
 
 class Mine(VideoDataModule):
-    """Written against the abstract class alone."""
+    """A datamodule that knows only the abstract class."""
 
     tokenizer = tiny_tokenizer()
 

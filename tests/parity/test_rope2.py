@@ -1,4 +1,4 @@
-"""Published schemes beyond VideoRoPE's: positions exactly; axes, cos and sin within float32."""
+"""Further published schemes: exact positions; axes, cos and sin within float32."""
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ from tests.helpers.visuals import row_of
 
 
 class YarnV(VideoRope):
-    """YaRN-V of VideoRoPE++: time's frequencies are stretched for a longer context.
+    """YaRN-V of VideoRoPE++ stretches the frequencies of time for a longer context.
 
-    It tests `RotaryScheme.scale`; no option in configs/rotary has it yet.
+    It tests `RotaryScheme.scale`. No option in configs/rotary uses it yet.
     """
 
     def __init__(self, factor, sections=None):
@@ -27,7 +27,7 @@ class YarnV(VideoRope):
         return torch.where(axes == TIME, frequencies * self.stretch**-place, frequencies)
 
 
-#: Variants in the golden files that are built here, by name; each takes the sections of a case.
+#: Variants in the golden files that are built here, by name. Each takes the sections of a case.
 VARIANTS = {
     "hope_1.5": lambda sections=None: HopeRope(1.5, sections),
     "hope_0.75": lambda sections=None: HopeRope(0.75, sections),

@@ -1,4 +1,4 @@
-"""One builder: what it builds from a file that a stranger may have written."""
+"""The builder of specs: what it builds from a file that a stranger may have written."""
 
 import pytest
 

@@ -25,8 +25,8 @@ LIST = json.dumps(ENTRIES, ensure_ascii=False, indent=1)
         ("a.json", LIST, "entry 0"),
         ("a.jsonl", LINES, "line 1"),
         ("a.jsonl", LINES + "\n\n", "line 1"),
-        ("a.jsonl", LIST, "entry 0"),  # a list for all its name
-        ("a.json", LINES, "line 1"),  # lines for all its name
+        ("a.jsonl", LIST, "entry 0"),  # a list, in spite of its name
+        ("a.json", LINES, "line 1"),  # lines, in spite of its name
         ("a.JSONL", LINES, "line 1"),
         ("a.ndjson", LINES, "line 1"),
         ("a.txt", LINES, "line 1"),
@@ -101,7 +101,7 @@ def test_a_file_without_a_good_line_is_no_annotation(tmp_path):
 
 
 def test_nan_is_a_value_that_is_missing():
-    """As pandas writes it: a column of pictures of which some rows have none."""
+    """As pandas writes it: a column of pictures in which some rows have none."""
     assert parse_json(b'{"image": NaN, "score": [NaN, 1]}') == {"image": None, "score": [None, 1]}
     for text in (b"Infinity", b"-Infinity"):
         with pytest.raises(BadSampleError, match="bad_json"):

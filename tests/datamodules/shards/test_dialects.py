@@ -1,4 +1,4 @@
-"""Annotations of other trainers: read where their meaning is plain, else refused by field."""
+"""Annotations of other trainers: read if their meaning is clear, otherwise refused by field."""
 
 import json
 from pathlib import Path
@@ -209,7 +209,7 @@ def test_a_field_can_be_ignored():
 @pytest.fixture(scope="module")
 def media(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("media")
-    pictures = draw_frames(3, 16)[0]  # 8 frames a second
+    pictures = draw_frames(3, 16)[0]  # 8 frames per second
     (root / "a.mp4").write_bytes(encode_video(pictures))
     (root / "b.jpg").write_bytes(encode_image(pictures[0]))
     return root
@@ -224,7 +224,7 @@ def samples(folder: Path) -> list[dict]:
 
 
 def test_they_are_packed_and_read(media, tmp_path):
-    """Nothing blind: as many visuals in the row as the entry names."""
+    """No row lacks a visual: it has as many visuals as the entry names."""
     entries = [entry for entry, _ in READ.values()]
     assert pack(tmp_path, media, entries, lines=True) == 0
     frames, encoder = FrameReader(32, UniformSampler(2)), ConversationEncoder()
@@ -244,7 +244,7 @@ def test_a_field_that_is_ignored_on_the_command_line(media, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("span", "first", "count"),
     [
-        ({"start": 0.5}, 4, 12),  # 16 frames at 8 a second
+        ({"start": 0.5}, 4, 12),  # 16 frames at 8 per second
         ({"start": 0.5, "end": None}, 4, 12),
         ({"end": 0.5}, 0, 4),
         ({"start": None, "end": "0.5"}, 0, 4),
