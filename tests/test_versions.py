@@ -204,4 +204,4 @@ def test_a_program_ends_without_looking_for_garbage():
 @pytest.mark.parametrize("script", sorted(PROJECT["scripts"]))
 def test_every_program_ends_so(script):
     module, _, _ = PROJECT["scripts"][script].partition(":")
-    assert module.startswith("experiments."), "what its package registers for the end holds for it"
+    assert module.startswith("experiments."), "exit handlers of the package apply to it"

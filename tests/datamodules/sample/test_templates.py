@@ -165,8 +165,7 @@ def test_the_built_in_template_begins_with_its_role():
 
 
 def test_a_tokenizer_that_adds_nothing_gets_nothing(tmp_path):
-    """As in Qwen2's base model: it has no template, and `tokenizer(text)` adds nothing before a
-    text."""
+    """As in Qwen2's base model: it has no template, and `tokenizer(text)` adds no token."""
     bare = tiny_tokenizer()
     bare.chat_template = None
     bare.backend_tokenizer.post_processor = processors.ByteLevel()

@@ -188,8 +188,7 @@ def test_videochat2_says_its_instruction_once(packed):
 
 
 def test_a_part_of_a_video_is_cut_out(packed, media, tmp_path, capsys):
-    """The video has 16 frames at 8 per second. From 0.5 s to 1.5 s are the 8 frames from number 4
-    on."""
+    """Of 16 frames at 8 per second, those from 0.5 s to before 1.5 s are 8, from number 4 on."""
     every = FrameReader(64, FpsSampler(100.0, 100))
     raw = of(packed, VIDEOCHAT2[1])
     whole = every.video(of(packed, VIDEOCHAT2[0])["mp4"])

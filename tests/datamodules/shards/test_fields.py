@@ -140,8 +140,7 @@ def test_a_picture_without_an_ending_is_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["image", "image_url", "video"])
 def test_a_visual_in_an_answer(kind):
-    """The text of its slot would be trained as a word, and its visual would move before the
-    question."""
+    """Its slot would be trained as a word, and its visual would move before the question."""
     shown = [part(kind, "a.mp4"), part("text", "x")]
     refused({"messages": messages("What?", shown)}, "messages 1", repr(kind), "must be text")
     refused({"conversations": messages("What?", shown, names=("from", "value"))}, "conversations 1")
