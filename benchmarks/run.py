@@ -24,14 +24,14 @@ check the results, and no training runs it. Against the functions that VideoRoPE
 are tensor operations too, the gain is 6.5 to 14 x at 100,006 tokens (0.6 to 0.8 ms for 4.8 to
 10.8 ms), and 2.3 to 3.6 x at 2,048 tokens.
 
-**Needle grid.** Its rows are short (192 frames of 4 tokens) and have no distractors. Against the
+**Needle test.** Its rows are short (192 frames of 4 tokens) and have no distractors. Against the
 loop that VideoRoPE published, on 100 and 300 frames of 32 tokens, 6 depths and 5 needles:
 
 | grid | ours | published | gain |
 | --- | --- | --- | --- |
 | without distractors | 61.4 s | 71.2 s | 1.16 x faster |
 | with the distractor of the published code | 83.4 s | 66.7 s | 0.80 x: ours is slower |
-| most memory of the process, both grids | 3,189 MiB | 785 MiB | 4.06 of it |
+| peak memory of the process, both grids | 3,189 MiB | 785 MiB | 4.06 of it |
 
 The predictions are the same in all 60 cells of each grid. A distractor before the needle ends what
 its cells have in common, so less is shared; and the prefix is copied for each needle.

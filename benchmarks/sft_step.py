@@ -55,8 +55,8 @@ class Size:
     llm: Mapping[str, Any]
     clip: Mapping[str, Any]
     frames: int  # frames of a sample's video
-    words: int  # words of its question
-    answer: int  # words of its answer
+    words: int  # text tokens of its question
+    answer: int  # text tokens of its answer
 
 
 def llama(width: int, layers: int, vocabulary: int) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def reckoned(name: str, size: Size) -> list[Row]:
     kept = ("weights", "gradients", "optimizer")
     beside = [(way.peak - sum(way.memory[kind] for kind in kept)) / 2**20 for way in ways]
     work = [way.computed / 1e9 for way in ways]
-    name = f"step of {name}, reckoned"
+    name = f"step of {name}, computed"
     return [
         at_most(f"{name}, activations at the peak", *beside, share=0.5, unit="MiB"),
         at_most(f"{name}, operations", *work, share=0.98, unit="GFLOP"),
@@ -316,11 +316,15 @@ def device_table(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A table of steps on one device, in bfloat16.")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="without one: as `make bench`")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="if left out: the rows of `make bench`"
+    )
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--attention", nargs="+", default=["sdpa"])
     parser.add_argument("--compile", nargs="+", choices=["off", "on"], default=["off"])
-    parser.add_argument("--checkpointing", action="store_true", help="blocks run twice")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="activation checkpointing: blocks run twice"
+    )
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     if options.device:

@@ -235,11 +235,11 @@ def first_batches(folder: Path, scale: Scale) -> list[Row]:
                     taken.append(time_to_first(patterns, share, cache))
                     bytes_served.append(served() - before)
             best = [1000 * min(taken) for taken in times]
-            row = f"first batch at 90 % against 0 %, {name}, {scale.gigabytes:g} GiB"
+            row = f"first batch at 90 % of an epoch against 0 %, {name}, {scale.gigabytes:g} GiB"
             rows.append(at_most(row, *best, share=1.2, unit="ms"))
     asked = bytes_served[2 * pairs :]
     late, early = (statistics.mean(asked[part::2]) / 2**20 for part in (0, 1))
-    return [*rows, at_most("the same, bytes served", late, early, share=1.2, unit="MiB")]
+    return [*rows, at_most("first batch, bytes served", late, early, share=1.2, unit="MiB")]
 
 
 def time_to_first(patterns: str, share: float, cache: Path) -> float:
@@ -312,7 +312,7 @@ def index_time(folder: Path, scale: Scale) -> Row:
     gigabytes = sum(os.path.getsize(path) for path in paths) / 1e9
     gain, same = plain[0] / ours[0], ours[1] == plain[1]
     return Row(
-        "index of files",
+        "indexing of files",
         *(f"{taken / gigabytes:.3f} s/GB" for taken, _ in (ours, plain)),
         gain=f"{gain:.2f} x faster",
         difference="none" if same else "OTHER SAMPLES",

@@ -74,7 +74,7 @@ class VideoDataModule(LightningDataModule):
                 advice += f"; legal numbers of ranks: {listed(divisors(size // batch))}"
         else:
             advice = f"legal batch sizes for {ranks}: {listed(divisors(size // world))}"
-        raise ValueError(f"{what}: {size} is no multiple of {batch} x {world}; {advice}")
+        raise ValueError(f"{what}: {size} is not a multiple of {batch} x {world}; {advice}")
 
     @property
     def trained_samples(self) -> int:
@@ -121,7 +121,9 @@ class VideoDataModule(LightningDataModule):
         Raises:
             ValueError: the datamodule cannot be planned.
         """
-        raise ValueError(f"ropelab-plan needs `outlined` of {type(self).__name__}, which has none")
+        raise ValueError(
+            f"ropelab-plan needs the method `outlined`, which {type(self).__name__} does not have"
+        )
 
 
 def datamodule_of(trainer: Trainer) -> VideoDataModule:
@@ -133,7 +135,9 @@ def datamodule_of(trainer: Trainer) -> VideoDataModule:
     found = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(found, VideoDataModule):
         name = type(found).__name__
-        raise ValueError(f"{name} is no VideoDataModule: let it extend datamodules.base")
+        raise ValueError(
+            f"{name} is not a VideoDataModule: derive it from datamodules.base.VideoDataModule"
+        )
     return found
 
 
@@ -193,8 +197,8 @@ class StepsDataModule(VideoDataModule):
             raise ValueError(
                 f"trainer.val_check_interval={interval // per_step} optimizer steps is longer than "
                 f"an epoch, which has {mine // per_step}: set it to {mine // per_step} or less, to "
-                "1.0 for the end of each epoch, or +trainer.check_val_every_n_epoch=null to count "
-                "through epochs"
+                "1.0 for the end of each epoch, or count across epochs with "
+                "+trainer.check_val_every_n_epoch=null"
             )
 
     def _samples_before(self, epoch: int, micro_batches: int) -> int:
@@ -239,8 +243,8 @@ class StepsDataModule(VideoDataModule):
         if self._go_on:
             return
         ways_out = (
-            f"restore what it was, start anew with resume=false, or go on with the new "
-            f"{{}} by {self._key}=go_on"
+            "undo the change, start anew with resume=false, or go on with the new {} by "
+            f"{self._key}=go_on"
         )
         if then != now:
             changed = "shards" if then.split()[1] != now.split()[1] else "settings"
@@ -278,7 +282,7 @@ class StepsDataModule(VideoDataModule):
         count = [place[0] * self._batches + place[1] for place in (here, restored or here)]
         if count[0] != count[1]:
             raise ValueError(
-                f"the trainer stands at micro-batch {count[0]} of all ranks, its checkpoint at "
+                f"the trainer is at micro-batch {count[0]} of all ranks, but its checkpoint is at "
                 f"{count[1]}: resume with the callback `checkpoint`, or on as many ranks as before"
             )
         return here

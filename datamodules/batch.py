@@ -112,16 +112,18 @@ class VideoBatch:
     def __post_init__(self) -> None:
         slots = int((self.input_ids == VISUAL_SLOT).sum())
         if not slots == len(self.shapes) == len(self.infos):
-            raise ValueError(f"{slots} visual slots in the text, but {len(self.shapes)} visuals")
+            raise ValueError(
+                f"the text has {slots} visual slots, but there are {len(self.shapes)} visuals"
+            )
         needed = sum(map(math.prod, self.shapes))
         if needed != len(self.pixels):
-            raise ValueError(f"the visuals have {needed} pixels, {len(self.pixels)} are given")
+            raise ValueError(f"the visuals need {needed} pixels, but {len(self.pixels)} are given")
         for (frames, *_), info in zip(self.shapes, self.infos, strict=True):
             tiles = info.tiles
             if tiles and frames != 1 + tiles.rows * tiles.columns:
                 raise ValueError(
                     f"an image of {tiles.rows} x {tiles.columns} tiles and a thumbnail has "
-                    f"{1 + tiles.rows * tiles.columns} frames, {frames} are given"
+                    f"{1 + tiles.rows * tiles.columns} frames, but {frames} are given"
                 )
         self.tasks = self.tasks or [None] * len(self)
         if len(self.tasks) != len(self):
@@ -225,7 +227,9 @@ class PreferenceBatch:
 
     def __post_init__(self) -> None:
         if len(self.chosen) != len(self.rejected):
-            raise ValueError(f"{len(self.chosen)} chosen answers, {len(self.rejected)} rejected")
+            raise ValueError(
+                f"{len(self.chosen)} chosen answers, but {len(self.rejected)} rejected answers"
+            )
 
     @property
     def keys(self) -> list[str]:

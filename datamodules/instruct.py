@@ -242,8 +242,9 @@ class InstructDataModule(StepsDataModule):
             self._budget = BudgetOrder(samples, tokens, options.max_tokens, batch, per_step)
             if self._rank == 0 and (longer := self._budget.too_long):
                 logger.warning(
-                    f"{longer} of {len(tokens)} samples are longer than data.stream.max_tokens="
-                    f"{options.max_tokens}, up to {tokens.max()}: each is a batch of its own"
+                    f"{longer} of {len(tokens)} samples are longer than "
+                    f"data.stream.max_tokens={options.max_tokens}, the longest has {tokens.max()} "
+                    "tokens: each of them becomes a batch of its own"
                 )
         return self._budget
 

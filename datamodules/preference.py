@@ -125,7 +125,7 @@ def _reference(entry: dict[str, Any]) -> tuple[tuple[float, float] | None, dict[
     good = [v for v in values if isinstance(v, int | float) and math.isfinite(v) and v <= 0]
     settings = given.get("settings", {}) if isinstance(given, dict) else None
     if len(good) < len(ANSWERS) or not isinstance(settings, dict):
-        raise BadSampleError("bad_field", f"reference: two log-probabilities, not {given!r}")
+        raise BadSampleError("bad_field", f"reference must be two log-probabilities, not {given!r}")
     return (float(good[0]), float(good[1])), settings
 
 

@@ -99,7 +99,9 @@ class Processor:
     def _read(self, turns: Sequence[Turn], paths: Sequence[Path]) -> Sample:
         words = sum(self.conversation.count_slots(turn) for turn in turns)
         if words != len(paths):
-            raise ValueError(f"{words} words <video> or <image> in the text, {len(paths)} files")
+            raise ValueError(
+                f"the text has {words} words <video> or <image>, but there are {len(paths)} files"
+            )
         read = [self._frames.read(path.name, path.read_bytes()) for path in paths]
         ends_with_answer = bool(turns) and turns[-1].role == "assistant"
         encode = self.conversation if ends_with_answer else self.conversation.ask

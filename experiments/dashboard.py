@@ -179,7 +179,7 @@ def _ranking(
     spread: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
     bars: list[Any] = [
         panels.BarPlot(
-            title=f"{name} by {axis}, mean and deviation",
+            title=f"{name} by {axis}: mean and standard deviation",
             metrics=[name],
             groupby=panels.Config(_config_key(runs[0], axis)),
             **spread,
@@ -242,13 +242,23 @@ def _setting(run: RunState, key: str) -> Any:
 def _parser() -> argparse.ArgumentParser:
     what = "Writes a W&B workspace for an ablation."
     parser = argparse.ArgumentParser(prog="ropelab-dashboard", description=what)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="holds the runs of an ablation")
-    parser.add_argument("--metric", help="what runs are ranked by (default: needle/… or a loss)")
-    parser.add_argument("--axis", action="append", help="default: all in which the runs differ")
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="folder with the runs of an ablation"
+    )
+    parser.add_argument(
+        "--metric", help="the metric that ranks the runs (default: needle/… or a loss)"
+    )
+    parser.add_argument(
+        "--axis",
+        action="append",
+        help="a factor, by its config key (default: all in which the runs differ)",
+    )
     parser.add_argument("--project", help="in W&B (default: that of the runs)")
     parser.add_argument("--entity", help="in W&B (default: WANDB_ENTITY)")
     parser.add_argument("--output", type=Path, help="default: FOLDER/dashboard.json")
-    parser.add_argument("--save", action="store_true", help="make it a view of the project")
+    parser.add_argument(
+        "--save", action="store_true", help="save it to W&B as a view of the project"
+    )
     return parser
 
 

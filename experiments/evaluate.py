@@ -115,12 +115,16 @@ def load(
     if "llm" not in stages:
         raise ValueError(
             f"{saved.path} holds {', '.join(stages)} alone, as module=clip_context trains it: "
-            f"start a training of an llm from it with init={run}, or ask for its recall with "
+            f"start the training of an llm from it with init={run}, or measure its recall with "
             f"ropelab-evaluate run={run} experiment=clip_context"
         )
     for part, asked in (replaced or {}).items():
         if asked != stages[part]:
-            logger.warning("trained with %s, run with %s as asked", stages[part], asked)
+            logger.warning(
+                "the model was trained with %s, but is evaluated with %s, as asked",
+                stages[part],
+                asked,
+            )
             stages = {**stages, part: asked}
     model = VideoLanguageModel(VideoLanguageModelConfig(**stages))
     _fill(model, saved)
@@ -145,7 +149,7 @@ def measure_recall(
 ) -> float:
     """Returns the share of captions in `data.val` whose own visual is the most similar one."""
     if not config.data.get("val"):
-        raise ValueError("no captions to find visuals by: set data.val to shards that have some")
+        raise ValueError("recall needs captions: set data.val to shards that have some")
     (metrics,) = trainer.validate(stage, datamodule=datamodule, verbose=False)
     return metrics["val/t2i_r1"]
 
@@ -154,7 +158,7 @@ def _fill(network: nn.Module, saved: Saved) -> None:
     try:
         network.load_state_dict(saved.weights)
     except RuntimeError as error:
-        raise ValueError(f"{saved.path} does not fit its own stages: {error}") from None
+        raise ValueError(f"{saved.path} does not fit its own components: {error}") from None
 
 
 if __name__ == "__main__":

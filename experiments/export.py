@@ -32,15 +32,17 @@ def main(arguments: list[str] | None = None) -> None:
     run_alone("ropelab-export")
     parser = argparse.ArgumentParser("ropelab-export", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("out", type=Path, help="folder to write, which is not there yet")
-    parser.add_argument("--checkpoint", help="file in checkpoints/, such as best.ckpt; else newest")
+    parser.add_argument("out", type=Path, help="folder to write; it must not exist yet")
+    parser.add_argument(
+        "--checkpoint", help="file in checkpoints/, such as best.ckpt (default: the newest)"
+    )
     parser.add_argument(
         "--lora",
         choices=("merged", "apart"),
         default="merged",
-        help="folded into the weights; or beside them, and once more in adapter/ as peft reads it",
+        help="LoRA: merged into the weights, or apart, and again in adapter/ in the format of peft",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; as trained if left out")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as trained)")
     options = parser.parse_args(arguments)
     try:
         export(**vars(options))
@@ -65,10 +67,10 @@ def export(
         ValueError: `out` exists, or `run` is not a run directory with a checkpoint.
     """
     if out.exists():
-        raise ValueError(f"{out} is there already: name another folder, or remove it")
+        raise ValueError(f"{out} already exists: name another folder, or remove it")
     config_file = inside(run, "config.yaml")
     if not config_file.is_file():
-        raise ValueError(f"{run} is no run directory: it has no config.yaml")
+        raise ValueError(f"{run} is not a run directory: it has no config.yaml")
     config = read_yaml(config_file)
     processor = Processor(config["data"]["frames"], config["data"]["conversation"])
     model, steps = load(run, None, checkpoint)

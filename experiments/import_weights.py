@@ -65,7 +65,7 @@ def fetch(source: str) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         line = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{source!r} is no folder, nor a hub id that can be read: {line}"
+            f"{source!r} is neither a folder nor a hub id that can be read: {line}"
         ) from None
     return folder
 
@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     names = ["auto", *(importer.name for importer in IMPORTERS)]
     parser.add_argument("--format", choices=names, default="auto")
     kinds = ["float32", "bfloat16", "float16"]
-    parser.add_argument("--dtype", choices=kinds, help="of the weights; default: as most of them")
+    parser.add_argument(
+        "--dtype", choices=kinds, help="type of the weights (default: that of most of them)"
+    )
     parser.add_argument("--clip", help="hub id or folder of PPLLaVA's CLIP, for its config")
     for kind, what in (
         ("unused", "keys of the source that may have no place"),

@@ -53,7 +53,9 @@ def plan(config: DictConfig) -> None:
     # 2. If it does not fit: advises changes, each with a forecast of its own
     for tight in forecasts:
         if config.advise and tight.gib > usable:
-            print(f"\n{tight.ranks} ranks need {tight.gib:.3g} GiB each, {usable:.3g} are there:")
+            print(
+                f"\n{tight.ranks} ranks need {tight.gib:.3g} GiB each, but {usable:.3g} are usable:"
+            )
             _advise(config, tight, usable)
 
 
@@ -74,9 +76,9 @@ def _describe(config: DictConfig, first: Forecast) -> str:
         [
             f"{device.name}: {device.memory_gib} GiB, {config.headroom:.0%} of it kept free; "
             f"{config.mfu:.0%} of {device.peak_flops / 1e12:.0f} TFLOP/s",
-            f"{step.parameters / 1e9:.3g} B parameters, {step.trained / 1e9:.3g} B trained; "
-            f"a sample: {first.frames} frames, {first.visual_tokens} visual tokens; "
-            f"{step.tokens // step.samples} tokens read in all",
+            f"{step.parameters / 1e9:.3g} B parameters, {step.trained / 1e9:.3g} B trained; a "
+            f"sample: {first.frames} frames, {first.visual_tokens} visual tokens; "
+            f"{step.tokens // step.samples} tokens in all",
             f"FLOPs of a sample: {flops}; computed are {share:.2f} times as many",
         ]
     )
@@ -140,7 +142,7 @@ def _advise(config: DictConfig, tight: Forecast, usable: float) -> None:
         )
         if fits:
             return
-    print("  nothing that is known here makes it fit: take a smaller model or fewer frames")
+    print("  no change that is known here makes it fit: choose a smaller model or fewer frames")
 
 
 def _changes(config: DictConfig, ranks: int) -> Iterator[Change]:

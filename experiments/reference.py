@@ -98,8 +98,8 @@ def claim(output: Path, made_with: dict[str, Any]) -> None:
         then, now = ({"weights": m["weights_sha256"], **m["settings"]} for m in (former, made_with))
         key = next(key for key in now if then.get(key) != now[key])
         raise ValueError(
-            f"{output} holds shards made with other {key} ({str(then.get(key))[:12]}, now "
-            f"{now[key][:12]}): set output= to another folder"
+            f"{output} holds shards that were made with another {key} ({str(then.get(key))[:12]}, "
+            f"now {now[key][:12]}): set output= to another folder"
         )
     output.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(made_with, indent=1))

@@ -23,10 +23,10 @@ SHOWN_GENERATIONS = 8
 def main(arguments: list[str] | None = None) -> None:
     run_alone("ropelab-report")
     parser = argparse.ArgumentParser("ropelab-report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold runs")
     parser.add_argument("--output", type=Path, help="where to write (default: the first of RUNS)")
     parser.add_argument(
-        "--stages", type=Path, metavar="PNG", help="draw RUNS as stages in a row, and nothing else"
+        "--stages", type=Path, metavar="PNG", help="only draw RUNS as stages in a row"
     )
     options = parser.parse_args(arguments)
     try:

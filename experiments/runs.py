@@ -125,7 +125,9 @@ def what_is_missing(runs: list[RunState]) -> list[str]:
         others = [f"{counts[s]} {s}" for s in ("running", "queued", "stale") if counts[s]]
         if to_go:
             named = ", ".join(to_go[:5]) + (", …" if len(to_go) > 5 else "")
-            line = f"{len(to_go)} of {len(members)} to go: {named}; the same command runs them"
+            line = (
+                f"{len(to_go)} of {len(members)} still to run: {named}; the same command runs them"
+            )
         else:
             line = f"{counts['done']} of {len(members)} done"
         if len(members) > 1:
@@ -155,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--metric", help="the metric that is shown (default: score, or a loss)")
     parser.add_argument("--json", action="store_true", help="a list of runs instead of a table")
-    help_stale = "a running process that is silent for that long is stale (default: 600)"
+    help_stale = "a running process without a heartbeat for this long is stale (default: 600)"
     parser.add_argument("--stale", type=float, default=600, metavar="SECONDS", help=help_stale)
     return parser
 

@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def pack(options: argparse.Namespace) -> Outcome:
     if not options.videos.is_dir():
-        raise ValueError(f"no folder {str(options.videos)!r}; set --videos to that of the files")
+        raise ValueError(
+            f"no folder {str(options.videos)!r}; set --videos to the folder of the files"
+        )
     # 1. The entries to pack
     entries = read_annotations(options.annotations)
     if not entries:
@@ -156,19 +158,28 @@ def _parser() -> argparse.ArgumentParser:
     workers = min(8, os.cpu_count() or 1)
 
     writer = commands.add_parser("pack", help="videos and LLaVA annotations -> shards")
-    writer.add_argument("--videos", type=Path, required=True, help="folder the file names start at")
+    writer.add_argument(
+        "--videos", type=Path, required=True, help="folder that file names are relative to"
+    )
     writer.add_argument("--annotations", type=Path, required=True, help=".json list or .jsonl")
     writer.add_argument("--output", type=Path, required=True, help="folder for the shards")
     writer.add_argument("--shard-size", type=_positive, default=256, help="entries a shard")
     writer.add_argument("--workers", type=_positive, default=workers, help="processes")
     writer.add_argument(
-        "--reencode", type=_positive, metavar="SHORT_SIDE", help="H.264, a keyframe every 8 frames"
+        "--reencode",
+        type=_positive,
+        metavar="SHORT_SIDE",
+        help="re-encode videos as H.264 with a keyframe every 8 frames",
     )
     writer.add_argument(
         "--follow-links", action="store_true", help="read links that lead out of --videos"
     )
     writer.add_argument(
-        "--ignore-field", action="append", default=[], metavar="FIELD", help="pass it over"
+        "--ignore-field",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="ignore this field",
     )
     writer.add_argument("--overwrite", action="store_true", help="replace shards that are there")
     writer.set_defaults(run=pack)
@@ -179,15 +190,20 @@ def _parser() -> argparse.ArgumentParser:
     reader.add_argument("--workers", type=_positive, default=workers, help="processes")
     reader.set_defaults(run=verify)
 
-    reader = commands.add_parser("measure", help="keep how long samples are, for data.stream")
+    reader = commands.add_parser(
+        "measure", help="store the lengths of samples, for data.stream.max_tokens"
+    )
     reader.add_argument("paths", nargs="+", metavar="PATHS", help="files, folders, globs, urls")
-    reader.add_argument("--tokenizer", help="of the LLM: hub id, folder or .gguf; else the own one")
+    reader.add_argument(
+        "--tokenizer",
+        help="hub id, folder or .gguf of the LLM's tokenizer (default: the built-in one)",
+    )
     reader.add_argument("--index-cache", type=Path, help="as data.stream.index_cache")
     reader.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     reader.add_argument("--workers", type=_positive, default=workers, help="processes")
     reader.set_defaults(run=measure)
 
-    writer = commands.add_parser("demo", help="haystacks and needles out of installed packages")
+    writer = commands.add_parser("demo", help="haystacks and needles from installed packages")
     writer.add_argument("output", type=Path, metavar="DIR", help="folder for the shards")
     writer.set_defaults(run=demo)
     return parser
@@ -195,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return int(text)
 
 

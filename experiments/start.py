@@ -48,7 +48,7 @@ def leave_terminal_to_the_foreground() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
 def sweep(config: Any) -> None:
-    raise NotImplementedError("a job of a multirun is a process of its own")
+    raise NotImplementedError("each job of a multirun is its own process")
 
 
 if __name__ == "__main__":

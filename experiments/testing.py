@@ -77,7 +77,7 @@ def score_answers(
         return {}
     if isinstance(datamodule, PreferenceDataModule):
         raise ValueError(
-            "data.val holds pairs of answers, of which no score is known here: take needles "
+            "data.val holds pairs of answers, which no score here can judge: choose needles "
             "(data=vniah eval=vniah_d_tiny) or questions (data=instruct data.train=null "
             "data.val=SHARDS)"
         )

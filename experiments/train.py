@@ -33,7 +33,7 @@ def main(config: DictConfig) -> float | None:
     check_values(config)
     folder = RunDirectory(config)
     if done := folder.finished():
-        print(f"finished before: {folder.path / 'done.json'}")
+        print(f"already finished: {folder.path / 'done.json'}")
         return done["metrics"].get("score")
     print_config(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)

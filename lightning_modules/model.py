@@ -140,8 +140,8 @@ class VideoLanguageModel(PreTrainedModel):
         self.llm: LanguageModel = build(config.llm or {}, LanguageModel)
         if self.pooler.uses_prompt and not self.encoder.reads_prompts:
             raise ValueError(
-                "a prompt guides the pooler, but the encoder has no text tower to read it with: "
-                "take pooler=average or none, or an encoder with one (encoder=clip_large_336)"
+                "the pooler needs a prompt, but the encoder has no text tower to read it: choose "
+                "pooler=average or none, or an encoder with a text tower (encoder=clip_large_336)"
             )
         self._check_pooler()
         self.llm.replace_rotary(lambda original: RotaryEmbedding(self.rotary, original))

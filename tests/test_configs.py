@@ -1,4 +1,4 @@
-"""Every option of every group composes, and what it names can be built."""
+"""Every option of every group composes, and its classes can be built."""
 
 import re
 import subprocess
@@ -20,13 +20,13 @@ from lightning_modules.training.instruct import VideoLLMModule
 
 STAGES = ("encoder", "pooler", "rotary", "llm")
 PROGRAMS = {path.stem for path in CONFIG_DIR.glob("*.yaml")}
-#: (group, option) of every file at every level, but for programs and the untracked group.
+#: (group, option) of every file at every level, without programs and the untracked group.
 OPTIONS = sorted(
     (str(path.parent.relative_to(CONFIG_DIR)), path.stem)
     for path in CONFIG_DIR.rglob("*/*.yaml")
     if path.parent.name != "local"
 )
-#: What chooses the options of a group that is within an option of another.
+#: Words that choose the options of a group inside an option of another group.
 WITHIN = {
     "data/sampler": ["data=instruct"],
     "data/tiny": ["data=tiny"],
@@ -52,25 +52,25 @@ def targets(node) -> list[str]:
 
 
 def named(groups: list[str] | None = None) -> list:
-    """The options of some groups, or of all, as parameters whose ids are words."""
+    """Returns the options of some groups, or of all, as parameters whose ids are words."""
     chosen = [option for option in OPTIONS if groups is None or option[0] in groups]
     return [pytest.param(*option, id="=".join(option)) for option in chosen]
 
 
 def words_for(group: str, name: str) -> list[str]:
-    """Words of a command line that chooses the option."""
+    """Returns the words of a command line that chooses the option."""
     if group == "scale/tiny":
         return [f"experiment={name}", "scale=tiny"]
     if group == "scale":
         return ["experiment=clip_context", f"scale={name}"]
-    # A recipe that has a needle test, so that eval= has its place.
+    # A recipe with a needle test, for which eval= has an effect.
     recipe = [] if group == "experiment" else ["experiment=vniah_d_tiny"]
     return [*recipe, *WITHIN.get(group, []), f"{group}={name}"]
 
 
 @pytest.fixture(scope="module")
 def recipe(compose, tmp_path_factory):
-    """`recipe(name)`: its config, composed once."""
+    """`recipe(name)` returns its config, composed once."""
     return cache(lambda name: compose(RECIPES[name], tmp_path_factory.mktemp("recipe")))
 
 
@@ -79,7 +79,7 @@ def test_every_option_composes_and_names_what_exists(group, name, compose, tmp_p
     config = compose(words_for(group, name), tmp_path, "plan")  # the program that has all groups
     if group == "scale/tiny":
         assert config.name.endswith("_tiny")
-    elif group != "hydra":  # the group that Hydra itself chooses from is not among the choices
+    elif group != "hydra":  # Hydra chooses from this group itself, so it is not among the choices
         assert HydraConfig.get().runtime.choices[group] == name
     for target in targets(config):
         module, _, attribute = target.rpartition(".")
@@ -88,7 +88,7 @@ def test_every_option_composes_and_names_what_exists(group, name, compose, tmp_p
 
 @pytest.mark.parametrize(("group", "name"), named(list(STAGES)))
 def test_every_stage_fits_the_tiny_ones(group, name, compose, tmp_path):
-    """A stage with a `source` would load it, and only composes."""
+    """A component with a `source` would load it, so it is only composed."""
     config = compose([f"{group}={name}"], tmp_path)
     if group == "pooler" and config.model.pooler.get("kernel", [1, 1, 1])[1] == 3:
         image = ["model.encoder.image_size=96"]  # 6 x 6 patches
@@ -124,7 +124,7 @@ def test_every_experiment_composes_and_builds(name, program, recipe, compose, tm
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_states_its_command_and_what_it_gives(name, recipe):
-    """A recipe that was not measured says so, and what is published."""
+    """A recipe that was not measured says so, and gives the published numbers."""
     experiment, _, scale = name.partition("-")
     text = (
         CONFIG_DIR / ("scale/tiny" if scale else "experiment") / f"{experiment}.yaml"
@@ -145,7 +145,7 @@ def test_a_recipe_states_its_command_and_what_it_gives(name, recipe):
 
 @pytest.mark.parametrize("name", SCALED)
 def test_the_tiny_scale_has_the_stages_of_the_recipe(name, recipe):
-    """Smaller classes stand nowhere: the tiny scale tries out what the recipe will run."""
+    """No smaller classes: the tiny scale tests the classes that the recipe will use."""
     classes = [
         [config.module._target_, *(config.model[s]._target_ for s in STAGES if s in config.model)]
         for config in (recipe(name), recipe(f"{name}-tiny"))

@@ -1,4 +1,4 @@
-"""Whose fault a deprecation warning is, and that no call of ours makes one."""
+"""Deprecation warnings: who made the call, and that none of our calls makes one."""
 
 import ctypes
 import importlib
@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.deprecations import DEPRECATIONS
 
-#: The library that deprecates a function, in the ways that libraries do it.
+#: A library that deprecates a function, in the ways that libraries use.
 OLD_LIBRARY = """
 import contextlib
 import functools

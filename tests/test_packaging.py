@@ -1,4 +1,4 @@
-"""What is installed, what it is called, and whether the documents name things that exist."""
+"""Installed files, their names, and whether the documents name existing things."""
 
 import os
 import re
@@ -42,7 +42,7 @@ def test_only_the_packages_are_installed(tmp_path):
     assert result.stdout.strip() == "['experiments']", result.stderr
 
 
-#: Ten seconds of imports each, and the same as those of ropelab-train.
+#: Each needs ten seconds of imports, the same as those of ropelab-train.
 HEAVY = {f"ropelab-{name}" for name in ("evaluate", "export", "import", "plan", "reference")}
 
 
@@ -114,7 +114,7 @@ def test_make_lists_its_targets():
 @pytest.mark.parametrize("python", ["no-such-python", "old-python"])
 def test_a_python_too_old_is_one_line(tmp_path, python):
     old = tmp_path / "old-python"
-    old.write_text("#!/bin/sh\nexit 1\n")  # as a comparison of versions ends on an old one
+    old.write_text("#!/bin/sh\nexit 1\n")  # a comparison of versions may end with an old one
     old.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     venv = tmp_path / "venv"

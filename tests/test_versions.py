@@ -1,4 +1,4 @@
-"""Which versions are installed: the ranges, the lock, and what makes `make` install again."""
+"""Installed versions: the ranges, the lock, and what makes `make` install again."""
 
 import os
 import re
@@ -23,7 +23,7 @@ PLATFORMS = (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
 
 
 def direct() -> dict[str, Requirement]:
-    """What pyproject.toml asks for itself, by name."""
+    """Returns the requirements of pyproject.toml itself, by name."""
     extras = PROJECT["optional-dependencies"]
     lines = [*PROJECT["dependencies"], *(line for extra in extras.values() for line in extra)]
     found = {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
@@ -32,7 +32,7 @@ def direct() -> dict[str, Requirement]:
 
 
 def locked(python: str, system: str = "linux", machine: str = "x86_64") -> list[tuple[str, str]]:
-    """Name and version of what the lock pins there."""
+    """Returns name and version of everything that the lock pins there."""
     there = {
         "python_version": python,
         "python_full_version": f"{python}.1",
@@ -155,7 +155,7 @@ def test_another_word_for_versions_is_one_line(tmp_path, versions):
     ],
 )
 def test_ci_installs_packages_only_where_it_is_asked_to(tmp_path, variables, installs):
-    """The script runs in an empty folder, on a system of stand-ins that has no SLURM."""
+    """The script runs in an empty folder, on a simulated system without SLURM."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("apt-get", "sudo", "make"):
@@ -204,4 +204,4 @@ def test_a_program_ends_without_looking_for_garbage():
 @pytest.mark.parametrize("script", sorted(PROJECT["scripts"]))
 def test_every_program_ends_so(script):
     module, _, _ = PROJECT["scripts"][script].partition(":")
-    assert module.startswith("experiments."), "what its package registers for the end holds for it"
+    assert module.startswith("experiments."), "exit handlers of the package apply to it"

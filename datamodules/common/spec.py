@@ -30,7 +30,7 @@ def resolve(path: Any, package: str, kind: type = object) -> type:
     if not isinstance(found, type) or not found.__module__.startswith(f"{package}."):
         raise ValueError(f"class {path!r} refused: not a class defined under {package}")
     if not issubclass(found, kind):
-        raise ValueError(f"class {path!r} refused: it is no {kind.__name__}")
+        raise ValueError(f"class {path!r} refused: it is not a subclass of {kind.__name__}")
     return found
 
 

@@ -37,7 +37,7 @@ def read_clips(shards: str | Iterable[str], frames: FrameReader) -> list[UInt8[T
         with _named(raw):
             videos = [suffix for suffix in raw if is_video(suffix)]
             if not videos:
-                raise BadSampleError("not_a_video", "a haystack needs one")
+                raise BadSampleError("not_a_video", "a haystack needs a video")
             clips += [frames.read(suffix, raw[suffix]).frames for suffix in videos]
     return clips
 
@@ -54,13 +54,18 @@ def read_needles(shards: str | Iterable[str], frames: FrameReader) -> list[Needl
         with _named(raw):
             turns, suffixes = parse_sample(raw)
             if [turn.role for turn in turns] != ["user", "assistant"] or len(suffixes) != 1:
-                raise BadSampleError("not_a_needle", "one image, one question, one answer")
+                raise BadSampleError(
+                    "not_a_needle", "a needle has one image, one question and one answer"
+                )
             with naming(suffixes[0]):
                 picture = frames.image(raw[suffixes[0]])[0]
         question = turns[0].text.replace("<image>", "").strip()
         needles.append(Needle(picture, question, turns[1].text, raw["__key__"]))
     if len(by_question(needles)) < 2:
-        raise ValueError("needles of at least two questions are needed: they distract each other")
+        raise ValueError(
+            "needles of at least two questions are needed, because they are each other's "
+            "distractors"
+        )
     return needles
 
 
@@ -68,7 +73,10 @@ def _read_all(shards: str | Iterable[str]) -> Iterator[dict[str, Any]]:
     manifest = read_manifest(shards)
     for fault in manifest.faults:
         if fault.reason == "shard_missing":
-            hint = f"{fault.detail}; `ropelab-shards demo` makes some, paths.data says where"
+            hint = (
+                f"{fault.detail}; set paths.data to the folder of the shards, or make some with "
+                "`ropelab-shards demo`"
+            )
             raise BadSampleError(fault.reason, hint, shard=fault.shard)
         raise fault
     reader = ShardReader(manifest, timeout_s=30.0)

@@ -84,7 +84,7 @@ def check_text(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can contain lone surrogates
-        raise BadSampleError("bad_json", f"{where} is no Unicode: {error.reason}") from None
+        raise BadSampleError("bad_json", f"{where} is not Unicode: {error.reason}") from None
 
 
 def parse_sample(raw: dict[str, Any]) -> tuple[list[Turn], list[str]]:
@@ -113,9 +113,11 @@ def read_entry(raw: dict[str, Any]) -> Any:
         BadSampleError: missing_field, bad_json, too_long.
     """
     if "json" not in raw:
-        raise BadSampleError("missing_field", f"no .json in the sample, which has {_found(raw)}")
+        raise BadSampleError("missing_field", f"the sample has no .json, but {_found(raw)}")
     if len(raw["json"]) > _MAX_JSON:
-        raise BadSampleError("too_long", f"{len(raw['json'])} bytes of JSON of {_MAX_JSON}")
+        raise BadSampleError(
+            "too_long", f"{len(raw['json'])} bytes of JSON, the limit is {_MAX_JSON}"
+        )
     try:
         return json.loads(raw["json"])
     except (ValueError, RecursionError) as error:
@@ -142,9 +144,12 @@ def _found(raw: dict[str, Any]) -> str:
     shown = ", ".join(f".{suffix}" for suffix in suffixes[:6])
     shown += f" and {len(suffixes) - 6} more" if suffixes[6:] else ""
     if "json" not in raw and any(suffix.endswith(".json") for suffix in suffixes):
-        return f"{shown}: a key ends at its first dot, so that none may be in keys"
+        return f"{shown}: a key ends at its first dot, so a key must not contain a dot"
     if "json" not in raw or suffixes == ["json"]:
-        return f"{shown} alone: members of a sample stand together under tar --sort=name"
+        return (
+            f"only {shown}: the members of a sample must stand together, as tar --sort=name packs "
+            "them"
+        )
     return shown
 
 
@@ -161,13 +166,17 @@ def match_slots(turns: Sequence[Turn], names: Sequence[str]) -> list[str]:
     images = [name for name in names if not is_video(name)]
     slots = [word for turn in turns if turn.role != "assistant" for word in _slots(turn.text)]
     if len(slots) != len(names):
-        raise BadSampleError("slot_mismatch", f"{len(slots)} slots, {len(names)} visuals")
+        raise BadSampleError(
+            "slot_mismatch", f"{len(slots)} slots in the text, but {len(names)} visuals"
+        )
     queues = {"video": iter(videos), "image": iter(images or videos)}
     matched = [next(queues[word], None) for word in slots]
     if None in matched:
         if slots.count("video") > len(videos):
-            raise BadSampleError("not_a_video", f"{len(videos)} videos for {slots.count('video')}")
-        raise BadSampleError("slot_mismatch", f"{slots} in the text, {list(names)} given")
+            raise BadSampleError(
+                "not_a_video", f"{len(videos)} videos for {slots.count('video')} slots <video>"
+            )
+        raise BadSampleError("slot_mismatch", f"{slots} in the text, but {list(names)} given")
     return [name for name in matched if name is not None]
 
 
@@ -228,14 +237,18 @@ class ConversationEncoder:
             BadSampleError: too_long, chat_template (the template refuses these turns).
         """
         if len(turns) > self.max_length:  # a turn needs at least one token
-            raise BadSampleError("too_long", f"{len(turns)} turns in {self.max_length} tokens")
+            raise BadSampleError(
+                "too_long", f"{len(turns)} turns do not fit in {self.max_length} tokens"
+            )
         text, answers = self._render(turns)
         input_ids, labels = self._tokenize(text, answers)
         if len(input_ids) > self.max_length:
             kept = labels[: self.max_length]
             learnt = [label for label in kept if label != IGNORE_INDEX]
             if VISUAL_SLOT in input_ids[self.max_length :] or not learnt:
-                raise BadSampleError("too_long", f"{len(input_ids)} tokens of {self.max_length}")
+                raise BadSampleError(
+                    "too_long", f"{len(input_ids)} tokens, the limit is {self.max_length}"
+                )
             input_ids, labels = input_ids[: self.max_length], kept
         return EncodedConversation(input_ids, labels, self.prompt(turns, prompt_with_answers))
 
@@ -251,7 +264,9 @@ class ConversationEncoder:
             raise BadSampleError("chat_template", str(error)) from None
         input_ids, labels = self._tokenize(text, [])
         if len(input_ids) > self.max_length:
-            raise BadSampleError("too_long", f"{len(input_ids)} tokens of {self.max_length}")
+            raise BadSampleError(
+                "too_long", f"{len(input_ids)} tokens, the limit is {self.max_length}"
+            )
         return EncodedConversation(input_ids, labels, self.prompt(turns))
 
     def outlined(self, outline: Outline) -> EncodedConversation:

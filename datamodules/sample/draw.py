@@ -1,10 +1,10 @@
 """Random numbers of a sample, for rotary schemes whose settings are random in training."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 from datamodules.batch import Visual
+from datamodules.common.digest import number
 
 
 def with_draws(visuals: Sequence[Visual], *origin: object) -> list[Visual]:
@@ -15,11 +15,10 @@ def with_draws(visuals: Sequence[Visual], *origin: object) -> list[Visual]:
     """
     words = " ".join(map(str, origin))
     return [
-        replace(visual, info=visual.info._replace(draw=_uniform(f"{words} {number}")))
-        for number, visual in enumerate(visuals)
+        replace(visual, info=visual.info._replace(draw=_uniform(f"{words} {place}")))
+        for place, visual in enumerate(visuals)
     ]
 
 
 def _uniform(words: str) -> float:
-    digest = hashlib.sha256(words.encode()).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+    return ((number(words) + 2**63) >> 11) / 2**53  # 64 signed bits -> 53 unsigned

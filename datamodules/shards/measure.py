@@ -61,7 +61,8 @@ def measure_shard(shard: Shard, tokenizer: str | None, timeout_s: float = 30.0) 
         write_whole(place, file.getvalue(), shared=True)
     except OSError as error:
         raise OSError(
-            f"{place} cannot be written ({error.strerror}); set --index-cache to a folder that can"
+            f"{place} cannot be written ({error.strerror}); set --index-cache to a folder that can "
+            "be written"
         ) from None
     return outcome
 

@@ -124,9 +124,9 @@ def _members(
         read_task(answered, turns)
     entry, span, fields = take_span(entry, ignored)
     if span and short_side is None:
-        what = f"{' and '.join(fields)}: only a part of {', '.join(names)} is meant"
+        what = f"{' and '.join(fields)}: only a part of {', '.join(names)} is asked for"
         raise BadSampleError(
-            "part_of_video", f"{what}: cut it by --reencode, or --ignore-field of each"
+            "part_of_video", f"{what}: cut it with --reencode, or add --ignore-field for each"
         )
     members = {}
     for number, name in enumerate(names):
@@ -147,7 +147,9 @@ def _names(entry: dict, field_name: str, media: Media) -> list[str]:
     value = entry.get(field_name) or []
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise BadSampleError("bad_field", f"{field_name}: a file name or a list of them")
+        raise BadSampleError(
+            "bad_field", f"{field_name} must be a file name or a list of file names"
+        )
     whole = []
     for name in names:
         bare = "." not in name.rpartition("/")[2]

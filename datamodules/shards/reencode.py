@@ -98,7 +98,7 @@ def _encode(frames: Frames, short_side: int | None, gop: int, rate: Fraction) ->
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
-        raise BadSampleError("video_empty", "no frame in it")
+        raise BadSampleError("video_empty", "it has no frame")
     size = _even_size(first[1], short_side)
     options = {"movflags": "faststart"}  # requires a file that can be opened twice
     with (

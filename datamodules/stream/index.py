@@ -231,7 +231,7 @@ def read_counts(folder: str) -> dict[str, int]:
         counts = json.loads(info.read_bytes())["shard_counts"]
         if all(type(count) is int and count >= 0 for count in counts.values()):
             return counts
-        raise ValueError("a count is no number")
+        raise ValueError("a count is not a number")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

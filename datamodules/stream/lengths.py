@@ -59,8 +59,8 @@ def read_tokens(
     """
     if not isinstance(sampler, Sampler):
         raise ValueError(
-            f"data.frames.sampler: {type(sampler).__name__} has no `count`, which tells how many "
-            "frames it takes; add it, or set data.stream.max_tokens=null"
+            f"data.frames.sampler: {type(sampler).__name__} has no `count`, the method that "
+            "returns the number of frames; add it, or set data.stream.max_tokens=null"
         )
     per_frame = float(options.tokens_per_frame or 0)
     per_image = per_frame if options.tokens_per_image is None else float(options.tokens_per_image)
@@ -84,13 +84,14 @@ def read_lengths(shard: Shard) -> Lengths:
             lengths = Lengths(*(arrays[name] for name in Lengths._fields))
     except FileNotFoundError:
         raise ValueError(
-            f"data.stream.max_tokens needs lengths of samples, {shard.url} has none; {advice}"
+            f"data.stream.max_tokens needs the lengths of samples, but {shard.url} has none; "
+            f"{advice}"
         ) from None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{place_of(shard)} cannot be read ({error}); {advice}") from None
     if len(lengths.text) != shard.count:
         raise ValueError(
-            f"{place_of(shard)} has the lengths of {len(lengths.text)} samples, the shard has "
+            f"{place_of(shard)} has the lengths of {len(lengths.text)} samples, but the shard has "
             f"{shard.count}; {advice}"
         )
     return lengths

@@ -107,7 +107,7 @@ class Faults:
         if seen >= _JUDGED_FROM and bad.total() > self._max_rate * seen:
             raise BadSampleError(
                 "too_many_bad",
-                f"{bad.total()} of {seen} {what} ({_by_reason(bad, 3)}); mend the data, or set "
+                f"{bad.total()} of {seen} {what} ({_by_reason(bad, 3)}); repair the data, or set "
                 f"data.stream.max_bad_rate above {self._max_rate:g}",
             )
 
@@ -145,7 +145,7 @@ class ShardReader:
     def _open_shard(self, shard: Shard) -> tuple[Source, Any]:
         offsets = shard.read_offsets()
         if len(offsets) != shard.count + 1:
-            detail = f"{len(offsets) - 1} samples, {shard.count} when it was listed"
+            detail = f"{len(offsets) - 1} samples, but {shard.count} when it was listed"
             raise BadSampleError("index_stale", detail)
         return open_source(shard.url, self._timeout_s), offsets
 
@@ -316,7 +316,10 @@ class StreamLoader:
                 for fault in faults:
                     self._faults.add(fault)
                 if batch is None:
-                    raise BadSampleError("no_good_sample", f"many in a row are bad: {faults[-1]}")
+                    raise BadSampleError(
+                        "no_good_sample",
+                        f"too many samples in a row are bad, the last one: {faults[-1]}",
+                    )
                 yield batch
         finally:
             stream.close()

@@ -43,7 +43,7 @@ def read_parts(train: Mapping[str, Any]) -> list[Part]:
     for name, node in train.items():
         known = isinstance(node, Mapping) and {"shards"} <= set(node) <= {"shards", "weight"}
         if not known:
-            raise ValueError(f"data.train.{name}: give it `shards` and, if you like, `weight`")
+            raise ValueError(f"data.train.{name}: give it `shards` and an optional `weight`")
         weight = node.get("weight")
         if weight is not None and not 0 < weight < float("inf"):
             raise ValueError(f"data.train.{name}.weight is {weight}; set a number above 0, or null")
@@ -51,7 +51,8 @@ def read_parts(train: Mapping[str, Any]) -> list[Part]:
     without = [part.name for part in parts if part.weight is None]
     if without and len(without) < len(parts):
         raise ValueError(
-            f"data.train: {', '.join(without)} has no weight, others have; give all one, or none"
+            f"data.train: {', '.join(without)} has no weight, but others have one; give a weight "
+            "to all, or to none"
         )
     if not parts:
         raise ValueError("data.train is an empty mapping; name a dataset")

@@ -59,7 +59,7 @@ class StreamOptions:
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.chunk < 1:
-            raise ValueError("window and chunk of data.stream are counts of 1 or more")
+            raise ValueError("data.stream.window and data.stream.chunk must be 1 or more")
         if not 0 <= self.max_bad_rate <= 1:
             raise ValueError(
                 f"data.stream.max_bad_rate is {self.max_bad_rate}; set a share from 0 to 1"
@@ -70,8 +70,8 @@ class StreamOptions:
             )
         if self.max_tokens is not None and self.tokens_per_frame is None:
             raise ValueError(
-                "data.stream.max_tokens needs data.stream.tokens_per_frame: the tokens that the "
-                "pooler leaves of a frame on average"
+                "data.stream.max_tokens needs data.stream.tokens_per_frame: the average number of "
+                "tokens that the pooler leaves of a frame"
             )
 
 
@@ -179,7 +179,7 @@ class ShuffledOrder(FileOrder):
         self._batches = batches // self.streams * self.streams // per_step * per_step
         if not self._batches:
             raise ValueError(
-                f"{self.streams} virtual streams leave no whole optimizer step of {per_step} "
+                f"{self.streams} virtual streams do not hold a whole optimizer step of {per_step} "
                 f"micro-batches; set data.stream.virtual_streams to a multiple of {per_step}"
             )
         self._seed, self._window = options.seed, options.window
@@ -204,7 +204,7 @@ class ShuffledOrder(FileOrder):
             legal = [n for n in divisors(self.streams) if self.per_step % n == 0]
             raise ValueError(
                 f"{self.streams} virtual streams cannot be shared by {world} ranks; set "
-                f"data.stream.virtual_streams to a multiple of {world}, or take {listed(legal)} "
+                f"data.stream.virtual_streams to a multiple of {world}, or use {listed(legal)} "
                 "ranks"
             )
 
@@ -291,8 +291,8 @@ def check_ranks(per_step: int, world: int) -> None:
     """
     if per_step % world:
         raise ValueError(
-            f"{per_step} micro-batches of an optimizer step cannot be shared by {world} ranks; "
-            f"take {listed(divisors(per_step))} ranks, or another data.batch_size"
+            f"{per_step} micro-batches of an optimizer step cannot be shared by {world} ranks; use "
+            f"{listed(divisors(per_step))} ranks, or another data.batch_size"
         )
 
 

@@ -91,10 +91,10 @@ def _best_stream(container: InputContainer) -> VideoStream:
         if not stream.disposition & Disposition.attached_pic
     ]
     if not tracks:
-        raise BadSampleError("not_a_video", "no video in it, or a cover picture only")
+        raise BadSampleError("not_a_video", "it has no video, or only a cover picture")
     tracks = [stream for stream in tracks if stream.codec_context is not None]
     if not tracks:
-        raise BadSampleError("video_unreadable", "a codec that is not known")
+        raise BadSampleError("video_unreadable", "its codec is not supported")
     seconds = [_seconds_of(stream) for stream in tracks]
     longest = max((length for length in seconds if length is not None), default=0.0)
     films = [
@@ -127,7 +127,10 @@ def check_memory(codec: VideoCodecContext, width: int, height: int, bits: int) -
     held = _FRAMES_HELD_INTRA if codec.codec.intra_only else _FRAMES_HELD
     if held * width * height * bits > 8 * MAX_BYTES:
         what = f"frames of {width} x {height} pixels of {bits} bits"
-        raise BadSampleError("video_too_large", f"{what}: a decoder may hold {held} of them")
+        raise BadSampleError(
+            "video_too_large",
+            f"{what}: a decoder may hold {held} of them, which is too much memory",
+        )
 
 
 @cache
@@ -146,7 +149,9 @@ def _as_bad_video(data: bytes) -> Iterator[None]:
     try:
         yield
     except MemoryError:
-        raise BadSampleError("video_too_large", f"over {_MAX_BLOCK} bytes at once") from None
+        raise BadSampleError(
+            "video_too_large", f"it needs more than {_MAX_BLOCK} bytes at once"
+        ) from None
     except (FFmpegError, ValueError, ArithmeticError) as error:
         if is_image(data):
             raise BadSampleError("not_a_video", f"it is {kind_of(data)}") from None

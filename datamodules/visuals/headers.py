@@ -49,7 +49,9 @@ def check_claims(data: bytes) -> None:
     """
     claimed = _claimed(data)  # 0 if the bytes are not MP4 boxes
     if claimed > len(data):
-        raise BadSampleError("video_too_large", f"{claimed} samples claimed in {len(data)} bytes")
+        raise BadSampleError(
+            "video_too_large", f"its header claims {claimed} samples in {len(data)} bytes"
+        )
 
 
 def _claimed(data: bytes) -> int:
@@ -64,7 +66,7 @@ def _claimed(data: bytes) -> int:
             continue
         visited += 1
         if visited > _MOST_BOXES:
-            raise BadSampleError("video_too_large", f"over {_MOST_BOXES} boxes")
+            raise BadSampleError("video_too_large", f"more than {_MOST_BOXES} boxes")
         todo.append((box.end, end))
         if box.kind == b"trak":
             total, in_track, kinds, uncompressed = total + in_track, 0, set(), False

@@ -81,9 +81,11 @@ def scan_packets(data: bytes, max_pixels: int = MAX_PIXELS) -> Packets:
                 lasts.append(packet.duration or 0)
                 keys.append(packet.is_keyframe)
             if len(pts) + hidden > len(data):
-                raise BadSampleError("video_too_large", f"over {len(data)} frames in as many bytes")
+                raise BadSampleError(
+                    "video_too_large", f"more than {len(data)} frames in the same number of bytes"
+                )
         if not pts:
-            raise BadSampleError("video_empty", "no frame in it")
+            raise BadSampleError("video_empty", "it has no frame")
         shown = np.array(pts)
         joined = _is_joined(np.array(dts), np.array(lasts), container, stream)
         guessed = container.format.name == "avi" and stream.codec_context.has_b_frames

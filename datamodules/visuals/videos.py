@@ -214,7 +214,7 @@ def _every_frame(
                 shown = seconds
                 yield seconds, frame
     if not count:
-        raise BadSampleError("video_empty", "no frame in it")
+        raise BadSampleError("video_empty", "it has no frame")
     _check_lost(len(packets.times) - count, packets)
 
 

@@ -46,5 +46,7 @@ def _make(config: DictConfig, kind: str, ways_out: str) -> None:
     except ValueError as error:
         line = f"error: {printable(str(error))}"
     except OSError as error:
-        line = f"error: {folder} cannot be made ({error.strerror}): choose another with {ways_out}"
+        line = (
+            f"error: {folder} cannot be created ({error.strerror}): choose another with {ways_out}"
+        )
     fail(line, process_rank())

@@ -40,7 +40,7 @@ def _check_end(checkpoint: Path, facts: dict[str, Any], trainer: Trainer) -> Non
         if end is not None and 0 <= end < reached:
             unit = key.rpartition("_")[2].removesuffix("s")
             raise ValueError(
-                f"{checkpoint} was trained up to {unit} {reached}, and {key}={end} ends before: "
+                f"{checkpoint} was trained up to {unit} {reached}, but {key}={end} is below that: "
                 "choose another directory with hydra.run.dir=…, or start anew with resume=false"
             )
 

@@ -92,9 +92,9 @@ class Replay:
             if not (command or outside) or self._typed_alone.get(key) == value:
                 continue
             if command:
-                self._refuse(f"{key}={value}", "a command of the shell", "pipe:")
+                self._refuse(f"{key}={value}", "a shell command", "pipe:")
             raise ValueError(
-                f"{self.run} says {printable(f'{key}={value}')}, a folder to write to outside of "
+                f"{self.run} sets {printable(f'{key}={value}')}, a folder to write to outside of "
                 f"{config.paths.run}: set {key} yourself"
             )
 
@@ -176,7 +176,7 @@ def read_replay(typed: Sequence[str]) -> Replay:
 
 def _read(run: Path) -> tuple[list[str], str, str]:
     """Returns (overrides, working directory of the training, paths.data)."""
-    damaged = f"the files that say what {run} is are damaged"
+    damaged = f"the files that describe {run} are damaged"
     try:
         words = read_yaml(inside(run, ".hydra/overrides.yaml"))
         cwd = read_yaml(inside(run, ".hydra/hydra.yaml"))["hydra"]["runtime"]["cwd"]
@@ -192,11 +192,11 @@ def _read(run: Path) -> tuple[list[str], str, str]:
 
 def _is_left_out(word: str, left_out: Sequence[str], run: Path) -> bool:
     if word.startswith("-"):
-        raise ValueError(f"{run} was not trained with {word!r}: its overrides hold no options")
+        raise ValueError(f"{run} was not trained with {word!r}: an override never starts with -")
     override = _parse(word)
     key = override.key_or_group
     if str(override.package or "").startswith("hydra"):
-        raise ValueError(f"{run} may not say {word!r}: Hydra's own settings are not replayed")
+        raise ValueError(f"{run} must not set {word!r}: Hydra's own settings are not replayed")
     dotted = key.replace("/", ".")
     return any(
         dotted == other or dotted.startswith(f"{other}.") for other in (*left_out, *_NOT_THEIRS)
@@ -207,18 +207,18 @@ def _check_word(word: str, trust: Sequence[str], run: Path) -> None:
     override = _parse(word)
     key, value = override.key_or_group, override.value()
     if override.is_sweep_override():
-        raise ValueError(f"{run} was not trained with {word!r}: a run has one value")
+        raise ValueError(f"{run} was not trained with {word!r}: a run has a single value")
     if isinstance(value, Mapping) and any(name.startswith(f"{key}.") for name in _NOT_THEIRS):
-        raise ValueError(f"{run} may not say {word!r}: set {key} yourself")
+        raise ValueError(f"{run} must not set {word!r}: set {key} yourself")
     for text in _strings(value):
         for name in _resolvers(text):
             if name not in _RESOLVERS and f"{name}:" not in trust:
                 raise ValueError(
-                    f"{run} may not say {word!r}, which reads ${{{name}:…}}: add "
+                    f"{run} must not set {word!r}, which reads ${{{name}:…}}: add "
                     f"'trust=[{name}:]' if you know who made it"
                 )
         if "." not in key and (text.startswith("/") or ".." in Path(text).parts):
-            raise ValueError(f"{run} may not say {word!r}: an option of another folder")
+            raise ValueError(f"{run} must not set {word!r}: the option lies outside of configs")
 
 
 def _resolvers(text: str) -> Iterator[str]:
@@ -263,7 +263,7 @@ def _quoted(path: Path, run: Path) -> str:
         ValueError: the path holds an interpolation, which works even in quotes.
     """
     if "${" in str(path):
-        raise ValueError(f"{run} may not say that its data lies in {str(path)!r}")
+        raise ValueError(f"{run} must not set the folder of its data to {str(path)!r}")
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", str(path))
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 

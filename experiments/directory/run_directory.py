@@ -170,7 +170,7 @@ def _leave_wandb_run_to(original: Path, copy: Path) -> None:
     run_id = secrets.token_hex(4)
     write_whole(copy / "run_id", run_id)
     logger.warning(
-        "%s is a copy of %s: from here on it is a run of its own, in W&B %s", copy, original, run_id
+        "%s is a copy of %s: from now on it is a separate run, in W&B %s", copy, original, run_id
     )
 
 

@@ -130,7 +130,7 @@ class ProcessLauncher(Launcher):
             if job.done() is None:
                 left.append(job)
             else:
-                logger.info("%s: finished before", job.name)
+                logger.info("%s: already finished", job.name)
         refused = {job: why for job in left if (why := refusal(job))}
         for job, why in refused.items():
             logger.error("%s: refused, %s", job.name, why)

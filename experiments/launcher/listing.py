@@ -107,7 +107,7 @@ def describe(job: Job, launcher: ProcessLauncher) -> str:
     if not (job.folder / "config.yaml").is_file():
         return "new"
     if not job.config.get("resume", True):
-        return "starts anew: what an earlier run left there is removed"
+        return "starts anew: removes what an earlier run left there"
     if not to_do and (job.folder / "done.json").is_file():
         return "finished"
     return _describe_checkpoint(job.folder / "checkpoints")

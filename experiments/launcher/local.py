@@ -111,7 +111,7 @@ class LocalLauncher(ProcessLauncher):
             self._elsewhere[job] = about
             if job not in before:
                 who = lock.describe(about)
-                logger.info("%s: runs already, %s: waiting until it ends", job.name, who)
+                logger.info("%s: already running, %s: waiting until it ends", job.name, who)
                 self._board.set(job, "running", "elsewhere")
 
     def _free_slots(self) -> list[int]:

@@ -86,7 +86,9 @@ class SlurmLauncher(ProcessLauncher):
         try:
             return failed | self._wait(ids)
         except KeyboardInterrupt:
-            logger.warning("the jobs live on (scancel ends them): the same command waits again")
+            logger.warning(
+                "the jobs keep running (scancel ends them): the same command waits for them again"
+            )
             sys.exit(130)
 
     def manner(self) -> str:
@@ -166,7 +168,7 @@ class SlurmLauncher(ProcessLauncher):
             try:
                 return read_states()
             except ValueError as error:  # the SLURM controller may be restarting
-                logger.warning("%s: asked again in %g s", error, self.poll_s)
+                logger.warning("%s: retry in %g s", error, self.poll_s)
                 time.sleep(self.poll_s)
 
 
@@ -220,8 +222,8 @@ def _options(job: Job) -> dict[str, Any]:
     tasks = options.get("ntasks_per_node")
     if not isinstance(tasks, int) or tasks < 1:
         raise ValueError(
-            f"hydra.launcher.ntasks_per_node={tasks} must be a number from 1: "
-            "set trainer.devices to the GPUs of a node"
+            f"hydra.launcher.ntasks_per_node={tasks} must be a number of 1 or more: set "
+            "trainer.devices to the GPUs of a node"
         )
     if cores := options.get("cpus_per_task"):  # srun no longer takes it from sbatch (since 22.05)
         options["srun_args"] = [*options.get("srun_args", []), f"--cpus-per-task={cores}"]

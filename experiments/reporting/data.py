@@ -119,7 +119,7 @@ def _generations(path: Path) -> list[dict[str, str]]:
                 row = json.loads(line)
                 rows.append({k: str(row[k]) for k in ("key", "prompt", "answer", "generated")})
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: not a generation") from error
+                raise ValueError(f"{path}, line {number}: not a generated answer") from error
     return rows
 
 

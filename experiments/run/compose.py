@@ -172,4 +172,4 @@ def _finish_wandb(exit_code: int, preempted: bool = False) -> None:
     except (OSError, wandb.Error) as error:
         if signals.received is None:
             raise
-        logger.warning("W&B has gone before: %r", error)
+        logger.warning("the W&B process has already exited: %r", error)

@@ -35,7 +35,9 @@ def inside(folder: Path, name: str) -> Path:
     except (OSError, RuntimeError):  # a link to itself
         raise ValueError(f"{path} is a link that leads nowhere: remove it") from None
     if not leads_to.is_relative_to(folder.resolve()):
-        raise ValueError(f"{path} is a link to {leads_to}, out of its folder: put the file there")
+        raise ValueError(
+            f"{path} is a link to {leads_to}, outside of its folder: put the file there"
+        )
     return path
 
 
@@ -52,7 +54,7 @@ def check_files(folder: Path) -> None:
             if entry.is_symlink() and (name or entry.name in _FOLDERS or not path.is_dir()):
                 inside(folder, str(path.relative_to(folder)))
             if path.exists() and not (path.is_file() or path.is_dir()):
-                raise ValueError(f"{path} is no file and no folder: remove it")
+                raise ValueError(f"{path} is neither a file nor a folder: remove it")
 
 
 def open_file(path: Path, flags: int) -> int:
@@ -66,11 +68,11 @@ def open_file(path: Path, flags: int) -> int:
     """
     # Checked before opening, because opening a device may have effects.
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ValueError(f"{path} is a link or no file: remove it")
+        raise ValueError(f"{path} is a link or not a file: remove it")
     file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise ValueError(f"{path} is a link or no file: remove it")
+        raise ValueError(f"{path} is a link or not a file: remove it")
     return file
 
 
@@ -84,7 +86,9 @@ def read_yaml(path: Path) -> Any:
     if not path.is_file():
         return None
     if (size := path.stat().st_size) > _MAX_BYTES:
-        raise ValueError(f"{path} has {size} bytes, more than {_MAX_BYTES}: no program wrote it")
+        raise ValueError(
+            f"{path} has {size} bytes, more than {_MAX_BYTES}: no program of ropelab wrote it"
+        )
     try:
         text = path.read_text()
         _check_events(text, path)
@@ -98,11 +102,13 @@ def _check_events(text: str, path: Path) -> None:
     depth = 0
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise ValueError(f"{path} has aliases (& or *): write out what they stand for")
+            raise ValueError(f"{path} has aliases (& or *): replace them by their values")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
-            raise ValueError(f"{path} is deeper than {_MAX_DEPTH} levels: no program wrote it")
+            raise ValueError(
+                f"{path} is nested deeper than {_MAX_DEPTH} levels: no program of ropelab wrote it"
+            )
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

@@ -82,14 +82,14 @@ def requeue(job: str) -> str:
     # somebody else is COMPLETING. So is a job at its time limit: its run time equals the limit.
     ending = field.get("JobState", "RUNNING") not in ("RUNNING", "SUSPENDED", "STOPPED", "TIMEOUT")
     if ending and _seconds(field["RunTime"]) < _seconds(field["TimeLimit"]):
-        return f"job {job} was cancelled, and stays so"
+        return f"job {job} was cancelled and is not requeued"
     if field.get("BatchFlag") == "0":
-        return f"job {job} is interactive: the same command goes on"
+        return f"job {job} is interactive: run the same command again to go on"
     asked = _scontrol("requeue", job)
     if asked.returncode:
         why = asked.stderr.strip() or shown.stderr.strip()
-        return f"job {job} is not queued again ({why}): submit it again with --requeue"
-    return f"job {job} is queued again"
+        return f"job {job} was not requeued ({why}): submit it again with --requeue"
+    return f"job {job} is requeued"
 
 
 def _seconds(duration: str) -> float:

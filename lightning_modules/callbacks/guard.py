@@ -59,9 +59,9 @@ class NonFiniteGuard(Callback):
         step = trainer.global_step + 1
         if self.skipped > self.max_skipped:
             raise ValueError(
-                f"step {step}: loss or gradients were NaN or Inf {self.skipped} times, "
+                f"step {step}: loss or gradients were NaN or Inf {self.skipped} times, but "
                 f"callbacks.finite.max_skipped is {self.max_skipped}: lower optim.optimizer.lr, or "
                 "look at the samples of these steps (data.audit=true lists them)"
             )
         if trainer.is_global_zero:
-            logger.warning("step %d is left out: its loss or gradients are NaN or Inf", step)
+            logger.warning("step %d is skipped: its loss or gradients are NaN or Inf", step)

@@ -94,7 +94,7 @@ class Heartbeat(Callback):
         try:
             write_whole(self.path, json.dumps(status))
         except OSError as error:
-            logger.warning("no sign of life in %s: %s", self.path, error)
+            logger.warning("cannot write the heartbeat to %s: %s", self.path, error)
 
     def _due(self) -> bool:
         return time.monotonic() - self._written >= self.every_s

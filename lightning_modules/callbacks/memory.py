@@ -83,10 +83,12 @@ class OutOfMemory(Callback):
                 part.register_hook(partial(self._is_at, name, True))
 
     def _describe(self, error: str, trainer: Trainer, pl_module: LightningModule) -> str:
-        place = f"the backward of {self._where}" if self._backward else self._where
+        place = f"the backward pass of {self._where}" if self._backward else self._where
         asked, free = _amounts(error)
         remedies = self._remedies(trainer, pl_module)
-        return f"out of memory in {place}: {asked} asked, {free} free; set " + " or ".join(remedies)
+        return f"out of memory in {place}: {asked} requested, {free} free; set " + " or ".join(
+            remedies
+        )
 
     def _remedies(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """Returns at most two config keys to set; the most likely to help comes first."""

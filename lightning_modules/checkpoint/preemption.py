@@ -173,7 +173,7 @@ def _end(walltime: str | float | int | None) -> float | None:
         days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
         walltime = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     if walltime <= 0:
-        raise ValueError(f"walltime={walltime} is no time: write it as 24:00:00")
+        raise ValueError(f"walltime={walltime} must be more than 0: write it as 24:00:00")
     return _STARTED + walltime
 
 

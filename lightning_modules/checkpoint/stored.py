@@ -36,20 +36,20 @@ def open_file(path: Path) -> dict[str, Tensor]:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is cut or no safetensors file ({error})") from None
+            raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{path} holds more than tensors, and code in weights is never run: "
-            "convert it to safetensors where you trust it"
+            f"{path} holds more than tensors, and code in weights is never run: if you trust the "
+            "file, convert it to safetensors"
         ) from None
     except (OSError, RuntimeError, EOFError) as error:
         line = str(error).splitlines()[0]
-        raise ValueError(f"{path} is cut or no weights of PyTorch ({line})") from None
+        raise ValueError(f"{path} is truncated or not a weights file of PyTorch ({line})") from None
     others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if others:
-        raise ValueError(f"{path} holds more than tensors by name, such as {others[0]!r}")
+        raise ValueError(f"{path} must hold only named tensors, but holds {others[0]!r}")
     return tensors
 
 

@@ -103,8 +103,8 @@ def open_saved(place: Path, key: str, name: str | None = None) -> Saved:
         config = json.loads((place / "config.json").read_text())
         if config.get("model_type") != "ropelab":
             raise ValueError(
-                f"{key}={place} holds a model of type {config.get('model_type')!r}: "
-                "ropelab-import makes a folder of it that can be opened"
+                f"{key}={place} holds a model of type {config.get('model_type')!r}: convert it "
+                "with ropelab-import first"
             )
         return Saved(place, open_weights(place), config, {})
     path = _find(place, key, name)
@@ -191,7 +191,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in self._named.get(module, ()):
-            raise ValueError(f"a sharded checkpoint names {module}.{name}, which is not opened")
+            raise ValueError(f"a sharded checkpoint names {module}.{name}, which is not allowed")
         return super().find_class(module, name)
 
 

@@ -36,11 +36,11 @@ def newest_whole(folder: Path) -> Path | None:
         return None
     wrong_before = what_is_wrong(previous)
     if wrong_before is None:
-        logger.warning("%s %s: going on from %s, the one before it", last, wrong, PREVIOUS)
+        logger.warning("%s %s: going on from the checkpoint before it, %s", last, wrong, PREVIOUS)
         return previous
     raise ValueError(
-        f"no checkpoint in {folder} is whole ({LAST} {wrong}, {PREVIOUS} {wrong_before}): "
-        "start anew with resume=false"
+        f"no checkpoint in {folder} is complete ({LAST} {wrong}, {PREVIOUS} {wrong_before}): start "
+        "anew with resume=false"
     )
 
 
@@ -52,9 +52,9 @@ def what_is_wrong(checkpoint: Path) -> str | None:
     if checkpoint.is_dir():
         return _wrong_folder(checkpoint)
     if not checkpoint.is_file():  # reading a pipe would never end
-        return "is no file" if checkpoint.exists() else "is missing"
+        return "is not a file" if checkpoint.exists() else "is missing"
     if not zipfile.is_zipfile(checkpoint):
-        return f"is cut or no checkpoint ({checkpoint.stat().st_size} bytes)"
+        return f"is truncated or not a checkpoint ({checkpoint.stat().st_size} bytes)"
     try:
         with zipfile.ZipFile(checkpoint) as records:
             damaged = records.testzip()

@@ -114,8 +114,8 @@ def _describe(trainer: Trainer, error: OSError, target: Path) -> str:
     free = shutil.disk_usage(target.parent).free
     return (
         f"cannot save {target} ({error.strerror}): a checkpoint needs {_bytes(_size(trainer))}, "
-        f"{_bytes(free)} are free; what was saved before is whole: make room, then the same "
-        "command goes on from there"
+        f"but only {_bytes(free)} are free; what was saved before is complete: free some space, "
+        "then run the same command to go on from it"
     )
 
 

@@ -125,8 +125,8 @@ def _split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
     llm = getattr(model, "llm", None)
     if not isinstance(llm, LanguageModel):
         raise ValueError(
-            f"trainer.strategy.tensor_parallel_size={mesh.size()} splits the layers of an llm, and "
-            "this stage of training has none: set trainer=fsdp"
+            f"trainer.strategy.tensor_parallel_size={mesh.size()} splits the layers of an llm, but "
+            "this stage of training has no llm: set trainer=fsdp"
         )
     llm.split(mesh)
 

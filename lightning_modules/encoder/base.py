@@ -91,6 +91,6 @@ class Encoder(nn.Module, ABC):
 
 def no_prompts() -> ValueError:
     return ValueError(
-        "this encoder has no text tower to read prompts with: take a pooler that no prompt guides "
-        "(pooler=average, none), or an encoder with one (encoder=clip_large_336)"
+        "this encoder has no text tower, which must read prompts: choose a pooler that needs no "
+        "prompt (pooler=average, none), or an encoder with a text tower (encoder=clip_large_336)"
     )

@@ -141,7 +141,7 @@ class ClipEncoder(FrameEncoder):
         if length > self.context_length:
             raise ValueError(
                 f"a prompt of {length} tokens, but the text tower has {self.context_length} "
-                "positions: cut prompts there or raise model.encoder.context_length"
+                "positions: cut prompts to that length or raise model.encoder.context_length"
             )
         # Pass positions: the tower's own are in a buffer that no checkpoint stores.
         positions = torch.arange(length, device=prompt_ids.device)[None]
@@ -239,6 +239,6 @@ def _branch_start(adapter_depth: int, kept: int, depth: int) -> int:
     if not 0 <= start < kept:
         raise ValueError(
             f"model.encoder.bt_adapter.depth {adapter_depth} does not fit: the features come after "
-            f"layer {kept} of {depth}, so take {depth - kept + 1} to {depth}"
+            f"layer {kept} of {depth}, so choose {depth - kept + 1} to {depth}"
         )
     return start

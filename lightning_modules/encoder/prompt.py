@@ -25,8 +25,9 @@ def stretch_positions(
     factor, left_over = divmod(length - kept, others) if others > 1 else (0, 0)
     if left_over or factor < 1:
         raise ValueError(
-            f"{table.shape[0]} text positions, {kept} of them kept, do not stretch to {length}: "
-            f"set model.encoder.context_length to {kept} + k * {others}, say {kept + 4 * others}"
+            f"{table.shape[0]} text positions, of which the first {kept} are kept, cannot be "
+            f"stretched to {length}: set model.encoder.context_length to {kept} + k * {others}, "
+            f"such as {kept + 4 * others}"
         )
     start = table[kept:, None]  # others 1 d
     follower = torch.cat([table[kept + 1 :], 2 * table[-1:] - table[-2:-1]])[:, None]

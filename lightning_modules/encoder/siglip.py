@@ -122,7 +122,7 @@ class SiglipEncoder(FrameEncoder):
         if room < 0:
             raise ValueError(
                 f"a prompt of {prompt_ids.shape[1]} tokens, but the text tower has "
-                f"{self.context_length} positions: cut prompts there or raise "
+                f"{self.context_length} positions: cut prompts to that length or raise "
                 "model.encoder.context_length"
             )
         padding = self.text.config.pad_token_id

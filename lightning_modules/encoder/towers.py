@@ -88,7 +88,7 @@ def check_given(source: str | None, config: Mapping[str, Any] | None) -> None:
         ValueError: neither or both are given.
     """
     if (source is None) == (config is None):
-        raise ValueError("set one of model.encoder.source and model.encoder.config, and only one")
+        raise ValueError("set either model.encoder.source or model.encoder.config, not both")
 
 
 def check_image_size(asked: int | None, side: Any) -> None:
@@ -133,7 +133,7 @@ def layers_before(feature_layer: int, depth: int) -> int:
     if not 0 <= count <= depth:
         raise ValueError(
             f"model.encoder.feature_layer {feature_layer} is not in a tower of {depth} layers: "
-            f"take {-depth - 1} to {depth}"
+            f"choose {-depth - 1} to {depth}"
         )
     return count
 

@@ -28,4 +28,6 @@ def detect(config: Mapping[str, Any]) -> type[Importer]:
         if importer.architecture in found:
             return importer
     known = ", ".join(importer.architecture for importer in IMPORTERS)
-    raise ValueError(f"no importer reads architectures={found} of its config.json, but {known}")
+    raise ValueError(
+        f"no importer reads architectures={found} of its config.json; supported are {known}"
+    )

@@ -83,8 +83,12 @@ def check_projector(config: Any) -> None:
     }
     for key, value in wanted.items():
         if getattr(config, key, value) != value:
-            raise ValueError(f"{key}={getattr(config, key)!r} of its config.json, not {value!r}")
+            raise ValueError(
+                f"{key}={getattr(config, key)!r} of its config.json is not supported, only "
+                f"{value!r}"
+            )
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(
-            f"vision_feature_layer={config.vision_feature_layer} of its config.json, not one layer"
+            f"vision_feature_layer={config.vision_feature_layer} of its config.json is not "
+            "supported, only a single layer"
         )

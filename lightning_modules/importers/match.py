@@ -92,7 +92,9 @@ def check(found: Match, allowed: Allowed, where: str) -> None:
     wrong = []
     if unused:
         key = allowed.key.format("unused")
-        wrong.append(f"{len(unused)} of its keys have no place ({_some(unused)}; {key})")
+        wrong.append(
+            f"{len(unused)} of its keys have no place in the model ({_some(unused)}; {key})"
+        )
     if unfilled:
         key = allowed.key.format("unfilled")
         wrong.append(
@@ -143,8 +145,8 @@ def _compare_shapes(found: Match, parameters: Mapping[str, Tensor]) -> None:
         name = wrong[0]
         stored, ours = tuple(found.values[name].shape), tuple(parameters[name].shape)
         raise ValueError(
-            f"{len(wrong)} of {len(found.values)} tensors have another shape than the model's: "
-            f"{found.names[name]} is {stored}, {name} is {ours}"
+            f"{len(wrong)} of {len(found.values)} tensors have a different shape in the model: "
+            f"{found.names[name]} is {stored}, but {name} is {ours}"
         )
 
 

@@ -150,8 +150,8 @@ class PPLLaVAImporter(Importer):
         )
         if image_stride and (not stride or list(image_stride[1:]) != list(stride[1:])):
             raise ValueError(
-                f"image_pooling_stride={image_stride} of its config.json: a stride for images "
-                f"alone, other than pooling_stride={stride}, is not supported"
+                f"image_pooling_stride={image_stride} of its config.json: images must have the "
+                f"same stride as videos, pooling_stride={stride}"
             )
         return {
             "_target_": "lightning_modules.pooler.prompt_guided.PromptGuidedPooler",

@@ -169,7 +169,7 @@ def _make(config: dict[str, Any]) -> PreTrainedModel:
     width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
     if width and heads and not fields.get("head_dim") and width % heads:
         raise ValueError(
-            f"model.llm.config.hidden_size {width} is no multiple of num_attention_heads {heads}"
+            f"model.llm.config.hidden_size {width} is not a multiple of num_attention_heads {heads}"
         )
     made = AutoConfig.for_model(fields.pop("model_type"), **fields)
     return AutoModelForCausalLM.from_config(made, trust_remote_code=False)
@@ -200,7 +200,7 @@ def check_rotary(decoder: Any, config: Any) -> None:
     if own is None or getattr(config, "alibi", False):
         raise ValueError(
             f"model.llm: {type(decoder).__name__} has no `rotary_emb` to replace, or does not use "
-            "it; take a decoder of the Llama or Qwen family"
+            "it; choose a decoder of the Llama or Qwen family"
         )
     others = [
         name
@@ -209,8 +209,8 @@ def check_rotary(decoder: Any, config: Any) -> None:
     ]
     if others:
         raise ValueError(
-            f"model.llm: {type(decoder).__name__} has more rotary modules than one ({others[0]}), "
-            "and a rotary scheme replaces one; take a decoder of the Llama or Qwen family"
+            f"model.llm: {type(decoder).__name__} has more than one rotary module ({others[0]}), "
+            "but a rotary scheme replaces exactly one; choose a decoder of the Llama or Qwen family"
         )
 
 
@@ -235,16 +235,17 @@ def find_logit_scale(lm: PreTrainedModel) -> float:
             seen = lm(inputs_embeds=logits).logits
         except Exception as error:
             raise ValueError(
-                f"model.llm: {type(lm).__name__} takes more of its decoder than hidden states "
-                f"({error}); take a decoder of the Llama or Qwen family"
+                f"model.llm: {type(lm).__name__} reads more from its decoder than hidden states "
+                f"({error}); choose a decoder of the Llama or Qwen family"
             ) from None
         finally:
             del decoder.forward, head.forward  # restores the methods of the classes
     scale = float(seen[0, 0, -1]) / 60
     if not torch.allclose(seen, scale * logits):
         raise ValueError(
-            f"model.llm: {type(lm).__name__} bends its logits (a soft cap), which the loss here "
-            "does not: set model.llm.config.final_logit_softcapping=null, or take another llm"
+            f"model.llm: {type(lm).__name__} limits its logits with a soft cap, which the loss "
+            "here does not support: set model.llm.config.final_logit_softcapping=null, or choose "
+            "another llm"
         )
     return scale
 

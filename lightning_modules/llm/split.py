@@ -54,8 +54,9 @@ def _check(config: Any, size: int) -> None:
     dropout = getattr(config, "attention_dropout", 0.0)
     if dropout:
         raise ValueError(
-            f"{_KEY}={size} and attention_dropout {dropout} of model.llm: ranks would mask their "
-            "heads alike; set model.llm.config.attention_dropout=0, or trainer=fsdp"
+            f"{_KEY}={size} and attention_dropout {dropout} of model.llm: all ranks would use the "
+            "same dropout mask for their heads; set model.llm.config.attention_dropout=0, or "
+            "trainer=fsdp"
         )
 
 
@@ -65,9 +66,13 @@ def _plan_of_block(config: Any) -> dict[str, type[ParallelStyle]]:
     own = {path.removeprefix(start): how for path, how in plan.items() if path.startswith(start)}
     unknown = sorted(set(own.values()) - set(_STYLES))
     if unknown or not own:
-        how = f"splits some of its layers as {unknown[0]}" if unknown else "does not say how"
+        how = (
+            f"splits some of its layers as {unknown[0]}"
+            if unknown
+            else "does not say how to split it"
+        )
         raise ValueError(
-            f"model.llm is a {config.model_type}, and transformers {how}, which is not known "
+            f"model.llm is a {config.model_type}, and transformers {how}, which is not supported "
             f"here: set {_KEY}=1, or choose an llm of the Llama or Qwen2 family"
         )
     return {path: _STYLES[how] for path, how in own.items()}
@@ -89,7 +94,7 @@ def _styles(
             dropout = getattr(layer.lora_dropout[name], "p", 0.0)
             if dropout and style is RowwiseParallel:
                 raise ValueError(
-                    f"tuning.lora.dropout={dropout} on {path}, of which {_KEY} gives each rank "
-                    "other channels: set tuning.lora.dropout=0, or take "
-                    f"{path.rpartition('.')[2]} out of tuning.lora.targets"
+                    f"tuning.lora.dropout={dropout} on {path}: with {_KEY}, each rank has "
+                    "different channels of it; set tuning.lora.dropout=0, or remove "
+                    f"{path.rpartition('.')[2]} from tuning.lora.targets"
                 )

@@ -37,7 +37,9 @@ def bootstrap_interval(
         raise ValueError("a mean needs at least one value")
     names = range(len(values)) if clusters is None else clusters
     if len(names) != len(values):
-        raise ValueError(f"{len(values)} values, but {len(names)} cluster names: give one for each")
+        raise ValueError(
+            f"{len(values)} values, but {len(names)} cluster names: give one name for each value"
+        )
     index = {name: i for i, name in enumerate(dict.fromkeys(names))}
     members = np.array([index[name] for name in names])
     sums = np.bincount(members, weights=np.asarray(values, dtype=float))

@@ -37,14 +37,17 @@ class Angles:
         extra = list(signature(type(original).forward).parameters)[3:]  # after self, x, positions
         if extra:
             raise ValueError(
-                f"model.llm: {name} has other angles in some layers than in others "
-                f"({', '.join(extra)}), and a rotary scheme gives the same to all: {_ADVICE}"
+                f"model.llm: {name} uses different angles in different layers "
+                f"({', '.join(extra)}), but a rotary scheme gives all layers the same: {_ADVICE}"
             )
         self.rope_type: str = getattr(original, "rope_type", "")
         known = {"default", *ROPE_INIT_FUNCTIONS}
         parts = ("config", "compute_default_rope_parameters")
         if self.rope_type not in known or not all(hasattr(original, part) for part in parts):
-            raise ValueError(f"model.llm: how {name} makes its angles is not known here: {_ADVICE}")
+            raise ValueError(
+                f"model.llm: the way in which {name} computes its angles is not supported here: "
+                f"{_ADVICE}"
+            )
         self.config: Any = original.config
         self._default_parameters = original.compute_default_rope_parameters
         self._arrange, self._rounds = _halves, True
@@ -97,8 +100,8 @@ class Angles:
             if differences[arrange] <= 1:
                 return
         raise ValueError(
-            f"model.llm: {kind.__name__} gives other angles on text than its frequencies times the "
-            f"positions, by {min(differences.values()):.2g} times the rounding: {_ADVICE}"
+            f"model.llm: on text, the angles of {kind.__name__} differ from frequency times "
+            f"position by {min(differences.values()):.2g} times the rounding: {_ADVICE}"
         )
 
     def _rows(self) -> Iterator[Int[Tensor, " l"]]:
@@ -127,7 +130,7 @@ class Angles:
         return worst
 
 
-_ADVICE = "take an llm of the Llama, Qwen or Cohere family"
+_ADVICE = "choose an llm of the Llama, Qwen or Cohere family"
 
 
 def _ask(

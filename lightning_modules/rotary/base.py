@@ -169,7 +169,7 @@ def split_sections(sections: Sequence[int] | None, num_frequencies: int) -> tupl
     if sections is None:
         if num_frequencies % 8:
             raise ValueError(
-                f"{num_frequencies} rotary frequencies (head size {2 * num_frequencies}) do not "
+                f"{num_frequencies} rotary frequencies (head size {2 * num_frequencies}) cannot be "
                 "split 2 : 3 : 3; set model.rotary.sections=[time,height,width] to three numbers "
                 f"that add up to {num_frequencies}"
             )

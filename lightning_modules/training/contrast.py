@@ -56,8 +56,8 @@ class ContrastiveClip(nn.Module):
         self.encoder: ClipEncoder = build(encoder, Encoder)
         if not isinstance(self.encoder, ClipEncoder):
             raise ValueError(
-                f"model.encoder is {type(self.encoder).__name__}, but the context of CLIP alone is "
-                "trained here: choose encoder=clip_large_336 or another ClipEncoder"
+                f"model.encoder is {type(self.encoder).__name__}, but this stage trains the text "
+                "context of CLIP: choose encoder=clip_large_336 or another ClipEncoder"
             )
         # A tensor of one element, because FSDP2 does not shard scalars.
         self.logit_scale = nn.Parameter(torch.full((1,), -math.log(temperature)))
@@ -73,8 +73,8 @@ class ContrastiveClip(nn.Module):
         """
         if len(batch.shapes) != len(batch):
             raise ValueError(
-                f"{len(batch.shapes)} visuals for {len(batch)} captions: each needs one; "
-                "choose data=captions, which refuses other samples"
+                f"{len(batch.shapes)} visuals for {len(batch)} captions: each caption needs "
+                "exactly one; choose data=captions, which refuses other samples"
             )
         encoded = self.encoder(batch.visuals, class_token=True)
         tokens = torch.cat([visual.features for visual in encoded])  # n d
@@ -138,14 +138,14 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
             size = data.global_batch_size
             raise ValueError(
                 f"data.global_batch_size={size} with data.batch_size={data.batch_size} on {ranks} "
-                f"ranks are {accumulation} micro-batches a step, and pairs are compared within "
-                f"one: set data.batch_size={size // ranks}, or "
+                f"ranks makes {accumulation} micro-batches a step, but pairs are compared only "
+                f"within one: set data.batch_size={size // ranks}, or "
                 f"data.global_batch_size={ranks * data.batch_size}"
             )
         if ranks > 1 and not data.even:
             raise ValueError(
-                "data.stream.max_tokens gives ranks batches of different sizes, and the pairs of "
-                f"{ranks} ranks are compared as many of each: set data.stream.max_tokens=null"
+                "data.stream.max_tokens gives ranks batches of different sizes, but the contrast "
+                f"over {ranks} ranks needs equal numbers of pairs: set data.stream.max_tokens=null"
             )
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
@@ -190,7 +190,7 @@ class ClipContextModule(TrainingModule[ContrastiveClip]):
         stages = checkpoint.get("stages", {})
         if stages.keys() != {"encoder"}:
             raise ValueError(
-                f"the checkpoint holds {', '.join(sorted(stages)) or 'no stages'}, but "
+                f"the checkpoint holds {', '.join(sorted(stages)) or 'no components'}, but "
                 "module=clip_context trains the encoder alone: choose the module that it was "
                 "trained with, or another run directory"
             )

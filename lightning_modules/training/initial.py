@@ -70,11 +70,14 @@ class Initial:
     @rank_zero_only
     def _note(self, found: Match, trained: Any, asked: Any) -> None:
         fresh = ", ".join(_parts(found.unfilled, found.values))
-        others = f"; as new models have them: {fresh}" if fresh else ""
+        others = f"; freshly initialised: {fresh}" if fresh else ""
         logger.info("starts from the weights of %s%s", self.path, others)
         if None not in (trained, asked) and trained != asked:
             logger.warning(
-                "init=%s has learnt with rotary %s, this training has %s", self.path, trained, asked
+                "init=%s was trained with rotary %s, but this training has %s",
+                self.path,
+                trained,
+                asked,
             )
 
 

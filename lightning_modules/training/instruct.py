@@ -112,7 +112,7 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         stages = checkpoint.get("stages", {})
         if stages and "llm" not in stages:
             raise ValueError(
-                f"the checkpoint holds {', '.join(stages)} alone, this run trains an llm too: "
+                f"the checkpoint holds {', '.join(stages)} alone, but this run trains an llm too: "
                 "choose the module that it was trained with, or another run directory"
             )
         for stage in ("rotary", "pooler", "positions", "lora", "tiles"):

@@ -137,7 +137,7 @@ def _blocks(network: nn.Module, stages: Iterable[str], key: str) -> list[nn.Modu
     unknown = sorted(set(stages) - set(with_blocks))
     if unknown:
         raise ValueError(
-            f"tuning.{key} names {', '.join(unknown)}, but stages with blocks are "
+            f"tuning.{key} names {', '.join(unknown)}, but components with blocks are "
             + ", ".join(with_blocks)
         )
     return [block for stage in stages for block in with_blocks[stage].blocks()]  # pyright: ignore[reportCallIssue]

@@ -1,4 +1,4 @@
-"""A datamodule of somebody else: what it must give, and that every callback works with it."""
+"""A datamodule of another project: what it must provide, and that every callback works with it."""
 
 import json
 
@@ -16,7 +16,7 @@ from tests.helpers.uneven import make_rows
 
 
 class Mine(VideoDataModule):
-    """Written against the abstract class alone."""
+    """A datamodule that knows only the abstract class."""
 
     tokenizer = tiny_tokenizer()
 
@@ -72,7 +72,7 @@ def test_what_it_does_not_give_is_said_in_one_line():
     data = Mine(2)
     with pytest.raises(ValueError, match="Mine has no needle test: choose data=vniah"):
         _ = data.bank
-    with pytest.raises(ValueError, match="ropelab-plan needs `outlined` of Mine"):
+    with pytest.raises(ValueError, match="needs the method `outlined`, which Mine does not have"):
         data.outlined(Outline([], words=1, learnt=1))
     assert (data.global_batch_size, data.per_step, data.accumulation(1)) == (2, 1, 1)
     with pytest.raises(ValueError, match=r"legal batch sizes for 1 rank: 1, 2, 4"):
@@ -82,5 +82,5 @@ def test_what_it_does_not_give_is_said_in_one_line():
 def test_other_datamodules_are_refused():
     trainer = Trainer(logger=False, accelerator="cpu")
     trainer.datamodule = LightningDataModule()
-    with pytest.raises(ValueError, match="LightningDataModule is no VideoDataModule"):
+    with pytest.raises(ValueError, match="LightningDataModule is not a VideoDataModule"):
         datamodule_of(trainer)

@@ -1,4 +1,4 @@
-"""Captions as data: what of a sample is the caption, and how much of it is read."""
+"""Captions as data: which text of a sample is the caption, and how much of it is read."""
 
 import json
 

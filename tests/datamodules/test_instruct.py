@@ -1,4 +1,4 @@
-"""From shards to batches: shapes, alignment, bad samples, and what a step is made of."""
+"""From shards to batches: shapes, alignment, bad samples, and the contents of a step."""
 
 import tarfile
 from functools import partial
@@ -37,7 +37,7 @@ def flat(batch: VideoBatch) -> list:
 
 
 def test_batches_hold_what_the_samples_hold(folder):
-    """Every row and frame of a batch equals its sample decoded alone."""
+    """Every row and frame of a batch equals its sample when decoded by itself."""
     module = data(str(folder))
     read = partial(
         decode_sample, frames=FrameReader(32, UniformSampler(4)), conversation=module.conversation
@@ -78,12 +78,12 @@ def test_workers_change_nothing(folder):
 
 
 def infos(batches):
-    """What is known of the visuals of each sample; each batch has one sample."""
+    """Returns the facts about the visuals of each sample. Each batch has one sample."""
     return {batch.keys[0]: batch.infos for batch in batches}
 
 
 def test_draws_belong_to_the_sample_the_epoch_and_the_seed(folder):
-    """Not to a worker, and not to the place in the stream; a validation has none."""
+    """A draw does not depend on the worker or the stream position. Validation has no draws."""
 
     def drawn(seed=0, workers=0, epoch=0, batch_size=1):
         module = data(str(folder), batch_size=batch_size, num_workers=workers, seed=seed)
@@ -175,7 +175,7 @@ def test_too_many_bad_samples_stop_a_training_with_the_commonest_reasons():
     faults.judge(220)
     with pytest.raises(BadSampleError, match=r"11 of 219 samples \(b 5, a 3, d 2\).*max_bad_rate"):
         faults.judge(219)
-    faults.merge([{"b": 1}])  # what was new is part of what all ranks bring
+    faults.merge([{"b": 1}])  # the new faults are part of what all ranks report
     assert faults.counts == {"b": 1}
     with pytest.raises(BadSampleError, match="11 of 200 shards"):
         faults.add_shards([BadSampleError("tar_empty")] * 11, 200)
@@ -184,7 +184,7 @@ def test_too_many_bad_samples_stop_a_training_with_the_commonest_reasons():
 @pytest.mark.parametrize(
     ("sizes", "world", "message"),
     [
-        ({"batch_size": 8, "global_batch_size": 12}, 1, "12 is no multiple of 8 x 1; legal batch "
+        ({"batch_size": 8, "global_batch_size": 12}, 1, "not a multiple of 8 x 1; legal batch "
          "sizes for 1 rank: 1, 2, 3, 4, 6, 12"),
         ({"batch_size": 6, "global_batch_size": 12}, 4, "legal batch sizes for 4 ranks: 1, 3"),
         ({"batch_size": 4, "global_batch_size": 32}, 3, "legal global batch sizes: multiples of "

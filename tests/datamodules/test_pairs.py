@@ -1,4 +1,4 @@
-"""Pairs of answers as data: what is judged, what is shared, which are no good."""
+"""Pairs of answers as data: which tokens count, what both answers share, which pairs are bad."""
 
 import json
 

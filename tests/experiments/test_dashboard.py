@@ -1,4 +1,4 @@
-"""ropelab-dashboard: the workspace of an ablation, built offline, and pushed to a server."""
+"""ropelab-dashboard: the workspace of an ablation, built offline, and sent to a server."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.helpers.wandb_server import WandbServer
 
 @pytest.fixture
 def ablation(tmp_path) -> Path:
-    """2 x 2 x 2 runs of which one has logged nothing yet."""
+    """2 x 2 x 2 runs, one of which has logged nothing yet."""
     folder = tmp_path / "runs" / "abl"
     for n in range(8):
         words = [f"rotary={('tad', 'mrope')[n & 1]}", f"seed={n >> 1 & 1}"]

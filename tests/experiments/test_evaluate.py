@@ -1,4 +1,4 @@
-"""ropelab-evaluate: the model as it was trained, from anywhere, and another scheme only by name."""
+"""ropelab-evaluate: the model as trained, from any folder, and another scheme only on request."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from experiments.reporting.data import load_run, load_runs
 
 @pytest.fixture(scope="module")
 def trained(tiny, needle_shards, tmp_path_factory):
-    """A run as the program leaves it, told of its data by a path relative to where it ran."""
+    """A run as the program leaves it. The path of its data is relative to where it ran."""
     cwd = tmp_path_factory.mktemp("cwd")
     (cwd / "shards").symlink_to(needle_shards)
     words = [word for word in tiny if not word.startswith("paths.data")]
@@ -29,7 +29,7 @@ def trained(tiny, needle_shards, tmp_path_factory):
 
 @pytest.fixture
 def run_evaluate(tmp_path, monkeypatch):
-    """The program in this process, in a directory of its own; the folder of its results."""
+    """Runs the program here, in its own directory, and returns the folder of its results."""
 
     def run(folder, *words):
         monkeypatch.chdir(tmp_path)
@@ -49,7 +49,7 @@ def test_the_same_test_again_gives_the_same_answers(trained, run_evaluate, tmp_p
     assert after.needle.cells == before.needle.cells
     assert (after.needle.rotary, after.needle.step) == ("mrope", before.needle.step)
     assert after.needle.step > 0
-    assert not list(tmp_path.iterdir()), "results belong into the run"
+    assert not list(tmp_path.iterdir()), "results belong to the run"
     assert [run.folder for run in load_runs([trained])] == [trained]
 
 

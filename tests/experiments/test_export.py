@@ -1,4 +1,4 @@
-"""ropelab-export: it opens elsewhere, reads the same question and gives the same logits."""
+"""ropelab-export: the model opens elsewhere, reads the same question and gives equal logits."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> list[list[Path]]:
-    """A clip, and two images."""
+    """Returns a clip and two images."""
     folder = tmp_path_factory.mktemp("files")
     frames, _, _ = draw_frames(1, 12)
     (folder / "clip.mp4").write_bytes(encode_video(frames))
@@ -44,7 +44,7 @@ def files(tmp_path_factory) -> list[list[Path]]:
 
 
 def leave_run(config, folder: Path) -> Path:
-    """A run directory as a training leaves it; its weights are random."""
+    """A run directory as a training leaves it. Its weights are random."""
     torch.manual_seed(0)
     module = build(config.module, "module")(model=plain(config.model))
     module.configure_model()
@@ -82,7 +82,7 @@ def logits_of(model: VideoLanguageModel, processor: Processor, files) -> torch.T
 
 
 def test_loading_it_elsewhere_gives_the_same_logits(run, files, tmp_path):
-    """In a process that starts in another directory and knows the folder alone."""
+    """In a process that starts in another directory and knows only the folder."""
     model = export(run, tmp_path / "out")
     expected = logits_of(model, Processor.from_pretrained(tmp_path / "out"), files)
     program = f"""
@@ -122,7 +122,7 @@ def test_what_is_written_names_its_stages_and_its_recipe(run, tmp_path):
 
 
 def test_a_question_is_read_as_it_was_in_training(run, files, tmp_path):
-    """Up to the answer, the ids are those of a conversation that has one."""
+    """Up to the answer, the ids equal those of a conversation with an answer."""
     export(run, tmp_path / "out")
     processor = Processor.from_pretrained(tmp_path / "out")
     asked = processor(QUESTIONS, files)
@@ -143,7 +143,7 @@ def test_a_question_is_read_as_it_was_in_training(run, files, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda run, out: out.mkdir(), "is there already"),
+        (lambda run, out: out.mkdir(), "already exists"),
         (lambda run, out: (run / "config.yaml").unlink(), "no config.yaml"),
         (lambda run, out: (run / "checkpoints" / "last.ckpt").unlink(), "no checkpoint"),
         (lambda run, out: (run / "config.yaml").write_text(HOSTILE), "refused"),

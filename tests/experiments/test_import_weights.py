@@ -1,4 +1,4 @@
-"""ropelab-import: what it says of weights that do not fit, what it writes, the memory it takes."""
+"""ropelab-import: messages about weights that do not fit, its output, and its memory."""
 
 import json
 from pathlib import Path
@@ -81,7 +81,7 @@ MISTAKES = {
         edit(lambda t: t.update({NORM: torch.ones(5)})),
         [NORM, "(5,)", "llm.lm.model.norm.weight", "(32,)"],
     ),
-    "cut": (cut, ["model.safetensors is cut"]),
+    "cut": (cut, ["model.safetensors is truncated"]),
     "code": (pickled, ["code in weights is never run"]),
     "lost_shard": (lost_shard, ["model-1.safetensors is missing"]),
     "outside": (outside, ["outside", "../other"]),
@@ -127,7 +127,9 @@ def test_what_is_left_over_may_be_allowed(llava_next, tmp_path):
     model = imported(
         source, tmp_path / "out", "--allow-unused", "m*", "--allow-unfilled", "llm.lm.model.norm.*"
     )
-    assert torch.equal(model.llm.lm.model.norm.weight, torch.ones(32)), "as an LLM is made"
+    assert torch.equal(model.llm.lm.model.norm.weight, torch.ones(32)), (
+        "unfilled parameters are as in a new LLM"
+    )
     report = json.loads((tmp_path / "out" / "import.json").read_text())
     assert report["unused"] == ["more"]
     assert report["unfilled"] == ["llm.lm.model.norm.weight"]
@@ -167,7 +169,7 @@ def resident_mb(field):
 
 @pytest.mark.parametrize("words", [[], ["--dtype", "float32"]], ids=["kept", "cast"])
 def test_weights_are_never_in_memory_twice(words, tmp_path, run_ranks):
-    """98 MB in ten shards; the peak counts the files' mapped pages too."""
+    """98 MB in ten shards. The peak includes the mapped pages of the files."""
     config = LlavaNextConfig(
         vision_config={**VISION, "model_type": "clip_vision_model"},
         text_config={**TEXT, "model_type": "llama", "vocab_size": 32000, "hidden_size": 384},

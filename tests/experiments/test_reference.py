@@ -37,7 +37,7 @@ def judge_shards(folder, words, compose, output, *more):
 
 @pytest.fixture(scope="module")
 def judged(words, compose, tmp_path_factory):
-    """The pairs with the log-probabilities of the model that `words` train from."""
+    """Returns the pairs with the log-probabilities of the model that `words` start from."""
     folder = tmp_path_factory.mktemp("judged")
     judge_shards(folder, words, compose, folder / "pairs")
     return folder / "pairs"
@@ -91,7 +91,9 @@ def test_the_program_goes_on_with_the_shards_that_are_missing(
     judge_shards(tmp_path, words, compose, output)
     assert written == [lost]
     assert {path: path.read_bytes() for path in bytes_before} == bytes_before
-    with pytest.raises(SystemExit, match=r"holds shards made with other data\.frames .* output="):
+    with pytest.raises(
+        SystemExit, match=r"holds shards that were made with another data\.frames .* output="
+    ):
         judge_shards(tmp_path, words, compose, output, "data.frames.sampler.num_frames=3")
 
 
@@ -124,7 +126,7 @@ def test_a_bad_pair_keeps_its_place(words, compose, tmp_path, caplog):
     [
         (
             ["pooler=average_2x2"],
-            r"another model\.pooler \(\w{12}, here \w{12}\).*ropelab-reference",
+            r"another model\.pooler \(\w{12}, but here \w{12}\).*ropelab-reference",
         ),
         (["rotary=tad"], r"another model\.rotary"),
         (["data.frames.sampler.num_frames=3"], r"another data\.frames"),

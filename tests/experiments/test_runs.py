@@ -1,4 +1,4 @@
-"""ropelab-runs: states of run directories, from files that real runs leave."""
+"""ropelab-runs: states of run directories, from files of real runs."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def make_run(
     done: dict | None = None,
     rotary: str = "videorope",
 ) -> Path:
-    """As `RunDirectory` and `Heartbeat` leave it."""
+    """Writes the files of `RunDirectory` and `Heartbeat`."""
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(words)))
     choices = {"rotary": rotary, "hydra/launcher": "basic"}
@@ -46,7 +46,7 @@ def make_run(
 
 
 def freeze(folder: Path, *words: str) -> Path:
-    """As a launcher leaves a job."""
+    """Writes a job as a launcher leaves it."""
     (folder / ".hydra").mkdir(parents=True)
     frozen = {
         "seed": 0,
@@ -58,7 +58,7 @@ def freeze(folder: Path, *words: str) -> Path:
 
 @pytest.fixture(name="hold")
 def hold_fixture():
-    """`hold(folder)`: another process holds its lock, as one that trains there does."""
+    """`hold(folder)` starts a process that holds the lock, like a training there."""
     holders = []
 
     def act(folder: Path) -> None:
@@ -83,7 +83,7 @@ def states(*roots: Path) -> dict[str, str]:
 
 
 def test_every_state_is_told_apart(tmp_path, hold, monkeypatch):
-    monkeypatch.setenv("SLURM_CONF", "none")  # of the cluster that other tests have started
+    monkeypatch.setenv("SLURM_CONF", "none")  # from the cluster of other tests
     make_run(tmp_path / "done", status={"state": "trained"}, done={})
     make_run(tmp_path / "running", status={"state": "training"})
     make_run(tmp_path / "stale", status={"state": "training", "time": time.time() - 3600})
@@ -113,7 +113,7 @@ def test_every_state_is_told_apart(tmp_path, hold, monkeypatch):
 
 
 def test_the_queue_is_asked_where_there_is_one(tmp_path, monkeypatch):
-    """A preempted job that waits again is queued; a submitted one that was cancelled is not."""
+    """A preempted job that waits again is queued. A submitted job that was cancelled is not."""
     (tmp_path / "bin").mkdir()
     squeue = tmp_path / "bin" / "squeue"
     squeue.write_text("#!/bin/sh\necho 12_3\n")
@@ -149,7 +149,7 @@ def test_the_last_lines_say_what_a_sweep_lacks(tmp_path):
     make_run(tmp_path / "whole" / "b", done={})
     make_run(tmp_path / "single" / "a", done={})
     assert what_is_missing(read_runs([tmp_path])) == [
-        "sweep: 2 of 3 to go: b, c; the same command runs them",
+        "sweep: 2 of 3 still to run: b, c; the same command runs them",
         "whole: 2 of 2 done",
     ]
 
@@ -183,7 +183,7 @@ def test_the_table_shows_it_and_json_holds_it(tmp_path, capsys):
 
 
 class Beating(LightningModule):
-    """One parameter, four steps an epoch; may do something in the sixth."""
+    """A module of one parameter, four steps an epoch. It may act in the sixth step."""
 
     def __init__(self, act=lambda: None):
         super().__init__()
@@ -282,7 +282,7 @@ class TestHeartbeat:
         trainer, module, data = beat(tmp_path / "no" / "such")
         trainer.fit(module, data)
         assert trainer.global_step == 8
-        assert "no sign of life" in caplog.text
+        assert "cannot write the heartbeat" in caplog.text
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "empty"])
@@ -302,7 +302,7 @@ def test_ages(seconds, text):
 
 
 def test_300_runs_are_listed_without_torch(tmp_path):
-    """What was imported and opened, not how long that took."""
+    """Checks what was imported and opened, not the time."""
     for n in range(300):
         make_run(tmp_path / str(n), f"seed={n}", "rotary=tad", status={"state": "training"})
     lines = [

@@ -1,4 +1,4 @@
-"""What ropelab-train prints before it trains: its help, its config."""
+"""Output of ropelab-train before it trains: its help, its config."""
 
 import os
 import re

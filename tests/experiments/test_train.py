@@ -1,4 +1,4 @@
-"""Runs: what they leave, that stopping changes nothing, and that mistakes are one line."""
+"""Runs: their files, that stopping changes nothing, and that mistakes end in one line."""
 
 import csv
 import json
@@ -28,12 +28,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-#: Ends of the names of metrics that depend on it.
+#: Endings of metric names that depend on the clock.
 CLOCK = ("_per_s", "/data_wait", "/mfu")
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
-    """Rows of metrics.csv but for what depends on the clock."""
+    """Returns the rows of metrics.csv without values that depend on the clock."""
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [{k: v for k, v in row.items() if not k.endswith(CLOCK)} for row in rows]
@@ -48,7 +48,7 @@ def program(*arguments: str, cwd: Path, name: str = "train") -> subprocess.Compl
 
 @pytest.fixture
 def at_batch(monkeypatch):
-    """`at_batch(n, act)`: acts before the n-th training batch of the process, counted from 1."""
+    """`at_batch(n, act)` calls `act` before the n-th training batch of the process, from 1."""
 
     def arrange(n, act):
         count, step = 0, VideoLLMModule.training_step
@@ -67,7 +67,7 @@ def at_batch(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(run_train, tmp_path_factory):
-    """A run that nothing disturbs."""
+    """A run without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     run_train(folder)
     return folder
@@ -186,7 +186,7 @@ def test_fewer_steps_than_a_checkpoint_takes_still_leave_one(run_train, tmp_path
 
 @pytest.mark.slow
 def test_more_max_steps_go_on_within_the_epoch(run_train, tmp_path):
-    """As one run of so many steps, where the learning rate does not depend on them."""
+    """Equal to one run of the same number of steps, if the learning rate does not depend on it."""
     words = ["optim.scheduler.name=constant", "test=false"]
     for folder, ends in (("whole", [5]), ("cut", [2, 5])):
         for steps in ends:
@@ -253,7 +253,7 @@ def test_debug_overfit_learns_one_batch_by_heart(run_train, tmp_path):
 
 
 def test_debug_profile_stops_and_shows_where_time_goes(run_train, tmp_path, caplog):
-    # Lightning's logger passes nothing on where it was made before the root had a handler.
+    # Lightning's logger passes nothing on if it was made before the root had a handler.
     lightning_logger = logging.getLogger("lightning.pytorch")
     caplog.set_level("INFO", logger=lightning_logger.name)
     lightning_logger.addHandler(caplog.handler)
@@ -262,7 +262,7 @@ def test_debug_profile_stops_and_shows_where_time_goes(run_train, tmp_path, capl
     assert "run_training_batch" in caplog.text
 
 
-# The programs themselves, as processes.
+# The programs themselves, as processes
 
 
 def inspect_wandb(folder: Path) -> dict:
@@ -274,7 +274,7 @@ def inspect_wandb(folder: Path) -> dict:
 
 @pytest.mark.slow
 def test_a_multirun_is_one_run_a_job_and_survives_a_bad_one(tiny, tmp_path):
-    """4 frequencies do not split 2 : 3 : 3, which the other scheme does not need."""
+    """4 frequencies cannot be split 2 : 3 : 3. The other scheme does not need that."""
     result = program(
         "-m",
         *tiny,

@@ -1,4 +1,4 @@
-"""Every attention gives the same, and one that cannot be had is refused in one line."""
+"""Every attention gives the same, and one that is not available is refused in one line."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Blocks that are recomputed or compiled give what they gave, dropout included."""
+"""Blocks that are recomputed or compiled give the same results, dropout included."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from tests.helpers.tuned import BATCH, LORA, hidden, make_module
 
 
 def step_of(tuning, attention_dropout=0.0, bt_adapter=None, pooler="prompt_guided"):
-    """Loss and gradients of one training step, dropout included."""
+    """Returns loss and gradients of one training step, with dropout."""
     module = make_module(tuning, bt_adapter=bt_adapter, pooler=pooler)
     network = module.network.train()
     network.llm.lm.config.attention_dropout = attention_dropout
@@ -28,7 +28,7 @@ def step_of(tuning, attention_dropout=0.0, bt_adapter=None, pooler="prompt_guide
 
 
 class Kept:
-    """Bytes that the forward keeps for the backward."""
+    """Counts the bytes that the forward keeps for the backward."""
 
     def __init__(self):
         self.bytes = 0
@@ -60,8 +60,8 @@ def test_recomputed_blocks_give_the_same_gradients_dropout_included(stages):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
     assert kept.bytes < 0.8 * all_kept.bytes
     _, other, _ = step_of(Tuning(**lora), **options | {"attention_dropout": 0.0})
-    assert other != loss, "dropout was to count"
-    assert torch.equal(hidden(network), hidden(network)), "evaluation is as ever"
+    assert other != loss, "dropout must change the result"
+    assert torch.equal(hidden(network), hidden(network)), "evaluation must not change"
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by torch.compile
@@ -139,7 +139,7 @@ print("same")
 
 
 def run_uninstrumented(script, *arguments):
-    """In a process of its own: shapes are checked by wrappers that torch.compile cannot read."""
+    """In its own process, because torch.compile cannot read the wrappers that check shapes."""
     root = Path(__file__).parents[2]
     env = os.environ | {"JAXTYPING_DISABLE": "1", "PYTHONPATH": f"{root}:{root / 'tests'}"}
     command = [sys.executable, "-c", script, *arguments]
@@ -156,5 +156,5 @@ def test_compiled_in_any_way_blocks_give_the_same(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "batches"), [("eager", 20), ("aot_eager", 2)])
 def test_packed_and_recomputed_blocks_are_compiled_for_all_lengths_at_once(backend, batches):
-    """Batches of other lengths, rows and frames each; after ten nothing new is compiled."""
+    """Batches of other lengths, rows and frames. After ten of them nothing is compiled again."""
     run_uninstrumented(LENGTHS, backend, str(batches))

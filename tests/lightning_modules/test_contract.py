@@ -19,7 +19,7 @@ def options(component):
     return sorted(path.stem for path in (CONFIG_DIR / component).glob("*.yaml"))
 
 
-#: Grids that every pooler reads: an encoder's own, one frame, an odd number of frames, one patch.
+#: Grids that every pooler reads: the encoder's own, one frame, an odd number of frames, one patch.
 GRIDS = {
     "large": [Grid(4, 24, 24), Grid(1, 24, 24), Grid(5, 24, 24)],
     "tiny": [Grid(4, 4, 4), Grid(1, 4, 4), Grid(5, 4, 4)],
@@ -49,7 +49,7 @@ def make(compose, tmp_path_factory):
 
 
 def draw(grid, width=6):
-    """Random tokens on a grid, each time step shown 0.4 seconds after the one before."""
+    """Returns random tokens on a grid, with 0.4 seconds from one time step to the next."""
     generator = torch.Generator().manual_seed(grid.size)
     seconds = tuple(0.4 * n for n in range(grid.t)) if grid.t > 1 else None
     features = torch.randn(*grid, width, generator=generator)
@@ -76,7 +76,7 @@ class TestPooler:
             assert pooler.width(6) == 6 == pooled.features.shape[1]
 
     def test_weights_of_a_mean_sum_to_1(self, option, make):
-        """The projector's second layer runs after the pooler. That is right only for such means."""
+        """The projector's second layer runs after the pooler, which is correct only for means."""
         pooler = make("pooler", option)
         for grid in grids_of(option):
             tokens = draw(grid)
@@ -85,7 +85,7 @@ class TestPooler:
             torch.testing.assert_close(pooled.features, torch.ones_like(pooled.features))
 
     def test_a_token_stands_at_the_middle_of_what_it_was_made_of(self, option, make):
-        """The patches that a token's gradient reaches have the token as their middle."""
+        """A token's place is the mean of the patches that its gradient reaches."""
         pooler = make("pooler", option)
         for grid in grids_of(option):
             tokens = draw(grid)
@@ -129,7 +129,7 @@ class TestPooler:
             assert again.features is pooled.features
             assert again.layout.extent == pooled.grid
             assert torch.equal(again.layout.number, torch.arange(len(pooled)).float())
-            # Time is not renumbered: a reduced step is shown at the middle of its window.
+            # Time is not renumbered: a reduced step has the time of the middle of its window.
             torch.testing.assert_close(
                 again.layout.shown_at,
                 pooled.layout.shown_at - pooled.layout.shown_at[0],
@@ -139,7 +139,7 @@ class TestPooler:
 @pytest.mark.parametrize("rotary", options("rotary"))
 @pytest.mark.parametrize("option", options("pooler"))
 def test_keep_is_the_positions_of_the_patches(option, rotary, make):
-    """A pooled token stands at the mean of the positions of its window, and text does not move."""
+    """A pooled token has the mean position of its window, and text does not move."""
     pooler, scheme = make("pooler", option), make("rotary", rotary)
     assert isinstance(scheme, RotaryScheme)
     for grid in grids_of(option):

@@ -1,4 +1,4 @@
-"""LoRA is part of the model: saved, opened, merged, left out, and evaluated with its own alpha."""
+"""LoRA is part of the model: saved, opened, merged, left out, evaluated with its own alpha."""
 
 import json
 
@@ -89,7 +89,7 @@ def test_a_changed_alpha_cannot_slip_in(changed):
 
 @pytest.mark.slow
 def test_a_lora_run_is_trained_saved_and_evaluated_with_its_own_alpha(run_train, tmp_path):
-    """By the program; what is typed later changes nothing in the model that was trained."""
+    """By the program. Later words change nothing in the trained model."""
     words = ["tuning=lora", "tuning.lora.rank=4", "tuning.lora.alpha=32", "data.grid.frames=[4]"]
     run_train(tmp_path, *words, "optim.optimizer.lr=0.05", "test=false")
     typed = {"hydra": {"runtime": {"cwd": str(tmp_path)}}}

@@ -1,4 +1,4 @@
-"""The whole pipeline: mixed batches, exact shortcuts, generation, and what a checkpoint keeps."""
+"""The whole pipeline: mixed batches, exact shortcuts, generation, contents of a checkpoint."""
 
 import json
 from dataclasses import replace
@@ -83,13 +83,13 @@ def make_batch(rows, counts, seed=0):
 
 
 S = VISUAL_SLOT
-#: Two videos of different length and an image, pure text, one video first, two side by side.
+#: Two videos of different length and an image, only text, one video first, two side by side.
 MIXED = [[1, 2, S, 3, S, 4, S, 5, 6], [7, 8, 9], [S, 10, 11, 12], [13, S, S, 14, 15]]
 COUNTS = [4, 6, 1, 2, 4, 1]
 
 
 def rows_of(batch):
-    """The same samples, one a batch."""
+    """Yields the same samples as batches of one."""
     visual = 0
     for i in range(len(batch)):
         length = int(batch.attention_mask[i].sum())
@@ -144,7 +144,7 @@ def test_a_batch_of_text_alone():
 @pytest.mark.parametrize("rotary", ROTARY)
 @torch.no_grad()
 def test_generation_equals_full_forwards(rotary, rows, counts):
-    """Several visuals, left padding, and every token's cache against no cache at all.
+    """Several visuals, left padding, and the cache of every token against no cache.
 
     The second batch has rows that end with a visual, as a captioner's prompt does.
     """
@@ -285,13 +285,13 @@ def test_mistakes_in_a_spec_are_one_line():
 
 
 def test_slots_must_match_visuals():
-    with pytest.raises(ValueError, match="3 visual slots in the text, but 2 visuals"):
+    with pytest.raises(ValueError, match="3 visual slots, but there are 2 visuals"):
         make_batch([[S, S, 1, 2], [S, 3, 4]], [2, 2])
 
 
 @torch.no_grad()
 def test_the_pooler_tells_the_rotary_stage_what_is_left():
-    """Positions of the pooled grid, not of the encoder's."""
+    """Positions are those of the pooled grid, not of the encoder's."""
     for pooler, grid in (("none", Grid(4, 4, 4)), ("average", Grid(2, 2, 2))):
         model = make_model(pooler=pooler)
         inputs = model(make_batch([[1, S, 2, 3]], [4])).inputs

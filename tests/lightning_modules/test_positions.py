@@ -64,7 +64,7 @@ def test_text_does_not_move_with_what_is_pooled(rotary):
 
 @torch.no_grad()
 def test_of_a_video_the_positions_by_hand():
-    """M-RoPE on 2 x 4 x 4 patches, pooled 2 x 2 x 2, behind 1 text token."""
+    """M-RoPE on 2 x 4 x 4 patches, pooled 2 x 2 x 2, after 1 text token."""
     batch = list(rows_of(mixed_batch()))[3]  # a video of 4 frames, then 5 text tokens
     inputs = make_tiled_model(rotary="mrope", pooler="average", positions="keep")(batch).inputs
     time, row, column = inputs.positions[1:, 0]

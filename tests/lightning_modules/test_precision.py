@@ -1,4 +1,4 @@
-"""Every precision trains LoRA and clips; angles stay in float32."""
+"""Every precision trains LoRA and clips. Angles stay in float32."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from tests.lightning_modules.test_model import specs
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_every_precision_trains_and_clips_with_float32_angles(precision):
-    """LoRA is kept as the trainer keeps weights; the fused optimizer is clipped in each."""
+    """LoRA has the dtype that the trainer keeps weights in. The fused optimizer clips in each."""
     optimizer = partial(torch.optim.AdamW, lr=1e-2, fused=True)
     module, angles = make_module(Tuning(lora=LORA), optimizer), Angles()
     train(module, 2, precision=precision, gradient_clip_val=0.1, callbacks=[angles])

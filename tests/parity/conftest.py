@@ -1,4 +1,4 @@
-"""Golden cases: what the published code computed. See the README beside the numbers."""
+"""Golden cases: results of the published code. See the README beside the numbers."""
 
 import json
 import os
@@ -31,7 +31,7 @@ class Golden:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `<kind>_golden` runs on every pair in that folder, and fails on none."""
+    """A test with `<kind>_golden` runs on every pair in that folder, and fails without any."""
     for kind in KINDS:
         if f"{kind}_golden" in metafunc.fixturenames:
             files = sorted((GOLDEN_DIR / kind).glob("*.json")) or [GOLDEN_DIR / kind]

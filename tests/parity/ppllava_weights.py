@@ -1,4 +1,4 @@
-"""PPLLaVA's sizes and parameter names -> our stages, so that its numbers can be compared."""
+"""Maps PPLLaVA's sizes and parameter names to our components, to compare the numbers."""
 
 import re
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ TOWER = r"vision_tower\.vision_model\."
 TEMPORAL = rf"{TOWER}btadapter_T_layers\.(\d+)\."
 GUIDE = r"multi_modal_projector\.clip_"
 
-#: Published name -> ours, first match. Layers that our tower does not keep go out afterwards.
+#: Published name -> ours, first match. Layers that our tower does not keep are removed later.
 ENCODER_NAMES = [
     (rf"{TEMPORAL}layer_norm1", r"adapter.temporal.\1.layer_norm"),
     (rf"{TEMPORAL}temporal_fc", r"adapter.temporal.\1.out"),
@@ -40,7 +40,7 @@ class Stages(NamedTuple):
 
 
 def build_stages(spec: dict[str, Any], weights: dict[str, Tensor]) -> Stages:
-    """Encoder, pooler and projector of one golden pair, with its weights, in eval mode."""
+    """Returns encoder, pooler and projector of one golden pair, with its weights, in eval mode."""
     encoder = ClipEncoder(**encoder_arguments(spec))
     pooler = PromptGuidedPooler(**pooler_arguments(spec))
     projector = Projector(spec["clip_vision"]["hidden_size"], spec["llm"]["hidden_size"])
@@ -55,7 +55,7 @@ def encoder_arguments(spec: dict[str, Any]) -> dict[str, Any]:
     layer = spec["vision_feature_layer"]
     kept = layer if layer >= 0 else layers + 1 + layer
     others = text.get("max_position_embeddings", 77) - KEPT_POSITIONS
-    # An adapter that starts behind the features never reaches them.
+    # An adapter that starts after the features never reaches them.
     reaches = spec["bt_adapter"] and layers - spec["bt_adapter_depth"] < kept
     return {
         "config": {
@@ -85,7 +85,7 @@ def pooler_arguments(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def encoder_weights(weights: dict[str, Tensor], encoder: ClipEncoder) -> dict[str, Tensor]:
-    """Complete for `encoder`; of the published ones only what it does not keep is left out."""
+    """Complete for `encoder`. Of the published weights, only what it does not keep is left out."""
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         for pattern, replacement in ENCODER_NAMES:
@@ -125,7 +125,7 @@ def projector_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def llm_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """For a transformers LlamaForCausalLM."""
+    """Returns the weights of a transformers LlamaForCausalLM."""
     prefix = "language_model."
     return {
         name.removeprefix(prefix): tensor

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's any-resolution images: transformers' pixels and logits, of one tiny random model."""
+"""LLaVA-NeXT's any-resolution images: transformers' pixels and logits, from one tiny model."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ VISION |= {"image_size": SIDE, "patch_size": 8}
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, **HEADS}
 TEXT |= {"vocab_size": 64, "num_key_value_heads": 1, "initializer_range": 0.2}
 
-#: Width, height: portrait, landscape, square, as the grids, tiny, odd, and thin.
+#: Width, height: portrait, landscape, square, the same shape as the grids, tiny, odd, and thin.
 SIZES = [(40, 100), (150, 60), (64, 64), (32, 96), (5, 3), (33, 97), (100, 22), (21, 20), (1, 1)]
 
 
@@ -86,7 +86,7 @@ def test_pixels_are_the_published_ones(processor):
 
 @pytest.fixture(scope="module")
 def models():
-    """transformers' model, and ours with its weights."""
+    """Returns transformers' model, and ours with its weights."""
     torch.manual_seed(0)
     theirs = LlavaNextForConditionalGeneration(
         LlavaNextConfig(
@@ -132,7 +132,7 @@ def copy_weights(theirs, ours):
 
 
 def published_logits(model, processor, rows, images):
-    """Logits of each row without its padding. A slot stands for one image."""
+    """Returns logits of each row without its padding. A slot stands for one image."""
     features = []
     inputs = {}
     if images:
@@ -189,14 +189,14 @@ def test_logits_of_several_images_in_a_text(models, processor):
 
 @torch.no_grad()
 def test_logits_of_a_mixed_batch(models, processor):
-    """Text alone, one image, several: rows of very different lengths."""
+    """Only text, one image, several images: rows of very different lengths."""
     rows = [[1, 2, 3, 4, 5], [6, S, 7, 8], [S, S, 9, 10, S, 11], [S, 12]]
     assert_same(models, processor, rows, SIZES[:5])
 
 
 @torch.no_grad()
 def test_of_a_thin_picture_a_row_is_left(models, processor):
-    """Ours differs from the published layout here alone: that keeps no row of this plane."""
+    """Ours differs from the published layout only here, which keeps no row of this plane."""
     theirs, ours = models
     image = picture((300, 22))
     published = published_logits(theirs, processor, [[1, S, 2]], [image])

@@ -1,4 +1,4 @@
-"""The weighted 3-D pooling and the stretched context, against PPLLaVA's own."""
+"""The weighted 3-D pooling and the stretched context equal PPLLaVA's own."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_pooling(pooling_golden):
             image_kernel=case["kernel"],
             crop=True,
             temperature=case["temperature"],
-            logit_scale=0.0,  # so that the weights go into the last softmax as they are
+            logit_scale=0.0,  # so the weights enter the last softmax unchanged
         )
         assert list(y.shape) == case["y_shape"]
         assert pooler.extent(Grid(*x.shape[2:])) == tuple(y.shape[2:])

@@ -55,7 +55,7 @@ def test_stages(ppllava_golden):
 
 
 def build_model(spec, weights):
-    """The whole pipeline with one golden pair's sizes and weights."""
+    """The whole pipeline with the sizes and weights of one golden pair."""
     llm = {key: value for key, value in spec["llm"].items() if key != "rope_theta"}
     theta = {"rope_type": "default", "rope_theta": spec["llm"]["rope_theta"]}
     stages = "lightning_modules"

@@ -1,4 +1,4 @@
-"""The four schemes of VideoRoPE's repository: positions exactly, logits within 1e-5."""
+"""The four schemes of VideoRoPE's repository: exact positions, logits within 1e-5."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_positions_and_logits(rope_golden, name):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_first_generated_position(rope_golden, name):
-    """The published code generates from text_step * length + rope_delta."""
+    """The published code generates from text_step * length + rope_delta on."""
     scheme = SCHEMES[name](rope_golden.spec["config"]["mrope_section"])
     for case in rope_golden.spec["cases"]:
         layout = read_layout(case["segments"])

@@ -1,4 +1,4 @@
-"""Published schemes beyond VideoRoPE's: positions exactly; axes, cos and sin within float32."""
+"""Further published schemes: exact positions; axes, cos and sin within float32."""
 
 from dataclasses import replace
 
@@ -16,9 +16,9 @@ from lightning_modules.tokens import Layout
 
 
 class YarnV(VideoRope):
-    """YaRN-V of VideoRoPE++: time's frequencies are stretched for a longer context.
+    """YaRN-V of VideoRoPE++ stretches the frequencies of time for a longer context.
 
-    It tests `RotaryScheme.scale`; no option in configs/rotary has it yet.
+    It tests `RotaryScheme.scale`. No option in configs/rotary uses it yet.
     """
 
     def __init__(self, factor, sections=None):

@@ -84,8 +84,8 @@ def _refuse_fields(
             shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
             raise BadSampleError(
                 "bad_field",
-                f"{name!r}{where} names {shown}, and is not read: name the file under image or "
-                f"video of the entry, or --ignore-field {name}",
+                f"{name!r}{where} names {shown}, but this field is not read: name the file under "
+                f"image or video of the entry, or add --ignore-field {name}",
             )
 
 
@@ -123,10 +123,10 @@ def refuse_unlearnt(entry: dict[str, Any], ignored: Collection[str]) -> None:
     """
     for name in ("kto_tag", "label"):  # kto_tag: LLaMA-Factory; label: ms-swift and TRL
         if entry.get(name) is False and name not in ignored:
-            what = "marks a bad answer, which would be learnt"
+            what = "marks a bad answer, which the model would learn"
             remedy = "leave the entry out, or pair it with a good one as chosen and rejected"
             raise BadSampleError(
-                "bad_field", f"{name!r} is false and {what}: {remedy}, or --ignore-field {name}"
+                "bad_field", f"{name!r} is false and {what}: {remedy}, or add --ignore-field {name}"
             )
     for field in _CONVERSATIONS:
         for number, turn in enumerate(_turns(entry.get(field))):
@@ -139,6 +139,6 @@ def refuse_unlearnt(entry: dict[str, Any], ignored: Collection[str]) -> None:
                 where = f"{name!r} of {field} {number} is {turn[name]!r}"
                 raise BadSampleError(
                     "bad_field",
-                    f"{where}, but every answer is learnt alike: leave such turns out, or "
-                    f"--ignore-field {name}",
+                    f"{where}, but the model learns every answer alike: leave such turns out, or "
+                    f"add --ignore-field {name}",
                 )

@@ -99,8 +99,8 @@ def _whole(lines: Sequence[bytes], path: Path) -> list[Annotation] | None:
 def _expected(found: Any) -> str:
     fields = found.items() if isinstance(found, dict) else ()
     lists = [name for name, value in fields if isinstance(value, list)]
-    inside = f"; write the list of {lists[0]!r} alone" if lists else ""
-    return f"a list of entries is expected, or one object a line{inside}"
+    inside = f"; write only the list {lists[0]!r} into the file" if lists else ""
+    return f"expected a list of entries, or one object per line{inside}"
 
 
 def _read_line(where: str, line: bytes) -> Annotation:
@@ -120,7 +120,7 @@ def parse_json(data: bytes) -> Any:
         return json.loads(data, parse_constant=_constant, object_pairs_hook=_without_twins)
     except UnicodeDecodeError as error:
         byte, at = data[error.start], error.start
-        raise BadSampleError("bad_json", f"no UTF-8: byte {byte:#04x} at {at}") from None
+        raise BadSampleError("bad_json", f"not UTF-8: byte {byte:#04x} at {at}") from None
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         detail = f"{error.msg}: {line}character {error.colno}"
@@ -131,7 +131,7 @@ def parse_json(data: bytes) -> Any:
 
 def _constant(name: str) -> None:
     if name != "NaN":
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -140,5 +140,5 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
         for name in names:
             if any(other == name and value != found[name] for other, value in pairs):
-                raise ValueError(f"{name!r} stands twice in one object, with different values")
+                raise ValueError(f"{name!r} appears twice in one object, with different values")
     return found

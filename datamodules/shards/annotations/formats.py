@@ -58,7 +58,7 @@ def to_conversation(entry: Any, ignored: Collection[str] = ()) -> dict[str, Any]
         BadSampleError: missing_field, bad_field, empty_conversation.
     """
     if not isinstance(entry, dict):
-        raise BadSampleError("missing_field", "conversations: the entry is no object")
+        raise BadSampleError("missing_field", "conversations: the entry is not an object")
     fields = _READ | READERS.keys()
     entry = {n: value for n, value in entry.items() if value is not None or n not in fields}
     entry = _with_own_visuals(entry, ignored)
@@ -116,7 +116,9 @@ def _read_turns(entry: dict[str, Any]) -> dict[str, Any]:
     names = ("messages", "conversation", "conversations")
     given = [name for name in names if entry.get(name) is not None]
     if len(given) > 1:
-        raise BadSampleError("bad_field", f"{given[0]} and {given[1]} are two conversations")
+        raise BadSampleError(
+            "bad_field", f"{given[0]} and {given[1]} are two conversations: keep one"
+        )
     field, entry = (given[0], entry) if given else _from_pair(entry)
     pair = "chosen" in entry or "rejected" in entry
     if field is None or (field == "conversations" and not _is_foreign(entry[field])):
@@ -127,7 +129,9 @@ def _read_turns(entry: dict[str, Any]) -> dict[str, Any]:
         kept = _with_files(kept, kind, files, field)
     kept["conversations"] = with_slots(turns, _slots_of(kept))
     if "rejected_messages" in kept:
-        raise BadSampleError("bad_field", "rejected_messages is not read: give rejected_response")
+        raise BadSampleError(
+            "bad_field", "rejected_messages is not read: give rejected_response instead"
+        )
     if "rejected_response" in kept:  # ms-swift: the last answer is the one preferred
         *before, last = kept["conversations"]
         kept |= {"conversations": before, "chosen": last["value"]}
@@ -162,7 +166,7 @@ def _from_pair(entry: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
         if not isinstance(history, list) or not all(
             isinstance(turn, list) and len(turn) == 2 for turn in history
         ):
-            raise BadSampleError("bad_field", "history: a list of [question, answer]")
+            raise BadSampleError("bad_field", "history must be a list of [question, answer]")
         pairs = [*history, ["\n".join(filter(None, asked)), entry.get(answer)]]
         texts = [text for pair in pairs for text in pair]
         if entry.get(answer) is None:
@@ -198,7 +202,9 @@ def _with_system(entry: dict[str, Any]) -> dict[str, Any]:
     if isinstance(turns[0], dict) and turns[0].get("from") == "system":
         if turns[0].get("value") == system:
             return kept
-        raise BadSampleError("bad_field", "system and the first turn are two system prompts")
+        raise BadSampleError(
+            "bad_field", "system and the first turn are two system prompts: keep one"
+        )
     return {**kept, "conversations": [{"from": "system", "value": system}, *turns]}
 
 
@@ -238,7 +244,7 @@ def read_videochat2(entry: dict[str, Any]) -> dict[str, Any]:
     turns = []
     for number, pair in enumerate(pairs):
         if not isinstance(pair, dict):
-            raise BadSampleError("bad_field", f"QA {number} is no object")
+            raise BadSampleError("bad_field", f"QA {number} is not an object")
         question, answer = _text(pair, "q", ""), _text(pair, "a")
         instruction = _text(pair, "i", "") if number == 0 or not question.strip() else ""
         asked = "\n".join(part for part in (instruction.strip(), question.strip()) if part)
@@ -285,5 +291,5 @@ def _text(entry: dict[str, Any], name: str, missing: str | None = None) -> str:
     if value is None:
         raise BadSampleError("missing_field", name)
     if not isinstance(value, str):
-        raise BadSampleError("bad_field", f"{name} is no text")
+        raise BadSampleError("bad_field", f"{name} is not a text")
     return value

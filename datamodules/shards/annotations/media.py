@@ -44,7 +44,7 @@ class Media:
             if path is None:
                 raise BadSampleError("file_missing", f"{name}{self._hint(name)}")
             if not path.is_file():  # for example a named pipe, which would block
-                raise BadSampleError("file_unreadable", f"{name}: no file")
+                raise BadSampleError("file_unreadable", f"{name}: not a file")
             return path.read_bytes()
         except OSError as error:
             raise BadSampleError("file_unreadable", f"{name}: {error.strerror}") from None
@@ -76,7 +76,7 @@ class Media:
                 valid file name).
         """
         if "\0" in name or not name:
-            raise BadSampleError("file_unreadable", f"{name!r} is no name of a file")
+            raise BadSampleError("file_unreadable", f"{name!r} is not a file name")
         roots = (Path(os.path.abspath(self.root)), self.root.resolve())
         paths = ((root, Path(os.path.normpath(root / name))) for root in roots)
         root, path = next(((r, p) for r, p in paths if p.is_relative_to(r)), (None, None))
@@ -98,13 +98,13 @@ class Media:
         try:
             target = path.resolve(strict=True)
         except FileNotFoundError:
-            what = f"{name} is a symbolic link to {os.path.realpath(path)}, which is not there"
+            what = f"{name} is a symbolic link to {os.path.realpath(path)}, which does not exist"
             raise BadSampleError("file_missing", what) from None
         except (OSError, RuntimeError) as error:  # a loop of links
             raise BadSampleError("file_unreadable", f"{name}: {error}") from None
         if not self.follow_links and not target.is_relative_to(self.root.resolve()):
             what = f"{name} is a symbolic link to {target}, outside {self.root}"
-            raise BadSampleError("unsafe_path", f"{what}: --follow-links reads it")
+            raise BadSampleError("unsafe_path", f"{what}: add --follow-links to read it")
 
     def _hint(self, name: str) -> str:
         """Returns a hint about an existing file with a similar name, or ""."""
@@ -114,7 +114,7 @@ class Media:
             near = next(_alike(place, file, _loosely), None) if place else None
         except (BadSampleError, OSError):
             return ""
-        return f": there is {near!r}" if near else ""
+        return f": did you mean {near!r}?" if near else ""
 
 
 def _alike(folder: Path, name: str, form: Callable[[str], str]) -> Iterator[str]:

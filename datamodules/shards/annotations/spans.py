@@ -23,7 +23,7 @@ _PARTS = _STARTS | _ENDS | _BOTH | _IF_RANGES
 # With one of these words, the number is in seconds. With the others, its unit is unknown.
 _OF_SECONDS = {"video", "time", "sec", "second", "s"}
 _BESIDE = _OF_SECONDS | {"ms", "frame", "idx", "index"}
-_REMEDY = "give start and end in seconds, or --ignore-field"
+_REMEDY = "give start and end in seconds, or add --ignore-field"
 
 
 class Span(NamedTuple):
@@ -55,7 +55,8 @@ def take_span(
     span = Span(0.0 if start is None else start, math.inf if end is None else end)
     if not 0 <= span.start < span.end:
         raise BadSampleError(
-            "bad_field", f"{' and '.join(fields)}: start {start} and end {end}: 0 <= start < end"
+            "bad_field",
+            f"{' and '.join(fields)}: start {start} and end {end}, but it must be 0 <= start < end",
         )
     if span == (0, math.inf):
         return entry, None, []

@@ -39,7 +39,7 @@ def to_turns(messages: Any, where: str) -> tuple[list[dict[str, Any]], dict[str,
     for number, message in enumerate(messages):
         here = f"{where} {number}"
         if not isinstance(message, dict):
-            raise BadSampleError("bad_field", f"{here} is no object")
+            raise BadSampleError("bad_field", f"{here} is not an object")
         if "human" in message and "assistant" in message:
             turns += [{"from": "human", "value": _text(message["human"], f"human of {here}")}]
             turns += [{"from": "gpt", "value": _text(message["assistant"], f"assistant of {here}")}]
@@ -59,7 +59,7 @@ def to_turns(messages: Any, where: str) -> tuple[list[dict[str, Any]], dict[str,
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise BadSampleError("bad_field", f"{where} is no text")
+        raise BadSampleError("bad_field", f"{where} is not a text")
     return value
 
 
@@ -68,7 +68,8 @@ def _refuse_shown(parts: Sequence[Any], where: str) -> None:
     for part in parts:
         if isinstance(part, dict) and _kind_of(part) != "text":
             raise BadSampleError(
-                "bad_field", f"a part of {where} has type {_kind_of(part)!r}: an answer is text"
+                "bad_field",
+                f"a part of {where} has type {_kind_of(part)!r}: an answer must be text",
             )
 
 
@@ -101,7 +102,7 @@ def take_tags(turns: Sequence[Any], where: str) -> tuple[list[Any], dict[str, li
             for match in _TAGGED.finditer(text):
                 if is_file(match[2]):
                     what = f"{match.group()} in the answer {where} {number}"
-                    raise BadSampleError("bad_field", f"{what} is a visual: an answer is text")
+                    raise BadSampleError("bad_field", f"{what} is a visual: an answer must be text")
         elif isinstance(text, str):
             turn = {**turn, "value": _TAGGED.sub(slot, text)}
         taken.append(turn)
@@ -120,14 +121,14 @@ def _read_part(part: Any, visuals: dict[str, list[str]], where: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
-        raise BadSampleError("bad_field", f"a part of {where} is no object")
+        raise BadSampleError("bad_field", f"a part of {where} is not an object")
     kind = _kind_of(part)
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
     plain = kind.removesuffix("_url")
     if plain not in _KINDS:
         raise BadSampleError(
-            "bad_field", f"a part of {where} has type {kind!r}: text, image, video"
+            "bad_field", f"a part of {where} has type {kind!r}, but must be text, image or video"
         )
     unknown = part.keys() - {"type", plain, kind} - _READING
     if unknown:
@@ -152,9 +153,11 @@ def file_names(value: Any, where: str) -> list[str]:
         if isinstance(one, dict):
             one = next((one[key] for key in ("path", "url", "file") if one.get(key)), None)
         if isinstance(one, list):
-            raise BadSampleError("bad_field", f"{where}: frames of a video belong into a folder")
+            raise BadSampleError("bad_field", f"{where}: put the frames of a video into a folder")
         if not isinstance(one, str):
-            raise BadSampleError("bad_field", f"{where}: a file name or a list of them")
+            raise BadSampleError(
+                "bad_field", f"{where} must be a file name or a list of file names"
+            )
         if one.startswith("data:"):
             raise BadSampleError("bad_field", f"{where} holds data: write it into a file")
         scheme, separator, path = one.partition("://")

@@ -64,7 +64,7 @@ class StreamedReference(Reference):
                 if written.get(name) != digest:
                     raise ValueError(
                         "the reference log-probabilities in the shards were made with another "
-                        f"{name} ({written.get(name)}, here {digest}): write them again with "
+                        f"{name} ({written.get(name)}, but here {digest}): write them again with "
                         f"ropelab-reference, or go back to that {name}"
                     )
         return batch.reference
@@ -108,9 +108,9 @@ class BaseReference(Reference):
         trained = [name for name, p in policy.named_parameters() if p.requires_grad]
         others = [name for name in trained if not is_lora(name)]
         if others or not trained:
-            found = f"trains {others[0]} beside it" if others else "has none"
+            found = f"also trains {others[0]}" if others else "has none"
             raise ValueError(
-                "module/reference=base holds the policy to itself without LoRA, but this run "
+                "module/reference=base compares the policy with itself without LoRA, but this run "
                 f"{found}: set tuning=lora and freeze the rest with tuning.freeze, or set "
                 "module/reference=frozen"
             )

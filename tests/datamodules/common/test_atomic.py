@@ -28,7 +28,9 @@ def test_a_kill_before_the_rename_leaves_the_old_file(shared, tmp_path):
     assert done.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
     left = [each for each in tmp_path.iterdir() if each != path]
-    assert [each.read_text() for each in left] == ["new"], "what the kill left"
+    assert [each.read_text() for each in left] == ["new"], (
+        "the killed write leaves its temporary file"
+    )
 
     write_whole(path, "newer", shared)
     assert path.read_text() == "newer"

@@ -1,4 +1,4 @@
-"""One builder: what it builds from a file that a stranger may have written."""
+"""The builder of specs: what it builds from a file that a stranger may have written."""
 
 import pytest
 
@@ -19,7 +19,9 @@ def test_nested_specs_are_built_first_and_hydras_keys_left_out():
 
 def test_a_nested_spec_must_be_of_its_kind():
     spec = {"_target_": "datamodules.visuals.frames.FrameReader", "sampler": SAMPLER}
-    with pytest.raises(ValueError, match=r"UniformSampler' refused: it is no FrameReader"):
+    with pytest.raises(
+        ValueError, match=r"UniformSampler' refused: it is not a subclass of FrameReader"
+    ):
         build(spec, "datamodules", nested=FrameReader)
 
 

@@ -1,4 +1,4 @@
-"""Bombs: little data that claims gigabytes or hours of work is refused, for little of either."""
+"""Bombs: small files that claim gigabytes or hours of work are refused at little cost."""
 
 import subprocess
 import sys
@@ -58,7 +58,7 @@ for kind, path in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 def test_bombs_stay_within_memory_and_time(tmp_path):
-    """Some kilobytes that claim gigabytes or hours: refused, for a few megabytes and seconds."""
+    """Kilobytes that claim gigabytes or hours of work cost a few megabytes and seconds."""
     arguments = []
     for number, (kind, make) in enumerate(BOMBS.values()):
         (tmp_path / f"{number}").write_bytes(make())
@@ -82,8 +82,8 @@ def test_an_image_bomb_has_its_reason():
 
 
 def test_a_member_that_looks_compressed_is_not_decompressed(tmp_path):
-    """Its header is one of a tar and of gzip at once; the sample is what tar says."""
-    name = b"\x1f\x8b\x08\x04aaaaaa\xf0\x01"  # a gzip header with an extra field over the tar's own
+    """The header is valid for tar and for gzip. The sample is the one that tar reads."""
+    name = b"\x1f\x8b\x08\x04aaaaaa\xf0\x01"  # a gzip header with an extra field over tar's own
     bomb = zlib.compressobj(9, wbits=-15)
     data = bomb.compress(tar_bytes([("b.json", bytes(50 << 20))])) + bomb.flush()
     header = bytearray(tarfile.TarInfo("x.bin").tobuf(tarfile.GNU_FORMAT))

@@ -1,4 +1,4 @@
-"""Every way that data can be bad: its reason, and that all other samples keep their places."""
+"""Every kind of bad data: its reason, and that all other samples keep their places."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from tests.helpers.hostile import CLIP, audio_alone, gif_bomb, with_frames, with
 from tests.helpers.tiny_shards import sample_tar
 
 COUNT = 12  # samples of each of the two shards
-BAD = 4  # the one that is broken: a video
+BAD = 4  # the sample that is broken: a video
 
 
 def shard_samples(shard: int) -> list[tuple[str, dict[str, bytes]]]:
@@ -41,7 +41,7 @@ def decode() -> Callable:
 
 
 def stream_keys(paths: list, decode: Callable, **options) -> tuple[list[str], Faults]:
-    """Keys of an epoch in the order in which they are learnt."""
+    """Returns the keys of an epoch in the order of training."""
     manifest = read_manifest([str(path) for path in paths], **options)
     order = ShuffledOrder(manifest, 1, StreamOptions(seed=1, virtual_streams=1, window=6, chunk=3))
     faults = Faults("skip")
@@ -60,7 +60,7 @@ ANSWER = {"from": "gpt", "value": "That."}
 LONE = rb'{"conversations": [{"from": "human", "value": "<video>\ud800"}, '
 LONE += rb'{"from": "gpt", "value": "x"}]}'
 
-# what is put in the place of a good video or conversation, and the reason it is given
+# replacements of a good video or conversation, with the expected reason
 VIDEOS = {
     "empty": (b"", "video_empty"),
     "cut in its head": (CLIP[:40], "video_unreadable"),
@@ -72,12 +72,12 @@ VIDEOS = {
     "a playlist": (b"#EXTM3U\n#EXTINF:9,\nfile:///etc/passwd\n", "video_unreadable"),
     "a concatenation": (b"ffconcat version 1.0\nfile /etc/passwd\n", "video_unreadable"),
     "zero frames": (with_frames(0), "video_empty"),
-    "60,000 x 60,000": (with_sps(60_000), "video_unreadable"),  # more than FFmpeg itself takes
+    "60,000 x 60,000": (with_sps(60_000), "video_unreadable"),  # more than FFmpeg needs by itself
     "16,000 x 16,000": (with_sps(16_000), "video_too_large"),
     "10,000 frames of nothing": (
         with_frames(10_000),
         "video_too_large",
-    ),  # by what its bytes can stand for
+    ),  # by the files that the bytes can be
     "a gif of 65,535 x 65,535": (gif_bomb(), "video_unreadable"),
 }
 JSONS = {
@@ -119,7 +119,7 @@ def test_a_missing_member_has_a_reason(lost, reason, samples, decode, tmp_path):
 
 
 def assert_only(samples, broken, reason: str, decode: Callable, folder: Path) -> None:
-    """With one sample broken, all others come in the places in which they come without that."""
+    """With one broken sample, all others come at the same places as without damage."""
     paths = [folder / "0.tar", folder / "1.tar"]
     for path, content in zip(paths, samples, strict=True):
         path.write_bytes(sample_tar(content))
@@ -138,7 +138,7 @@ def assert_only(samples, broken, reason: str, decode: Callable, folder: Path) ->
 
 
 def test_nothing_of_a_shard_is_executed_or_followed(samples, decode, tmp_path):
-    """Pickles stay bytes; links and devices make a sample bad, as do paths that lead out."""
+    """Pickles stay bytes. Links, devices and paths that lead out make a sample bad."""
     trap = tmp_path / "trap"
 
     class Trap:
@@ -175,7 +175,7 @@ def test_nothing_of_a_shard_is_executed_or_followed(samples, decode, tmp_path):
 
 # --- shards --------------------------------------------------------------------------------------
 
-MIDDLE = 5  # the sample at which a shard is damaged
+MIDDLE = 5  # number of the sample at which a shard is damaged
 
 
 def offsets_of(data: bytes) -> dict[str, int]:
@@ -188,7 +188,7 @@ def flip_checksum(data: bytes, at: int) -> bytes:
 
 
 def claim_more(data: bytes, at: int) -> bytes:
-    """A header with a right checksum that takes the next samples for its payload."""
+    """Returns a header with a correct checksum that claims the next samples as its payload."""
     info = tarfile.TarInfo.frombuf(data[at : at + 512], "utf-8", "strict")
     info.size += 1 << 20
     return data[:at] + info.tobuf(tarfile.GNU_FORMAT) + data[at + 512 :]
@@ -201,7 +201,7 @@ def with_negative_size(data: bytes, at: int) -> bytes:
 
 
 def with_long_names(data: bytes, at: int) -> bytes:
-    """Headers that each hold the name of the next."""
+    """Returns a chain of headers, each with the name of the next."""
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2
     return data[:at] + (info.tobuf(tarfile.GNU_FORMAT) + b"a\0".ljust(512, b"\0")) * 300 + data[at:]
@@ -225,7 +225,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_in_a_shard_costs_only_what_it_touches(name, samples, decode, tmp_path):
-    """The samples before and behind come out, read through a pipe too."""
+    """The samples before and after the damage are read, also through a pipe."""
     damage, reason = DAMAGE[name]
     data = sample_tar(samples[0])
     key = samples[0][MIDDLE][0]
@@ -236,7 +236,7 @@ def test_damage_in_a_shard_costs_only_what_it_touches(name, samples, decode, tmp
     keys = {key for key, _ in samples[0]} - touched
     for url in (str(path), f"pipe:cat {path}"):
         if url != str(path) and name == "a claim":
-            continue  # a pipe is past what the claim covers when it turns out wrong
+            continue  # a pipe has passed the claimed bytes when the claim turns out wrong
         manifest = read_manifest(url)
         assert [fault.reason for fault in manifest.faults] == [reason]
         left, faults = stream_keys([url], decode)
@@ -247,7 +247,7 @@ def test_damage_in_a_shard_costs_only_what_it_touches(name, samples, decode, tmp
 
 
 def test_an_index_that_lies_is_no_crash(samples, decode, tmp_path):
-    """Kept offsets that go back, or far behind the end, cost their samples and no memory."""
+    """Stored offsets that go back or far past the end cost their samples, but no memory."""
     path, index = tmp_path / "0.tar", tmp_path / "0.tar.idx"
     path.write_bytes(sample_tar(samples[0]))
     read_manifest(str(path))

@@ -1,8 +1,9 @@
-"""Damaged shards by the thousand: no crash, no hang, no good sample lost or altered.
+"""Thousands of damaged shards: no crash, no hang, and no good sample lost or changed.
 
-FUZZ_CASES says how many (`make fuzz`), FUZZ_SEED with which one to begin: each case depends on its
-seed alone, so that FUZZ_SEED=n FUZZ_CASES=1 is the n-th again. Cases run in forked processes, as a
-decoder that is written in C can take its process along.
+FUZZ_CASES is the number of cases (`make fuzz`), and FUZZ_SEED the first one. A case depends only on
+its seed, so FUZZ_SEED=n FUZZ_CASES=1 repeats case n.
+
+Cases run in forked processes, because a decoder written in C can crash its process.
 """
 
 import faulthandler
@@ -51,7 +52,7 @@ def equal(one: Sample, other: Sample) -> bool:
 
 
 def run_case(seed: int, folder: Path) -> tuple[str, str]:
-    """(kind of damage, what is wrong with the way it was taken or nothing)."""
+    """Returns (kind of damage, what is wrong with the result; empty if nothing)."""
     rng = random.Random(seed)
     kind = list(KINDS)[seed % len(KINDS)]
     data, touched = KINDS[kind](rng)
@@ -66,7 +67,7 @@ def run_case(seed: int, folder: Path) -> tuple[str, str]:
             same = {s: d for s, d in raw.items() if s[:2] != "__"} == samples().get(key)
             if same and key in good:
                 continue
-            if not same or rng.random() < 0.2:  # the same bytes give the same sample
+            if not same or rng.random() < 0.2:  # equal bytes give equal samples
                 sample = decoder()(raw)
                 if same and not equal(sample, decoder()({**raw, **samples()[key]})):
                     return kind, f"{key} is decoded in two ways"
@@ -77,14 +78,14 @@ def run_case(seed: int, folder: Path) -> tuple[str, str]:
     reader.close()
     if missing := set(samples()) - touched - set(good):
         return kind, f"lost {sorted(missing)}: {manifest.faults}, {dict(reasons)}"
-    sample_offsets(ForwardFile(iter([data])))  # as a pipe is read
+    sample_offsets(ForwardFile(iter([data])))  # in the order of a pipe
     path.unlink()
     path.with_name(path.name + ".idx").unlink(missing_ok=True)
     return kind, ""
 
 
 def child(seeds: Sequence[int], folder: Path, results: int) -> None:
-    """Writes a line before a case and one behind it. SIGALRM ends the process, wherever it is."""
+    """Writes one line before a case and one after it. SIGALRM ends the process at any point."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     faulthandler.disable()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -103,7 +104,7 @@ def child(seeds: Sequence[int], folder: Path, results: int) -> None:
 
 
 def run_seeds(seeds: list[int], folder: Path) -> tuple[list[str], Counter]:
-    """Failures, and the number of cases by kind. A process that dies costs its own case."""
+    """Returns the failures, and the number of cases by kind. A process that dies loses its case."""
     failures, kinds = [], Counter()
     while seeds:
         read, write = os.pipe()
@@ -146,7 +147,7 @@ def test_no_damage_costs_more_than_it_touches(tmp_path):
 
 
 def test_a_decoder_that_crashes_or_hangs_is_seen(tmp_path, monkeypatch):
-    """What the fuzz would say of them: the guard is itself guarded."""
+    """The fuzz test would report them: this tests the fuzz test itself."""
 
     def broken(seed: int, folder: Path) -> tuple[str, str]:
         if seed == 1:

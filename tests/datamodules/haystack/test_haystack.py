@@ -1,4 +1,4 @@
-"""Haystacks: what is drawn, and what each row of a grid shows."""
+"""Haystacks: the draws of training, and the visuals of each cell."""
 
 from dataclasses import replace
 from unittest.mock import Mock
@@ -32,7 +32,7 @@ def conversation():
 
 @pytest.fixture(scope="module")
 def clips():
-    """Every frame of its own colour, so that it can be told where it comes from."""
+    """Makes a video in which every frame has its own colour."""
     numbers = torch.arange(sum(CLIP_LENGTHS), dtype=torch.uint8)
     return list(numbers.view(-1, 1, 1, 1).expand(-1, 3, 2, 2).split(CLIP_LENGTHS))
 
@@ -103,7 +103,7 @@ def test_videos_grow_over_the_first_part_of_a_training(samples):
 
 
 def standing(rank: int, world: int, done: int = 0) -> Mock:
-    """A trainer, as far as data asks where it stands."""
+    """A stand-in for a trainer, with what a datamodule asks for its position."""
     trainer = Mock(spec=Trainer, global_rank=rank, world_size=world)
     trainer.overfit_batches, trainer.current_epoch, trainer.fit_loop = 0, 0, Mock()
     trainer.fit_loop.epoch_loop.batch_progress.current.processed = done
@@ -183,13 +183,13 @@ def test_a_checkpoint_keeps_the_place_and_refuses_another_plan(module, make_modu
     module.load_state_dict(state)
     assert next(iter(module.train_dataloader())).keys == [f"#{n}" for n in range(28, 32)]
     module.load_state_dict(state | {"micro_batches": 3})
-    with pytest.raises(ValueError, match="at micro-batch 6 of all ranks, its checkpoint at 3"):
+    with pytest.raises(ValueError, match=r"at micro-batch 6 of all ranks, but .* is at 3"):
         next(iter(module.train_dataloader()))
 
 
 def test_steps_that_cannot_be_shared_or_filled_are_refused(module, make_module):
     module.trainer = standing(0, 4)
-    with pytest.raises(ValueError, match=r"6 micro-batches.*by 4 ranks; take 1, 2, 3, 6 ranks"):
+    with pytest.raises(ValueError, match=r"6 micro-batches.*by 4 ranks; use 1, 2, 3, 6 ranks"):
         module.train_dataloader()
     with pytest.raises(ValueError, match="legal batch sizes for 4 ranks: 1, 2, 3, 6"):
         module.accumulation(4)
@@ -235,7 +235,7 @@ def test_periodic_distractors_stand_at_every_multiple_of_the_period(frames, peri
         (19, 20, {14}),
         (4, 20, {9}),
         (10, 20, {5, 15}),
-        (2, 5, set()),  # neither side is in range: none, as published
+        (2, 5, set()),  # no side is in range, so there is none, as in the published code
         (0, 5, set()),
         (0, 6, {5}),
     ],
@@ -259,7 +259,7 @@ GRID = GridPlan(
 
 @pytest.fixture(scope="module")
 def encode(make_module, conversation):
-    """Questions -> text, as a grid is given it."""
+    """Returns the text of each question, as a grid gets it."""
     module = make_module()
     module.conversation = conversation
     return module._encode
@@ -356,7 +356,7 @@ def test_workers_draw_the_same_samples(make_module):
 
 
 def test_a_draw_changes_nothing_else_in_a_sample(clips, needles, conversation):
-    """Training has draws, validation has none; both show the same frames at the same times."""
+    """Training has draws and validation has none. Both show the same frames at the same times."""
     plain, drawn = (
         HaystackSamples(clips, needles, PLAN, conversation, 5, drawn=drawn)
         for drawn in (False, True)

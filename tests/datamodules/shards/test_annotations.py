@@ -1,4 +1,4 @@
-"""Annotation formats as they are published: each becomes the one form of shards, by its fields."""
+"""Published annotation formats: each is converted to the format of shards, field by field."""
 
 import json
 from pathlib import Path
@@ -82,7 +82,7 @@ ALL = [*LLAVA_15, *LLAVA_VIDEO, *M4_INSTRUCT, *HOUND_SFT, *HOUND_DPO, *VIDEOCHAT
 @pytest.fixture(scope="module")
 def media(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("media")
-    pictures = draw_frames(3, 16)[0]  # 8 frames a second
+    pictures = draw_frames(3, 16)[0]  # 8 frames per second
     video, image = encode_video(pictures), encode_image(pictures[0])
     for name in ("NextQA/NExTVideo/1006/1.mp4", "webvid/1.mp4", "youcook2/1.mp4", "raw/9.mp4"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def pack(folder: Path, media: Path, entries: list, *options: str, lines: bool = 
 
 @pytest.fixture(scope="module")
 def packed(media, tmp_path_factory) -> list[dict]:
-    """Raw samples of `ALL`."""
+    """Returns the raw samples of `ALL`."""
     folder = tmp_path_factory.mktemp("packed")
     assert pack(folder, media, ALL, "--reencode", "64", lines=True) == 0
     assert main(["verify", str(folder / "out"), "--workers", "1"]) == 0
@@ -127,7 +127,7 @@ def test_conversations_stay_as_they_are(packed):
 
 
 def test_every_sample_is_read(packed):
-    """From the shard to ids and frames; visuals in the order of their slots."""
+    """From the shard to ids and frames, with visuals in the order of their slots."""
     frames, encoder = FrameReader(32, UniformSampler(2)), ConversationEncoder()
     visuals = []
     for raw in packed:
@@ -160,7 +160,7 @@ def test_the_video_stands_before_the_prompt(prompt):
 
 
 def test_a_pair_may_be_given_as_turns():
-    """As trainers that read ShareGPT's form have it; and the form of shards is its own."""
+    """Trainers that read ShareGPT's format use it. The format of shards is read as well."""
     entry = {
         "video": "a.mp4",
         "conversations": turns("<video>\nWhat?"),
@@ -188,7 +188,7 @@ def test_videochat2_says_its_instruction_once(packed):
 
 
 def test_a_part_of_a_video_is_cut_out(packed, media, tmp_path, capsys):
-    """16 frames at 8 a second: those from 0.5 s to before 1.5 s are the 8 from number 4 on."""
+    """Of 16 frames at 8 per second, those from 0.5 s to before 1.5 s are 8, from number 4 on."""
     every = FrameReader(64, FpsSampler(100.0, 100))
     raw = of(packed, VIDEOCHAT2[1])
     whole = every.video(of(packed, VIDEOCHAT2[0])["mp4"])
@@ -233,7 +233,7 @@ def test_what_an_entry_lacks_is_said(entry, reason):
 
 
 def test_a_line_is_named(media, tmp_path, capsys):
-    """Blank lines count; a line may hold what some take for the end of one."""
+    """Blank lines count. A line may contain characters that some readers take for a line end."""
     good = {"conversations": turns("What\u2028?", "x")}
     bad = {"id": "b", "video": "absent.mp4", "conversations": turns("<video>", "x")}
     path = tmp_path / "a.jsonl"
@@ -256,4 +256,4 @@ def test_verify_reads_both_answers(media, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["good"] == 1
     raw = {"json": json.dumps({"conversations": turns("<video>"), "chosen": "x"}).encode()}
     with pytest.raises(BadSampleError):
-        parse_sample(raw)  # a prompt without an answer is nothing to train on
+        parse_sample(raw)  # a prompt without an answer cannot be trained on

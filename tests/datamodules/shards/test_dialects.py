@@ -1,4 +1,4 @@
-"""Annotations of other trainers: read where their meaning is plain, else refused by field."""
+"""Annotations of other trainers: read if their meaning is clear, otherwise refused by field."""
 
 import json
 from pathlib import Path
@@ -151,8 +151,8 @@ TALK = {"conversations": turns("What is it?", "A card.")}
         ({**TALK, "video": "a.mp4", "video_2": "b.mp4"}, "'video_2' names b.mp4"),
         ({**TALK, "clip": "a.mp4"}, "--ignore-field clip"),
         ({**TALK, "video": "a.mp4", "videos": ["b.mp4"]}, "video and videos name different"),
-        ({**TALK, "videos": [["1.jpg", "2.jpg"]]}, "videos: frames of a video"),
-        ({**TALK, "videos": [7]}, "videos: a file name"),
+        ({**TALK, "videos": [["1.jpg", "2.jpg"]]}, "videos: put the frames of a video"),
+        ({**TALK, "videos": [7]}, "videos must be a file name"),
         ({**TALK, "images": ["https://host/a.jpg"]}, "images is a url: download"),
         ({**TALK, "images": ["data:image/png;base64,AA"]}, "images holds data"),
         ({"messages": messages([part("input_audio", "a.wav")], "x")}, "'input_audio'"),
@@ -161,14 +161,14 @@ TALK = {"conversations": turns("What is it?", "A card.")}
         ({"messages": messages([part("video", "a.mp4")], "x"), "videos": ["b.mp4"]},
          "video and messages name different"),
         ({"messages": messages("x", None)}, "content of messages 1"),
-        ({"messages": messages("x", 7)}, "messages 1 is no text"),
+        ({"messages": messages("x", 7)}, "messages 1 is not a text"),
         ({"messages": messages("x", "y"), **TALK}, "messages and conversations are two"),
         ({"messages": []}, "no turn in messages"),
-        ({"messages": ["x"]}, "messages 0 is no object"),
+        ({"messages": ["x"]}, "messages 0 is not an object"),
         ({"query": "x", "videos": ["a.mp4"]}, "missing_field: response"),
         ({"query": "x", "response": None}, "missing_field: response"),
         ({"completion": "x"}, "missing_field: prompt"),
-        ({"prompt": "x", "completion": 7}, "completion is no text"),
+        ({"prompt": "x", "completion": 7}, "completion is not a text"),
         ({"prompt": "x", "chosen": None, "rejected": "y"}, "missing_field: chosen"),
         ({"query": "x", "response": "y", "history": ["z"]}, "history"),
         ({"messages": messages("x", "y"), "rejected_messages": []}, "rejected_messages"),
@@ -209,7 +209,7 @@ def test_a_field_can_be_ignored():
 @pytest.fixture(scope="module")
 def media(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("media")
-    pictures = draw_frames(3, 16)[0]  # 8 frames a second
+    pictures = draw_frames(3, 16)[0]  # 8 frames per second
     (root / "a.mp4").write_bytes(encode_video(pictures))
     (root / "b.jpg").write_bytes(encode_image(pictures[0]))
     return root
@@ -224,7 +224,7 @@ def samples(folder: Path) -> list[dict]:
 
 
 def test_they_are_packed_and_read(media, tmp_path):
-    """Nothing blind: as many visuals in the row as the entry names."""
+    """No row lacks a visual: it has as many visuals as the entry names."""
     entries = [entry for entry, _ in READ.values()]
     assert pack(tmp_path, media, entries, lines=True) == 0
     frames, encoder = FrameReader(32, UniformSampler(2)), ConversationEncoder()
@@ -244,7 +244,7 @@ def test_a_field_that_is_ignored_on_the_command_line(media, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("span", "first", "count"),
     [
-        ({"start": 0.5}, 4, 12),  # 16 frames at 8 a second
+        ({"start": 0.5}, 4, 12),  # 16 frames at 8 per second
         ({"start": 0.5, "end": None}, 4, 12),
         ({"end": 0.5}, 0, 4),
         ({"start": None, "end": "0.5"}, 0, 4),

@@ -1,4 +1,4 @@
-"""Fields that shards do not hold: none is passed over by which a sample would be learnt wrongly."""
+"""Fields that shards do not have: none is ignored if ignoring it would train a sample wrongly."""
 
 import pytest
 
@@ -93,7 +93,7 @@ def test_visuals_of_a_turn():
                 f"{name!r} of messages 0 names a.jpg")  # fmt: skip
     asked = {**ASKED[0], "clip": "b.mp4"}
     refused({"conversations": [asked, ASKED[1]], "video": "a.mp4"}, "'clip' of conversations 0")
-    to_conversation({"conversations": turns("Run main.ts", "x")})  # what is said is no field
+    to_conversation({"conversations": turns("Run main.ts", "x")})  # a turn's text is not a field
 
 
 TAGGED = {
@@ -140,9 +140,9 @@ def test_a_picture_without_an_ending_is_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["image", "image_url", "video"])
 def test_a_visual_in_an_answer(kind):
-    """Its slot would be learnt as a word, and its place would be before the question."""
+    """Its slot would be trained as a word, and its visual would move before the question."""
     shown = [part(kind, "a.mp4"), part("text", "x")]
-    refused({"messages": messages("What?", shown)}, "messages 1", repr(kind), "an answer is text")
+    refused({"messages": messages("What?", shown)}, "messages 1", repr(kind), "must be text")
     refused({"conversations": messages("What?", shown, names=("from", "value"))}, "conversations 1")
     asked = {"messages": messages(shown, [part("text", "x")])}
     assert to_conversation(asked)["conversations"][1] == {"from": "gpt", "value": "x"}
@@ -150,7 +150,7 @@ def test_a_visual_in_an_answer(kind):
 
 @pytest.mark.parametrize(("name", "value"), [("loss", False), ("loss_scale", 0.0), ("weight", 0)])
 def test_answers_that_are_not_to_be_learnt(name, value):
-    """Of ms-swift and OpenAI."""
+    """From ms-swift and OpenAI."""
     for said, field in (
         (messages("a", "b", "c", "d"), "messages"),
         (turns("a", "b", "c", "d"), "conversations"),
@@ -158,17 +158,17 @@ def test_answers_that_are_not_to_be_learnt(name, value):
         said[1][name], said[3][name] = value, 1
         refused({field: said}, f"{name!r} of {field} 1", f"--ignore-field {name}")
         assert len(to_conversation({field: said}, [name])["conversations"]) == 4
-        said[1][name], said[0][name] = None, value  # questions never are
+        said[1][name], said[0][name] = None, value  # questions never have labels
         to_conversation({field: said})
 
 
 @pytest.mark.parametrize("name", ["kto_tag", "label"])
 def test_bad_answers_are_not_learnt(name):
-    """Of LLaMA-Factory, ms-swift and TRL."""
+    """From LLaMA-Factory, ms-swift and TRL."""
     for entry in (TALK, {"messages": messages("a", "b")}, {"prompt": "a", "completion": "b"}):
         refused({**entry, name: False}, f"{name!r} is false", f"--ignore-field {name}")
         to_conversation({**entry, name: False}, [name])
-        for value in (True, None, 0, "false"):  # a class of some data set
+        for value in (True, None, 0, "false"):  # a class label of some data set
             to_conversation({**entry, name: value})
 
 

@@ -1,4 +1,4 @@
-"""Files that annotations name: folders of frames, links, accents, and messages that name them."""
+"""Files that annotations name: folders of frames, links, accents, and messages with file names."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def first_video(folder: Path) -> bytes:
     "form", ["{}.jpg", "frame_{}.png", "{}.JPG", "Frame {}.Jpeg", "v1.2_{:d}.WEBP", "{:03d}.png"]
 )
 def test_frames_of_a_folder_in_the_order_of_their_numbers(tmp_path, form):
-    """Frame n is grey of brightness 20 n; macOS and Windows have left files beside them."""
+    """Frame n is grey with brightness 20 n. Files of macOS and Windows lie beside the frames."""
     folder = tmp_path / "media" / "clips" / "v_1.2_a"
     folder.mkdir(parents=True)
     for n in range(1, 13):
@@ -64,9 +64,9 @@ def test_frames_of_a_folder_in_the_order_of_their_numbers(tmp_path, form):
     "names",
     [
         ["0.25", "0.5", "0.75", "1", "1.125", "1.5", "10.0"],  # seconds
-        ["1.1", "1.2", "1.9", "1.10", "1.11", "2.1"],  # chapter and page
+        ["1.1", "1.2", "1.9", "1.10", "1.11", "2.1"],  # chapter and page numbers
         ["v1.5", "v1.25", "v2"],  # versions
-        ["0.5", "0.25s", "1"],  # not all are numbers
+        ["0.5", "0.25s", "1"],  # not all names are numbers
     ],
 )
 def test_names_that_are_numbers_stand_by_their_values(tmp_path, names):
@@ -87,7 +87,7 @@ def test_a_folder_without_pictures_says_what_is_there(tmp_path, capsys):
 
 
 def test_a_bad_visual_is_named(tmp_path, capsys):
-    """With the line of its entry, its id and the file; of a folder the frame."""
+    """The message has the line of the entry, its id and the file, and for a folder the frame."""
     media = tmp_path / "media"
     (media / "v").mkdir(parents=True)
     (media / "good.mp4").write_bytes(VIDEO)
@@ -120,7 +120,7 @@ def test_a_bad_visual_is_named(tmp_path, capsys):
 
 @pytest.fixture
 def linked(tmp_path) -> Path:
-    """`media` with links to a file, a folder, within itself, to nothing and in a circle."""
+    """Returns `media` with links to a file, a folder, itself, nothing, and in a circle."""
     outside, media = tmp_path / "store", tmp_path / "media"
     outside.mkdir()
     media.mkdir()
@@ -159,7 +159,7 @@ def test_no_name_leads_out_of_the_folder(linked, tmp_path, follow):
     for name, words in (
         (
             "nothing.mp4",
-            r"file_missing: nothing.mp4 is a symbolic link to .*gone.mp4, which is not",
+            r"file_missing: nothing.mp4 is a symbolic link to .*gone.mp4, which does not exist",
         ),
         ("circle.mp4", "file_unreadable: circle.mp4"),
         ("a\0.mp4", "file_unreadable"),
@@ -168,7 +168,7 @@ def test_no_name_leads_out_of_the_folder(linked, tmp_path, follow):
         with pytest.raises(BadSampleError, match=words):
             media.read(name)
     os.mkfifo(linked / "pipe.mp4")
-    with pytest.raises(BadSampleError, match=r"file_unreadable: pipe.mp4: no file"):
+    with pytest.raises(BadSampleError, match=r"file_unreadable: pipe.mp4: not a file"):
         media.read("pipe.mp4")
 
 
@@ -180,7 +180,7 @@ def test_the_folder_itself_may_be_a_link(linked, tmp_path):
 
 @pytest.mark.parametrize("stored", ["NFC", "NFD"])
 def test_accents_are_found_however_they_are_written(tmp_path, stored):
-    """macOS takes é apart into e and an accent; Linux keeps both names apart."""
+    """macOS stores é as e and an accent. Linux can hold both names."""
     name = "vidéos/été ñ 100%25.mp4"
     path = tmp_path / unicodedata.normalize(stored, name)
     path.parent.mkdir()
@@ -198,7 +198,7 @@ def test_a_missing_file_tells_what_is_nearly_it(tmp_path):
         ("My%20video.MP4", "My video.MP4"),
         ("d/B.mp4", "b.mp4"),
     ):
-        with pytest.raises(BadSampleError, match=f"file_missing: {name}: there is '{near}'"):
+        with pytest.raises(BadSampleError, match=f"file_missing: {name}: did you mean '{near}'"):
             Media(tmp_path).read(name)
     with pytest.raises(BadSampleError, match=r"file_missing: e/x.mp4$"):
         Media(tmp_path).read("e/x.mp4")

@@ -1,4 +1,4 @@
-"""`ropelab-shards`: packing, what it refuses, and verifying."""
+"""`ropelab-shards`: packing, refusals of packing, and verifying."""
 
 import errno
 import io
@@ -190,7 +190,7 @@ def test_a_write_that_fails_leaves_nothing(videos, monkeypatch):
 
 
 def test_a_full_disk_is_named_by_the_shard(tmp_path, monkeypatch):
-    """A write is told no name, so its error has none."""
+    """A write gets no file name, so its error has none."""
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,4 +1,4 @@
-"""The part of a video that an entry means, under the names that data sets give it."""
+"""The part of a video that an entry means, by the field names of published data sets."""
 
 import json
 import math
@@ -114,7 +114,7 @@ def test_it_is_cut_out(media, tmp_path, capsys, fields):
     (raw,) = samples(tmp_path / "out")
     assert json.loads(raw["json"]) == ENTRY
     every = FrameReader(64, FpsSampler(100.0, 100))
-    assert len(every.video(raw["mp4"])) == 4  # half a second of 8 a second, without its end
+    assert len(every.video(raw["mp4"])) == 4  # half a second at 8 per second, without its end
     ignored = [word for name in fields for word in ("--ignore-field", name)]
     assert pack(tmp_path, media, [entry], "--overwrite", *ignored) == 0
     (raw,) = samples(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Tars as people make them: with sidecars, links, dots in keys, members in another order."""
+"""Tars as people make them: with sidecars, links, dots in keys, and members in another order."""
 
 import io
 import json
@@ -23,7 +23,7 @@ TEXT = json.dumps({"conversations": TURNS}).encode()
 
 
 def write(path: Path, names: list[str], links: dict[str, bytes] | None = None) -> Path:
-    """A tar of members in this order; the type of those that are no files."""
+    """Returns a tar of members in this order. `links`: types of members that are not files."""
     with tarfile.open(path, "w") as tar:
         for name in names:
             info = tarfile.TarInfo(name)
@@ -40,7 +40,7 @@ def write(path: Path, names: list[str], links: dict[str, bytes] | None = None) -
 
 
 def read(path: Path) -> tuple[list, list[str]]:
-    """Of each sample its members or what is wrong with it; and what is wrong with the shard."""
+    """Returns the members or the fault of each sample, and the faults of the shard."""
     manifest = read_manifest(str(path))
     reader, samples = ShardReader(manifest, 30.0), []
     for n in range(manifest.shards[0].count):
@@ -70,7 +70,7 @@ def verify(path: Path, capsys) -> dict:
     ],
 )
 def test_sidecars_are_no_members(tmp_path, capsys, sidecars):
-    """Each before a member of a sample, where today it cuts that sample in two."""
+    """Each stands before a member of a sample, where it once cut that sample in two."""
     members = ["d/k1.json", "d/k1.mp4", "d/k2.json", "d/k2.mp4"]
     names = [name for pair in zip(sidecars, members, strict=True) for name in pair]
     path = write(tmp_path / "a.tar", [*names, "d/._z.mp4"])
@@ -96,7 +96,7 @@ def test_an_index_that_counts_sidecars_says_so(tmp_path, capsys):
 
 
 def test_members_sorted_by_type(tmp_path, capsys):
-    """`tar --sort` was not given: all .json come first. The message has the way out."""
+    """Without `tar --sort`, all .json come first. The message has the remedy."""
     path = write(tmp_path / "a.tar", ["k1.json", "k2.json", "k1.mp4", "k2.mp4"])
     samples, faults = read(path)
     assert len(faults) == 1
@@ -105,7 +105,7 @@ def test_members_sorted_by_type(tmp_path, capsys):
     assert not index_path(path).exists()
     assert "slot_mismatch" in samples[0]
     assert "missing_field" in samples[2]
-    assert ".mp4 alone" in samples[2]
+    assert "only .mp4:" in samples[2]
     assert all("tar --sort=name" in sample for sample in samples)
     report = verify(path, capsys)
     assert report["bad"] == {"tar_unsorted": 1, "slot_mismatch": 2, "missing_field": 2}
@@ -122,7 +122,7 @@ def test_the_advice_for_unsorted_members_helps(tmp_path):
 
 
 def test_samples_of_the_same_name_are_no_disorder(tmp_path):
-    """Shards put together, whose keys begin anew."""
+    """Concatenated shards, in which the keys start again."""
     names = ["k1.json", "k1.mp4", "k2.json", "k2.mp4", "k1.json", "k1.mp4"]
     samples, faults = read(write(tmp_path / "a.tar", names))
     assert not faults
@@ -130,7 +130,7 @@ def test_samples_of_the_same_name_are_no_disorder(tmp_path):
 
 
 def test_keys_with_dots(tmp_path, capsys):
-    """WebDataset's keys end at the first dot, so that two samples become one."""
+    """WebDataset ends a key at the first dot, so two samples become one."""
     names = ["v_1.2_a.json", "v_1.2_a.mp4", "v_1.2_b.json", "v_1.2_b.mp4", "w.json", "w.mp4"]
     path = write(tmp_path / "a.tar", names)
     (first, second), faults = read(path)
@@ -162,7 +162,7 @@ def test_links_and_devices_are_counted(tmp_path, capsys, kind, words):
 
 
 def test_a_link_alone_is_counted(tmp_path, capsys):
-    """Before the other members of its sample, or without any."""
+    """A link before the other members of its sample, or without any."""
     links = {name: tarfile.SYMTYPE for name in ("a.0.mp4", "c.mp4")}
     path = write(tmp_path / "a.tar", ["a.0.mp4", "a.json", "b.json", "b.mp4", "c.mp4"], links)
     samples, faults = read(path)
@@ -173,7 +173,7 @@ def test_a_link_alone_is_counted(tmp_path, capsys):
 
 
 def test_a_link_before_the_file_of_its_sample(tmp_path, capsys):
-    """As tar sorts them: it is the sample's fault, and not that of the one before."""
+    """In the order of tar, the link is a fault of its own sample, not of the one before."""
     names = ["k1.jpg", "k1.json", "k2.0.jpg", "k2.1.jpg", "k2.json", "k25.jpg", "k3.json", "k3.mp4"]
     links = {name: tarfile.SYMTYPE for name in (*names[2:4], "k25.jpg")}
     path = write(tmp_path / "a.tar", names, links)

@@ -1,4 +1,4 @@
-"""Batches by tokens: what a batch then holds, the same in every layout."""
+"""Batches by tokens: what a batch holds, equal in every layout."""
 
 import json
 from collections import Counter
@@ -22,13 +22,13 @@ from tests.datamodules.stream.test_order import write_tar
 OPTIONS = StreamOptions(seed=3, window=5, chunk=3)
 BUDGET, MOST, PER_STEP = 300, 9, 4
 
-#: (ranks, workers of each)
+#: (ranks, workers of each rank)
 LAYOUTS = [(1, 0), (1, 2), (2, 0), (2, 1), (4, 0)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two sets of shards, `a` of 312 samples and `b` of 51."""
+    """Returns two sets of shards: `a` with 312 samples and `b` with 51."""
     folder = tmp_path_factory.mktemp("budget")
     for name, counts in {"a": [63, 1, 90, 47, 111], "b": [21, 30]}.items():
         (folder / name).mkdir()
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(params=["set", "mixture"])
 def source(request, folder):
-    """(manifest, order)"""
+    """Returns (manifest, order)."""
     return make_source(folder, request.param == "mixture")
 
 
@@ -48,14 +48,14 @@ def make_source(folder, mixed, max_tokens=BUDGET, most=MOST):
     manifest = join(sets) if mixed else sets[0]
     samples = ShuffledOrder(manifest, 1, OPTIONS)
     if mixed:
-        # The smaller set is seen more often: several of its epochs in one of the mixture.
+        # The smaller set is seen more often: the mixture has several of its epochs.
         parts = [Part("a", None, 1.0), Part("b", None, 1.0)]
         samples = mix(parts, sets, OPTIONS, 1, 1)
     return manifest, BudgetOrder(samples, lengths_of(manifest), max_tokens, most, PER_STEP)
 
 
 def lengths_of(manifest):
-    """Short and long ones, some longer than the budget, and bad ones of no length."""
+    """Returns lengths: short, long, some over the budget, and bad samples without a length."""
     rng = np.random.RandomState(1)
     tokens = np.where(rng.rand(len(manifest)) < 0.3, 120, 20) + rng.randint(0, 60, len(manifest))
     tokens[::50], tokens[7::90] = 420, 0
@@ -68,7 +68,7 @@ def tokens_by_place(manifest):
 
 
 class Places:
-    """Where the samples of a micro-batch stand, which are not read."""
+    """Stands for a reader: gives the places of the samples of a micro-batch."""
 
     def __init__(self, order):
         self._order = order
@@ -81,13 +81,13 @@ class Places:
 
 
 def batches_of(order, rank=0, world=1, at=(0, 0)):
-    """What one rank gets of an epoch, from a place on."""
+    """Returns what one rank gets of an epoch, from a place on."""
     options = {"rank": rank, "world": world, "position": lambda: at}
     return list(StreamLoader(lambda e: Places(order.epoch(e)), order, Faults("raise"), **options))
 
 
 def in_order(ranks):
-    """Micro-batches of all ranks, in global order."""
+    """Returns the micro-batches of all ranks, in global order."""
     return [batch for row in zip(*ranks, strict=True) for batch in row]
 
 
@@ -96,7 +96,7 @@ def micro_batches(order, world=1, at=(0, 0)):
 
 
 def test_layouts_give_identical_batches(source):
-    """Samples read from shards, by workers too."""
+    """The samples are read from shards, also with workers."""
 
     def read(world, workers):
         return in_order(
@@ -111,7 +111,7 @@ def test_layouts_give_identical_batches(source):
 
 
 def test_a_run_cut_anywhere_goes_on_in_any_other_layout(source):
-    """Twenty random cuts: (ranks, step) -> ranks; those with workers are in the test above."""
+    """Twenty random stops: (ranks, step) -> ranks. The test above has the stops with workers."""
     rng = np.random.RandomState(0)
     order = source[1]
     whole = {epoch: micro_batches(order, at=(epoch, 0)) for epoch in range(3)}
@@ -158,10 +158,10 @@ def test_every_sample_once_but_the_tail(folder):
         assert len(batches) == len(order)
         keys = Counter(key for batch in batches for key in batch)
         assert set(keys.values()) == {1}
-        # What fills no step, and what this epoch's order needs more than the first one's.
+        # Samples that fill no step, and samples that only this epoch's order needs.
         needed = len(cut(order._tokens[order._epochs.epoch(epoch).numbers()], BUDGET, MOST)) - 1
         left = len(manifest) - len(keys)
-        assert left <= max(needed - len(order), 0) * MOST + 16  # 16: of 48 streams at most
+        assert left <= max(needed - len(order), 0) * MOST + 16  # 16 of 48 streams at most
         assert needed - len(order) < 2 * PER_STEP
 
 
@@ -235,7 +235,7 @@ def test_too_few_for_a_step_is_one_line(folder):
 
 @pytest.mark.slow
 def test_a_training_that_is_stopped_inside_an_epoch_goes_on(compose, tmp_path, monkeypatch):
-    """Through the program: the keys of every step, and the samples that it says to have seen."""
+    """Through the program: the keys of every step, and the number of samples that it reports."""
     write_shards(tmp_path / "s", [20, 13], num_frames=4)
     shards(["measure", str(tmp_path / "s"), "--workers", "1"])
     words = [

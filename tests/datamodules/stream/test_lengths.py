@@ -1,4 +1,4 @@
-"""Lengths that are measured: those of batches, kept beside the index, and asked for by budgets."""
+"""Measured lengths: equal to those in batches, stored beside the index, required by budgets."""
 
 import json
 
@@ -34,7 +34,7 @@ def data(folder, sampler=None, **options):
 
 
 def test_measured_lengths_are_those_of_batches(measured):
-    """A pooler that leaves 4 tokens of a frame; videos, pairs of images and text alone."""
+    """A pooler leaves 4 tokens of a frame. Samples have videos, pairs of images, or only text."""
     module = data(measured)
     manifest = read_manifest(str(measured))
     tokens = read_tokens(manifest, UniformSampler(4), module._options)
@@ -86,7 +86,7 @@ def test_lengths_that_are_missing_or_of_another_shard_are_one_line(measured):
         return str(error.value)
 
     place.write_bytes(lengths_path(index_path(first.with_name("shard-000001.tar"))).read_bytes())
-    assert "lengths of 4 samples, the shard has 9" in refused()
+    assert "lengths of 4 samples, but the shard has 9" in refused()
     place.write_bytes(b"no numbers")
     assert "cannot be read" in refused()
     place.unlink()
@@ -96,7 +96,7 @@ def test_lengths_that_are_missing_or_of_another_shard_are_one_line(measured):
 
 
 def test_lengths_lie_where_the_index_can(tmp_path):
-    """Of a folder that cannot be written, in the cache for both."""
+    """If a folder cannot be written, the cache has both."""
     (path,) = write_shards(tmp_path / "s", [3], num_frames=4)
     index_path(path).unlink()
     cache = tmp_path / "cache"
@@ -113,7 +113,7 @@ def test_lengths_lie_where_the_index_can(tmp_path):
 
 
 def test_measuring_leaves_the_counts_of_a_folder_in_use(tmp_path):
-    """They are passed over where the folder is newer, and every index is opened then."""
+    """They are ignored if the folder is newer. Then every index is opened."""
     write_shards(tmp_path / "s", [3, 2], num_frames=4)
     info = info_path(str(tmp_path / "s"))
     info.parent.mkdir()
@@ -126,7 +126,7 @@ def test_measuring_leaves_the_counts_of_a_folder_in_use(tmp_path):
 
 
 def test_the_place_of_a_checkpoint_knows_the_budget(measured):
-    """Other tokens, other batches: a checkpoint of these is refused."""
+    """Other tokens make other batches, so a checkpoint of these is refused."""
     prints = [
         data(measured).fingerprint(),
         data(measured, max_tokens=121).fingerprint(),
@@ -151,7 +151,10 @@ def test_samples_that_are_too_long_are_said_once(measured, caplog):
     module.train_dataloader()
     said = [r.getMessage() for r in caplog.records if "max_tokens" in r.getMessage()]
     assert len(said) == 1
-    line = f"of 20 samples are longer than data.stream.max_tokens={longest - 1}, up to {longest}:"
+    line = (
+        f"of 20 samples are longer than data.stream.max_tokens={longest - 1}, "
+        f"the longest has {longest} tokens:"
+    )
     assert line in said[0]
 
 

@@ -1,4 +1,4 @@
-"""Which samples a step sees: the same in every layout, after every cut, for sets and mixtures."""
+"""The samples of a step: equal in every layout and after every stop, for sets and mixtures."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from datamodules.stream.order import FileOrder, ShuffledOrder, StreamOptions
 OPTIONS = StreamOptions(seed=3, virtual_streams=12, window=5, chunk=3)
 BATCH, PER_STEP = 2, 12
 
-#: (ranks, workers of each)
+#: (ranks, workers of each rank)
 LAYOUTS = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (4, 0), (4, 1), (6, 0)]
 LAYOUTS += [(12, 0)]
 
@@ -37,7 +37,7 @@ def write_tar(path: Path, count: int) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two sets of shards, `a` of 112 samples and `b` of 31."""
+    """Returns two sets of shards: `a` with 112 samples and `b` with 31."""
     folder = tmp_path_factory.mktemp("order")
     for name, counts in {"a": [23, 1, 40, 17, 31], "b": [11, 20]}.items():
         (folder / name).mkdir()
@@ -48,7 +48,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(params=["set", "mixture"])
 def source(request, folder):
-    """(manifest, order)"""
+    """Returns (manifest, order)."""
     sets = [read_manifest(str(folder / name)) for name in "ab"]
     if request.param == "set":
         return sets[0], ShuffledOrder(sets[0], BATCH, OPTIONS, PER_STEP)
@@ -57,7 +57,7 @@ def source(request, folder):
 
 
 def rank_batches(source, rank=0, world=1, workers=0, at=(0, 0)) -> list[list[str]]:
-    """What one rank gets of an epoch, from a place on; a batch is the list of its keys."""
+    """Returns what one rank gets of an epoch, from a place on. A batch is the list of its keys."""
     manifest, order = source
     loader = StreamLoader(
         lambda e: EpochStream(manifest, order.epoch(e), lambda raw: raw["__key__"], list, 30.0),
@@ -74,7 +74,7 @@ def rank_batches(source, rank=0, world=1, workers=0, at=(0, 0)) -> list[list[str
 
 
 def steps(source, world: int, workers: int, at=(0, 0)) -> list[list[str]]:
-    """The keys of each optimizer step of an epoch, in global order."""
+    """Returns the keys of each optimizer step of an epoch, in global order."""
     ranks = [rank_batches(source, rank, world, workers, at) for rank in range(world)]
     assert len({len(rank) for rank in ranks}) == 1
     batches = [batch for row in zip(*ranks, strict=True) for batch in row]
@@ -92,14 +92,14 @@ def test_layouts_give_identical_steps(source):
 
 
 def test_a_run_cut_anywhere_goes_on_in_any_other_layout(source):
-    """Fifty random cuts: (layout, step) -> layout; a few of the layouts have workers."""
+    """Fifty random stops: (layout, step) -> layout. A few layouts have workers."""
     rng = np.random.RandomState(0)
     whole = {epoch: steps(source, 1, 0, (epoch, 0)) for epoch in range(3)}
     in_process = [layout for layout in LAYOUTS if not layout[1]]
     for n in range(50):
         epoch, cut = rng.randint(3), rng.randint(1 + len(whole[0]))
         seen = whole[epoch]
-        if n % 17 == 0:  # the others as the test above has shown
+        if n % 17 == 0:  # the test above has shown the others
             seen = steps(source, *LAYOUTS[rng.randint(len(LAYOUTS))], (epoch, 0))
         layouts = LAYOUTS if n % 17 == 0 else in_process
         after = layouts[rng.randint(len(layouts))]
@@ -169,15 +169,15 @@ def test_streams_are_as_many_as_every_legal_number_of_ranks_can_share(
 
 
 def sizes(counts, name="x") -> Manifest:
-    """Shards that are only counted."""
+    """Returns shards of which only the counts are known."""
     return Manifest([Shard(f"{name}{n}.tar", count) for n, count in enumerate(counts)], [])
 
 
 @pytest.mark.parametrize(
     ("streams", "per_step", "world", "message"),
     [
-        (12, 12, 5, "12 micro-batches.* by 5 ranks; take 1, 2, 3, 4, 6, 12 ranks"),
-        (9, 8, 4, "9 virtual streams.*multiple of 4, or take 1 ranks"),
+        (12, 12, 5, "12 micro-batches.* by 5 ranks; use 1, 2, 3, 4, 6, 12 ranks"),
+        (9, 8, 4, "9 virtual streams.*multiple of 4, or use 1 ranks"),
         (57, 1, 1, "56 or less"),
         (40, 1, 1, ""),
         (None, 57, 1, "112 samples are fewer than the 114"),
@@ -228,7 +228,7 @@ def test_every_set_of_a_mixture_goes_through_epochs_of_its_own(weights):
 
 
 def test_a_mixture_holds_its_weights():
-    """Exactly in each period, and near them at every row: nothing drifts."""
+    """The mixture is exact in each period, and near the weights at every row. Nothing drifts."""
     order, _ = make_mixture((0.7, 0.3))
     second = np.array([row.order.part for row in rows(order, 84)])
     before = np.cumsum(second)
@@ -287,7 +287,7 @@ def test_a_fingerprint_survives_a_move_and_no_change(folder, tmp_path):
     seen = {here}
     shard, index = moved / "a1.tar", index_path(moved / "a1.tar")
     index.unlink()
-    with tarfile.open(shard, "w") as tar:  # as many samples, another length
+    with tarfile.open(shard, "w") as tar:  # equally many samples, another length
         info = tarfile.TarInfo("a1-0000.json")
         info.size = 600
         tar.addfile(info, io.BytesIO(bytes(600)))
@@ -303,7 +303,7 @@ def test_a_fingerprint_survives_a_move_and_no_change(folder, tmp_path):
 
 
 def test_counts_of_a_prepared_folder_are_taken_without_its_indexes(tmp_path):
-    """As `energon prepare` leaves them; until the folder changes."""
+    """Counts as `energon prepare` leaves them are used until the folder changes."""
     paths = [write_tar(tmp_path / f"{n}.tar", count) for n, count in enumerate([4, 7])]
     (tmp_path / ".nv-meta").mkdir()
     info = tmp_path / ".nv-meta" / ".info.json"
@@ -312,16 +312,16 @@ def test_counts_of_a_prepared_folder_are_taken_without_its_indexes(tmp_path):
     assert [shard.count for shard in manifest.shards] == [4, 7]
     assert not list(tmp_path.glob("*.idx"))
 
-    reader = ShardReader(manifest, 30.0)  # makes an index where it needs one
+    reader = ShardReader(manifest, 30.0)  # makes an index where one is needed
     assert reader.read(1, 6)[:11] == b"1-0006.json"
     reader.close()
     assert [path.name for path in tmp_path.glob("*.idx")] == ["1.tar.idx"]
 
-    write_tar(paths[0], 5)  # in its place, so that the folder's own time stays
+    write_tar(paths[0], 5)  # written in place, so the time of the folder stays
     os.utime(tmp_path, ns=(0, 0))
     assert [shard.count for shard in read_manifest(str(tmp_path)).shards] == [4, 7]
     reader = ShardReader(manifest, 30.0)
-    with pytest.raises(BadSampleError, match=r"index_stale: 5 samples, 4 when"):
+    with pytest.raises(BadSampleError, match=r"index_stale: 5 samples, but 4 when"):
         reader.read(0, 0)
     reader.close()
     os.utime(tmp_path)
@@ -366,7 +366,7 @@ print(json.dumps({
 
 @pytest.mark.slow
 def test_a_place_among_a_billion_samples_is_found_fast(tmp_path):
-    """A million shards, 4,096 ranks: what any of their readers does before its first sample."""
+    """A million shards, 4,096 ranks: what a reader does before its first sample."""
     (tmp_path / ".nv-meta").mkdir()
     counts = {f"shard-{n:07d}.tar": 1000 for n in range(1_000_000)}
     (tmp_path / ".nv-meta" / ".info.json").write_text(json.dumps({"shard_counts": counts}))

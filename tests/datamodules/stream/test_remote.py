@@ -1,4 +1,4 @@
-"""Shards behind a server, a pipe or a store: the same bytes, and no fault that waits for ever."""
+"""Shards behind a server, a pipe or a store: equal bytes, and no fault that waits forever."""
 
 import os
 import threading
@@ -19,7 +19,7 @@ from datamodules.stream.reading.source import FsspecFile, HttpFile, PipeFile, op
 from datamodules.stream.reading.tar import untar_sample
 
 TIMEOUT_S = 0.4
-HANG_S = 30  # a read that takes longer waits for ever, or nearly so
+HANG_S = 30  # a read that takes longer counts as waiting forever
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The first part of a path says what goes wrong with the shard that the second one names."""
+    """A server. The first part of a path is the fault, the second part the shard."""
 
     def do_GET(self):
         _, how, name = self.path.split("/", 2)
@@ -58,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.let_go.wait(HANG_S)  # pyright: ignore
 
     def slowly(self, data):
-        """A byte every tenth of a second: never silent for long, and never done."""
+        """Sends one byte every tenth of a second: it is never silent for long, and never ends."""
         for byte in data:
             if self.server.let_go.wait(0.1):  # pyright: ignore
                 return
@@ -123,7 +123,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address):
-        """Clients that go away are the point here."""
+        """Ignores errors: in these tests clients disconnect on purpose."""
 
 
 @pytest.fixture
@@ -172,9 +172,9 @@ def test_a_server_that_fails_has_a_reason_and_an_end(server, how, reason):
     ("command", "reason"),
     [
         ("sleep 60", "shard_stalled"),
-        ("exec 1>&-; sleep 60", "shard_stalled"),  # it closes what it writes to, and stays
+        ("exec 1>&-; sleep 60", "shard_stalled"),  # it closes its output, but does not exit
         ("while true; do printf x; sleep 0.05; done", "shard_stalled"),
-        ("printf x; sleep 60 & exit 0", "shard_stalled"),  # its child holds the pipe open
+        ("printf x; sleep 60 & exit 0", "shard_stalled"),  # its child keeps the pipe open
         ("exit 3", "shard_unreadable"),
         ("no-such-command", "shard_unreadable"),
         ("printf x", "tar_truncated"),
@@ -236,7 +236,7 @@ def test_a_store_is_read_by_range(folder, store):
 
 
 class Broken(AbstractFileSystem):
-    """A store that fails in the way its path says."""
+    """A store that fails in the way that its path says."""
 
     protocol = "broken"
     let_go = threading.Event()
@@ -296,7 +296,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 @pytest.mark.skipif("ROPELAB_S3_URL" not in os.environ, reason="no S3 server is given")
 def test_a_real_store(folder, tmp_path):
-    """ROPELAB_S3_URL names a bucket (`s3://bucket`); fsspec's own variables say where it is."""
+    """ROPELAB_S3_URL names a bucket (`s3://bucket`). fsspec's own variables have its address."""
     url = os.environ["ROPELAB_S3_URL"]
     fs = fsspec.filesystem("s3")
     for path in sorted(folder.glob("*.tar")):

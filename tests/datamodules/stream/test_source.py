@@ -1,4 +1,4 @@
-"""What bytes come from: files, HTTP servers and pipes, and every way each can fail."""
+"""Sources of bytes: files, HTTP servers and pipes, and every way in which each can fail."""
 
 import os
 import resource
@@ -82,7 +82,7 @@ def test_http_gives_what_files_give(shards, server, tmp_path, how):
         requests = server.requests[how]
         again = read_manifest(f"{server.url}/{how}/{{0..4}}.tar", cache=tmp_path / "cache")
         assert again == manifest
-        assert server.requests[how] == requests  # the index is kept
+        assert server.requests[how] == requests  # the index is stored
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The stream over shards: indexes, the order of what is left, and every way a shard can break."""
+"""The stream over shards: indexes, order after faults, and every way in which a shard can break."""
 
 import gzip
 import os
@@ -30,7 +30,7 @@ def stream(
     decode=lambda raw: raw["__key__"],
     **where,
 ):
-    """(loader, faults) over raw shards; a batch is the list of its keys."""
+    """Returns (loader, faults) over raw shards. A batch is the list of its keys."""
     timeout_s = options.timeout_s
     manifest = read_manifest([str(path) for path in paths], timeout_s=timeout_s)
     order = ShuffledOrder(manifest, mbs, options, per_step)
@@ -184,9 +184,9 @@ def zeroed(data: bytes) -> bytes:
 # members are one header and one block: 1024 bytes; a sample is two of them
 BROKEN = [
     (cut_in_payload, "tar_truncated", 1),
-    (cut_at_header, "tar_truncated", 2),  # the second has lost its mp4
+    (cut_at_header, "tar_truncated", 2),  # the second sample has lost its mp4
     (cut_in_header, "tar_truncated", 2),
-    (bad_checksum, "tar_corrupt", 18),  # what is lost, and the half that is left, have a place
+    (bad_checksum, "tar_corrupt", 18),  # the lost part and the remaining half both have a place
     (zeroed, "tar_corrupt", 18),
     (lambda data: b"", "tar_empty", 0),
     (lambda data: bytes(10_240), "tar_empty", 0),

@@ -1,4 +1,4 @@
-"""Samples as their tar holds them: found, read by range, and refused where they lie."""
+"""Samples in a tar: found, read by range, and refused at the right place."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ def shards(tmp_path: Path) -> list[Path]:
 
 
 def test_index_has_the_layout_of_energon(tmp_path):
-    """First header of each sample, then the end of the last; folders and metadata are no sample."""
+    """It has the first header of each sample, then the end of the last. Metadata do not count."""
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         tar.addfile(tarfile.TarInfo("__meta__/a.json"))
@@ -44,7 +44,7 @@ def test_index_has_the_layout_of_energon(tmp_path):
 
 
 def test_ranges_equal_the_whole(shards):
-    """Every sample read by range is the one that a plain pass over the tar gives."""
+    """A sample that is read by range equals the one from a plain pass over the tar."""
     manifest = read_manifest([str(path) for path in shards])
     reader = ShardReader(manifest, 30.0, keep_open=2)
     for number, path in enumerate(shards):
@@ -96,7 +96,7 @@ def test_links_are_not_followed(tmp_path):
 
 
 def read_good(path):
-    """The samples that can still be read, by key; each other one must say what is wrong."""
+    """Returns the samples that can still be read, by key. Every other sample must say its fault."""
     manifest = read_manifest(str(path))
     reader, good = ShardReader(manifest, 30.0), {}
     for i in range(manifest.shards[0].count):
@@ -108,7 +108,7 @@ def read_good(path):
 
 
 def test_random_damage_never_crashes_or_hangs(shards):
-    """And a shard that is only cut keeps every sample before the cut as it was."""
+    """A shard that is only cut keeps all samples before the cut unchanged."""
     whole = shards[0].read_bytes()
     all_good, faults = read_good(shards[0])
     assert all_good
@@ -126,5 +126,5 @@ def test_random_damage_never_crashes_or_hangs(shards):
         if not flips:
             *before, last = [*good.items()] or [(None, {})]
             assert before == [(key, all_good[key]) for key, _ in before]
-            # A cut between two members looks like the end: decoding tells what the last one lacks.
+            # A cut between members looks like the end. Decoding reports what the last sample lacks.
             assert last[1].items() <= all_good.get(last[0], {}).items()

@@ -14,7 +14,7 @@ PATIENCE_S = 20
 
 
 def leave_a_scaler_in_a_cycle() -> None:
-    """Makes garbage that only a collector frees: a frame with a scaler, whose threads wait."""
+    """Makes garbage that only the collector frees: a frame with a scaler, whose threads wait."""
     frame = av.VideoFrame(640, 480, "yuv420p")
     frame.reformat(320, 240, "rgb24", threads=2)
     held = [frame]

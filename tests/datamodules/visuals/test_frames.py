@@ -1,4 +1,4 @@
-"""Frames: which are chosen, that jumps change nothing, and what is refused."""
+"""Frames: which are chosen, that seeking changes nothing, and what is refused."""
 
 import io
 import struct
@@ -19,7 +19,7 @@ from datamodules.visuals.videos import count_frames
 def ramp_video(
     frames: int = 60, gop: int = 12, container: str = "mp4", bf: int = 2, size=(128, 96)
 ) -> bytes:
-    """Frame n is one grey, 4 * n up to n = 63."""
+    """Makes a video in which frame n is grey with value 4 n, up to n = 63."""
     file = io.BytesIO()
     with av.open(file, "w", format=container) as out:
         stream = out.add_stream("libx264", rate=15)
@@ -41,7 +41,7 @@ def jpeg(size=(50, 40), **options) -> bytes:
 @pytest.mark.parametrize("container", ["mp4", "matroska", "mpegts", "mov"])
 @pytest.mark.parametrize("gop", [4, 12, 250])
 def test_frames_are_those_of_a_full_decode(container, gop):
-    """Whatever jumps are made: frame n of the file is the n-th that plain decoding gives."""
+    """However the reader seeks, frame n is the n-th frame of plain decoding."""
     data = ramp_video(container=container, gop=gop)
     wanted = [0, 1, 17, 18, 40, 59]
     frames = FrameReader(16, lambda times: wanted).video(data)
@@ -61,7 +61,7 @@ def test_frames_wanted_twice_come_twice():
 
 @pytest.mark.parametrize("container", ["mp4", "mpegts"])
 def test_a_video_says_when_its_frames_are_shown_and_an_image_does_not(container):
-    """15 frames a second; mpegts does not begin at 0, which the times must not hide."""
+    """15 frames per second. mpegts does not begin at time 0, which must not change the result."""
     reader = FrameReader(8, lambda times: [0, 3, 30, 30])
     data = ramp_video(container=container)
     seconds = reader.read("k.mp4", data).info.seconds
@@ -85,7 +85,7 @@ def test_fps_takes_the_nearest_frame_of_each_tick():
     assert FpsSampler(2.0, 100)(times) == [0, 12, 25, 37, 50, 62, 75, 87]
     assert FpsSampler(2.0, 4)(times) == UniformSampler(4)(times)
     assert FpsSampler(2.0, 100, min_frames=10)(times) == UniformSampler(10)(times)
-    assert FpsSampler(60.0, 1000)(times) == list(range(100))  # no more than there are
+    assert FpsSampler(60.0, 1000)(times) == list(range(100))  # not more than there are
     assert FpsSampler(2.0, 4)([0.0]) == [0]
     gap = [0.0, 0.1, 0.2, 5.0, 5.1]  # frames are not evenly spaced in every file
     assert FpsSampler(1.0, 100)(gap) == UniformSampler(5)(gap)
@@ -123,7 +123,7 @@ def test_broken_videos_have_a_reason():
         (good[: len(good) // 2], "video_unreadable"),
         (b"\0" * 200 + good[200:], "video_unreadable"),
         (b"no video" * 100, "video_unreadable"),
-        (playlist, "video_unreadable"),  # would open what it names
+        (playlist, "video_unreadable"),  # would open the file that it names
         (jpeg(), "not_a_video"),
         (ramp_video(90, container="matroska")[:2500], "video_truncated"),
     ):
@@ -132,7 +132,7 @@ def test_broken_videos_have_a_reason():
 
 
 def test_a_video_cut_behind_its_head_is_truncated(tmp_path):
-    """Index at the front: the file opens, its last frames are gone."""
+    """The index is at the front: the file opens, but its last frames are missing."""
     path, options = tmp_path / "a.mp4", {"movflags": "faststart"}
     with (
         av.open(io.BytesIO(ramp_video(60, bf=0)), "r") as source,
@@ -168,7 +168,7 @@ def test_sizes_above_the_limit_are_refused_before_decoding():
 
 
 def png_bomb(side: int) -> bytes:
-    """A few bytes that claim side * side pixels."""
+    """Returns a few bytes that claim side * side pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         crc = zlib.crc32(kind + data)
@@ -193,12 +193,12 @@ def test_images():
     half.paste(255, (0, 0, 40, 20))  # white above
     half.save(file, "JPEG", exif=turned)
     shown = reader.image(file.getvalue())[0, 0]
-    assert shown[8, 14] > 250  # white at the right
+    assert shown[8, 14] > 250  # white on the right
     assert shown[8, 1] < 5
 
 
 def test_metadata_that_cannot_be_read_cost_no_picture():
-    """Titles in an old encoding, and an Exif block of noise."""
+    """Tags with text in an old encoding, and an Exif block of noise."""
     titled = io.BytesIO()
     with av.open(io.BytesIO(ramp_video(12)), "r") as source, av.open(titled, "w", "mp4") as target:
         target.metadata["title"] = "TITLE"

@@ -1,4 +1,4 @@
-"""Memory of reading: one copy of the frames, and nothing that another thread could feel."""
+"""Memory of reading: one copy of the frames, and no limit that affects other threads."""
 
 import io
 import re
@@ -28,7 +28,7 @@ READER = FrameReader(16, UniformSampler(4))
 
 
 def peak(run: Callable[[], object]) -> int:
-    """Bytes that the process grows by at most while this runs (Linux)."""
+    """Returns the maximum bytes by which the process grows while this runs (Linux)."""
     status = Path("/proc/self/status")
 
     def read(name: str) -> int:
@@ -36,7 +36,7 @@ def peak(run: Callable[[], object]) -> int:
         assert found
         return int(found[1]) << 10
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = read("VmRSS")
     run()
     return read("VmHWM") - before
@@ -65,7 +65,7 @@ def test_a_batch_of_one_visual_holds_the_frames_of_its_sample():
 
 
 def test_another_thread_may_reserve_what_it_likes(monkeypatch):
-    """Nothing that FFmpeg is told limits the process: the limit of a video is no other's."""
+    """The limits of one video do not apply to the process or to other videos."""
     limits, check = [], videos.check_memory
 
     def reserve(*of) -> None:
@@ -93,7 +93,7 @@ def box(kind: bytes, content: bytes) -> bytes:
 
 
 def fragmented(samples: int | None = None) -> bytes:
-    """An MP4 of fragments; the first says that it has so many samples."""
+    """Returns an MP4 of fragments; the first claims this number of samples."""
     file = film(noise(12), muxer={"movflags": "frag_keyframe+empty_moov"}, g=4, bf=0)
     data = bytearray(file)
     if samples is not None:
@@ -102,7 +102,7 @@ def fragmented(samples: int | None = None) -> bytes:
 
 
 def compressed(data: bytes, claimed: int | None = None) -> bytes:
-    """The header of an MP4 as QuickTime compressed it; `moov` is its last box."""
+    """Returns an MP4 header as QuickTime compresses it; `moov` is the last box."""
     at = data.index(b"moov") - 4
     head = data[at:]
     size = (len(head) if claimed is None else claimed).to_bytes(4, "big")
@@ -111,8 +111,10 @@ def compressed(data: bytes, claimed: int | None = None) -> bytes:
 
 
 def long_sound() -> bytes:
-    """A MOV with compressed sound as QuickTime counts it: 64 samples, of one byte each by its
-    tables, in every 34 bytes. FFmpeg writes it in packets; here the tables are put right."""
+    """Returns a MOV with compressed sound in QuickTime's count: 34 bytes hold 64 samples.
+
+    The tables say one byte per sample. FFmpeg writes packets, so the tables are changed here.
+    """
     file = io.BytesIO()
     with av.open(file, "w", format="mov") as out:
         picture = out.add_stream("libx264", rate=10)
@@ -166,7 +168,7 @@ def test_honest_files_of_these_kinds_are_read(make):
 
 
 def test_ffmpeg_reserves_no_block_that_is_too_large(monkeypatch):
-    """The second line: a claim that nobody has looked at."""
+    """The second check catches a claim that the first did not look at."""
     monkeypatch.setattr(container, "check_claims", lambda data: None)
     data = with_frames(80_000_000)
     said: list[str] = []
@@ -177,11 +179,11 @@ def test_ffmpeg_reserves_no_block_that_is_too_large(monkeypatch):
 def test_frames_that_a_decoder_cannot_hold_are_refused():
     with open_video(film(noise(2))) as (_, stream):
         codec = stream.codec_context
-        check_memory(codec, 7680, 4320, 12)  # 8K, as phones and cameras make it
-        check_memory(codec, 7680, 4320, 24)  # the same of 10 bits
+        check_memory(codec, 7680, 4320, 12)  # 8K, as phones and cameras record it
+        check_memory(codec, 7680, 4320, 24)  # the same with 10 bits
         assert "video_too_large" in reason(lambda: check_memory(codec, 7680, 4320, 48))
     mjpeg = film(noise(2), "avi", "mjpeg", "yuvj420p")
-    with open_video(mjpeg) as (_, stream):  # each frame stands for itself
+    with open_video(mjpeg) as (_, stream):  # each frame is coded by itself
         check_memory(stream.codec_context, 7680, 4320, 48)
 
 
@@ -195,7 +197,7 @@ def test_bytes_that_are_missing_are_counted(kind):
     assert missing_bytes(data) == 0
     for cut in (1, 100):
         assert missing_bytes(data[:-cut]) in (cut, cut - 1)  # AVI pads its last part
-    assert missing_bytes(data + b"\0" * 100) == 0  # padded by whoever copied it
+    assert missing_bytes(data + b"\0" * 100) == 0  # padded by a copy program
 
 
 @pytest.mark.parametrize("data", [b"", b"RIFF", b"\x1a\x45\xdf\xa3", b"\0\0\0\1mdat", b"\0" * 99])

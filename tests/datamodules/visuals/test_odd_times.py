@@ -1,6 +1,7 @@
-"""Videos whose list of packets is not the list of their frames, or whose times are not true.
+"""Videos whose packets are not their frames, or whose times are wrong.
 
-What is right was worked out by hand, or comes from PyAV decoding everything from the first packet.
+Expected results were worked out by hand, or come from PyAV, which decodes everything from the first
+packet on.
 """
 
 import io
@@ -23,7 +24,7 @@ from datamodules.visuals.videos import count_frames
 from tests.datamodules.visuals.test_videos import ALL, faststart, numbers, pictures_of, shown
 from tests.helpers.films import copied, film, noise
 
-Listed = list[tuple[bytes, int, int, bool]]  # packets: content, pts, dts, whether it is a key
+Listed = list[tuple[bytes, int, int, bool]]  # packets: content, pts, dts, whether it is a keyframe
 
 
 def rewritten(
@@ -32,7 +33,7 @@ def rewritten(
     change: Callable[[Listed], Listed],
     muxer: dict[str, str] | None = None,
 ) -> bytes:
-    """The same video with other packets; times count in those of the source."""
+    """Returns the same video with other packets. Times have the unit of the source."""
     file = io.BytesIO()
     with (
         av.open(io.BytesIO(data), "r") as source,
@@ -58,9 +59,9 @@ def some(data: bytes, wanted: Sequence[int]) -> np.ndarray:
 
 
 def agrees(data: bytes, pictures: Sequence[np.ndarray], times_lie: bool = False) -> None:
-    """Every way of reading gives these pictures, whatever else is asked for.
+    """Every way of reading gives these pictures, whichever other frames are requested.
 
-    Where the times of a file lie, this is so only if the frames that show it are decoded.
+    If the times of a file are wrong, this holds only if the frames that show it are decoded.
     """
     assert len(frame_times(data)) == count_frames(data) == len(pictures)
     assert numbers(ALL.video(data).numpy(), pictures_of(pictures)) == list(range(len(pictures)))
@@ -77,8 +78,10 @@ def agrees(data: bytes, pictures: Sequence[np.ndarray], times_lie: bool = False)
 
 @pytest.mark.parametrize("container", ["webm", "matroska", "avi"])
 def test_pictures_of_vp8_that_are_never_shown_are_no_frames(container):
-    """What two passes of libvpx write: an alternate reference in a packet of its own, at the time
-    of the frame behind it. Here it is a copy of the keyframe with the bit `show_frame` at 0."""
+    """In two passes, libvpx writes a hidden frame in its own packet.
+
+    Its time is that of the next frame. Here it is a copy of the keyframe with `show_frame` = 0.
+    """
     pictures = noise(60)
 
     def with_hidden(listed: Listed) -> Listed:
@@ -103,8 +106,10 @@ def test_pictures_of_vp8_that_are_never_shown_are_no_frames(container):
 
 
 def packed(listed: Listed) -> Listed:
-    """A packed bitstream of DivX and XviD: a B-frame lies in the packet of the frame that it waits
-    for, and an empty frame takes its place. A text in the head says so."""
+    """Returns a packed bitstream of DivX and XviD, which a text in the header announces.
+
+    A B-frame lies in the packet of the frame that it waits for. An empty frame takes its place.
+    """
     made = []
     for n, (content, _, _, key) in enumerate(listed):
         if n == 0:
@@ -120,7 +125,7 @@ def packed(listed: Listed) -> Listed:
 
 
 def with_gaps(listed: Listed) -> Listed:
-    """Frames that the encoder left out: AVI keeps an empty chunk in their place."""
+    """Frames that the encoder left out: AVI has an empty chunk in their place."""
     places = [n + n // 3 for n in range(len(listed))]
     return [(content, n, n, key) for n, (content, _, _, key) in zip(places, listed, strict=True)]
 
@@ -130,19 +135,19 @@ def test_b_frames_of_mpeg4_in_avi_are_counted(change):
     pictures = noise(50)
     data = film(pictures, "avi", "mpeg4", bf=1, g=10, qscale=2, b="4M")
     data = rewritten(data, "avi", change)
-    assert scan_packets(data).stamps is None  # AVI keeps no times of showing
+    assert scan_packets(data).stamps is None  # AVI stores no presentation times
     agrees(data, pictures)
 
 
 def test_frames_whose_times_go_back_are_counted():
-    """A file that names the wrong frame at some places: all frames are kept, in their order."""
+    """A file that names the wrong frame at some places: all frames are kept, in order."""
     pictures = noise(50)
 
     def swapped(listed: Listed) -> Listed:
         pts = [one[1] for one in listed]
         for n in (13, 31):
             pts[n], pts[n + 1] = pts[n + 1], pts[n]
-        dts = range(-300, 100 * len(listed), 100)  # none is after its pts
+        dts = range(-300, 100 * len(listed), 100)  # none is later than its pts
         return [(one[0], new, d, one[3]) for one, new, d in zip(listed, pts, dts, strict=False)]
 
     options = {"x264-params": "b-adapt=0:b-pyramid=0:scenecut=0"}
@@ -159,7 +164,7 @@ def test_frames_whose_times_go_back_are_counted():
 
 @pytest.mark.parametrize("first", [0.0, 100.0])
 def test_joined_recordings_of_different_starts_are_counted(first):
-    """A step back of 100 s looks to libavformat like one of 2^33 ticks, 95,443 s, forward."""
+    """To libavformat, a step back of 100 s looks like a step forward of 2^33 ticks (95,443 s)."""
     pictures = noise(60, seed=1), noise(60, seed=2)
     starts = first, 100.0 - first
     parts = [
@@ -176,7 +181,7 @@ def test_joined_recordings_of_different_starts_are_counted(first):
 
 
 def test_times_of_a_stream_whose_clock_overflows_are_kept():
-    """33 bits of 90 kHz end after 95,443.7 s."""
+    """33 bits at 90 kHz overflow after 95,443.7 s."""
     data = copied(film(noise(60), "mpegts", g=20), "mpegts", shift=95440.0)
     times = frame_times(data)
     assert np.diff(times) == pytest.approx(np.full(59, 0.1))
@@ -205,14 +210,14 @@ def test_a_gap_beyond_what_mp4_can_hold_is_refused():
 
 
 def cut_and_joined(kept: slice) -> bytes:
-    """A transport stream that begins inside a group, twice: frames are counted."""
+    """Returns a transport stream that begins inside a group, twice. The frames can be counted."""
     data = film(noise(60), "mpegts", bf=2, g=20)
     packets = [data[n : n + 188] for n in range(0, len(data), 188)]
     return b"".join(packets[kept]) * 2
 
 
 def test_the_last_frame_stands_for_those_that_are_lost():
-    """They are few: what verify takes can be read."""
+    """Only a few frames are missing: a file that verify accepts can be read."""
     made = (cut_and_joined(slice(start, None)) for start in range(4, 60, 4))
     lost = ((data, len(frame_times(data)) - len(shown(data))) for data in made)
     data, missing = next((data, n) for data, n in lost if 4 <= n <= 10)
@@ -227,7 +232,7 @@ def test_the_last_frame_stands_for_those_that_are_lost():
 
 @pytest.mark.parametrize("twice", [False, True])
 def test_a_stream_of_which_over_a_tenth_is_lost_is_truncated(twice, tmp_path):
-    """For the reader and for `pack` too, not only for those who decode all of it."""
+    """The reader and `pack` refuse it, too, not only programs that decode all of it."""
     data = film(noise(60), "mpegts", bf=2, g=30, seed=1)
     packets = [data[n : n + 188] for n in range(0, len(data), 188)]
     cut = next(
@@ -278,7 +283,7 @@ def test_a_packet_that_cannot_be_decoded_costs_its_frame_alone(tmp_path):
 
 
 def test_a_file_without_one_whole_frame_is_unreadable():
-    """Nothing is passed over where nothing is left."""
+    """Nothing is skipped if nothing else is left."""
     data = film(noise(60), "matroska", "mjpeg", "yuvj420p")
     data = rewritten(data, "matroska", lambda listed: [(bytes(len(c)), *r) for c, *r in listed])
     for read in (count_frames, ALL.video):
@@ -288,7 +293,7 @@ def test_a_file_without_one_whole_frame_is_unreadable():
 
 
 def packed_and_verified(folder, data: bytes, name: str) -> tuple[int, list[str], int]:
-    """Number of samples that `pack` takes, its reasons, and number of those that `verify` takes."""
+    """Returns what `pack` accepts, its reasons for others, and what `verify` accepts."""
     (folder / name).write_bytes(data)
     turns = [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "noise"}]
     entries = [Annotation("a", {"video": name, "conversations": turns})]
@@ -302,7 +307,7 @@ def packed_and_verified(folder, data: bytes, name: str) -> tuple[int, list[str],
 
 
 def with_sound(pictures: Sequence[np.ndarray], container: str, sound: float, sight: float) -> bytes:
-    """A film of 10 frames a second that begins at `sight`, with silence from `sound` on."""
+    """Returns a film of 10 frames per second. Pictures start at `sight`, silence at `sound`."""
     file, rate = io.BytesIO(), 16_000
     with av.open(file, "w", format=container) as out:
         video = out.add_stream("libx264", rate=10)
@@ -327,7 +332,7 @@ def with_sound(pictures: Sequence[np.ndarray], container: str, sound: float, sig
     ("sound", "sight", "first"), [(0.0, 0.0, 20), (0.0, 1.5, 5), (1.0, 1.5, 15), (1.5, 0.0, 20)]
 )
 def test_a_part_counts_from_where_the_file_begins(container, sound, sight, first):
-    """As `ffmpeg -ss 2 -t 1`, with the frame at second 2 and without the one at second 3."""
+    """As `ffmpeg -ss 2 -t 1`: with the frame at second 2 and without the one at second 3."""
     pictures = noise(60)
     data = with_sound(pictures, container, sound, sight)
     part = reencode(data, 48, (2.0, 3.0))
@@ -336,7 +341,7 @@ def test_a_part_counts_from_where_the_file_begins(container, sound, sight, first
 
 
 def test_parts_that_follow_one_another_share_no_frame():
-    """And none is between them, whatever the rounding of the times."""
+    """No frame is lost between two parts, whatever the rounding of the times."""
     pictures = noise(60)
     for rate in (Fraction(10), Fraction(30_000, 1001)):
         for container in ("mp4", "matroska"):

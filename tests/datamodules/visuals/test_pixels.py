@@ -1,4 +1,4 @@
-"""Colours and orientation of what is read: as FFmpeg and Pillow show them, and as calculated."""
+"""Colours and orientation of frames: as FFmpeg and Pillow show them, and as computed by hand."""
 
 import io
 import struct
@@ -46,7 +46,7 @@ def quarters(height: int = 48, width: int = 64) -> np.ndarray:
 
 
 def seen(frame) -> str:
-    """The names of the four quarters of a frame (c h w)."""
+    """Returns the names of the four quarters of a frame (c h w)."""
     height, width = frame.shape[1:]
     colors = [
         np.asarray(frame)[:, y, x].astype(int)
@@ -101,7 +101,7 @@ def test_every_exif_orientation_is_shown_as_viewers_do(kind, orientation):
 
 COLORS = [(60, 160, 60), (200, 30, 60), (40, 60, 220), (250, 250, 250), (5, 5, 5)]
 BT601, BT709, BT2020 = (0.299, 0.114), (0.2126, 0.0722), (0.2627, 0.0593)
-# Kr and Kb; full range; bits; what the file says of matrix and range, as FFmpeg numbers them
+# Kr and Kb; full range; bits; matrix and range in the file, as FFmpeg numbers them
 KINDS = {
     "nothing said": (BT601, False, 8, {}),
     "BT.601": (BT601, False, 8, {"colorspace": 6, "color_range": 1}),
@@ -125,7 +125,7 @@ def test_colors_are_those_that_were_calculated(kind, color):
 
 
 def test_what_is_encoded_says_how_it_is_to_be_read():
-    """Other readers have to guess otherwise: by the size, or always BT.601."""
+    """Other readers must guess otherwise: from the size, or always BT.601."""
     for data in (
         reencode(plain(BT601, (60, 160, 60), True, 8, {"colorspace": 6, "color_range": 2}), 48),
         encode_frames([png(np.full((48, 64, 3), (60, 160, 60), np.uint8))] * 2, None),
@@ -147,7 +147,7 @@ def png(picture: np.ndarray) -> bytes:
 
 
 def test_frames_are_those_of_ffmpegs_own_filters():
-    """Scaled and converted by FFmpeg's filters, which share no line with the reader."""
+    """FFmpeg's filters scale and convert. They share no code with the reader."""
     data = film(noise(12, 128, 96), crf=10)
     graph = av.filter.Graph()
     expected = []
@@ -165,7 +165,7 @@ def test_frames_are_those_of_ffmpegs_own_filters():
             expected.append(graph.pull().to_ndarray())
     read = FrameReader(24, UniformSampler(12)).video(data).permute(0, 2, 3, 1).numpy()
     differences = np.abs(read.astype(int) - np.stack(expected))
-    assert differences.mean() < 3  # they place the chroma of edges differently
+    assert differences.mean() < 3  # they place the chroma at edges differently
     assert differences[:, 1::4, 1::3].max() <= 3  # in the middle of a patch
 
 
@@ -188,7 +188,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png_of(values: np.ndarray, color_type: int, *extra: bytes) -> bytes:
-    """A PNG of 16 bits a channel, rows x columns x channels, that no library has written."""
+    """Returns a PNG of 16 bits per channel (rows, columns, channels), made without a library."""
     height, width = values.shape[:2]
     head = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -203,7 +203,7 @@ def test_sixteen_bits_are_scaled():
     expected = np.arange(0, 256, 5)  # 1285 / 257
     grey = np.asarray(open_image(png_of(RAMP, 0)))
     assert (grey == expected[None, :, None]).all()
-    between = np.arange(0, 65535, 257)[None] + 150  # nearer to the next one of 8 bits
+    between = np.arange(0, 65535, 257)[None] + 150  # nearer to the next value of 8 bits
     assert (np.asarray(open_image(png_of(between, 0)))[0, :, 0] == np.arange(1, 256)).all()
     color = np.stack([RAMP, RAMP[:, ::-1], np.full_like(RAMP, 32896)], axis=-1)
     read = np.asarray(open_image(png_of(color, 2))).astype(int)
@@ -271,7 +271,7 @@ OTHERS = {
     "it is an HTML page": b"\xef\xbb\xbf\n<!DOCTYPE html><html><body>404</body></html>",
     "it is an MP4 video": film(noise(2)),
     "it is a BMP image": saved(Image.new("RGB", (8, 8)), "BMP"),
-    "it is a HEIC image": b"\0\0\0\x18ftypheix\0\0\0\0mif1heix",  # of 10 bits, as cameras write
+    "it is a HEIC image": b"\0\0\0\x18ftypheix\0\0\0\0mif1heix",  # of 10 bits, as cameras write it
     "it is an AVIF image": b"\0\0\0\x18ftypavif\0\0\0\0mif1avif",
     "it is an AVIF or HEIC image": b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic",
     "it is a JSON file": b'{"error": "not found"}',

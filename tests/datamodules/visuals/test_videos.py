@@ -1,6 +1,7 @@
-"""Videos of odd times, tracks and codecs: the frames are those that a player shows, in its order.
+"""Videos with odd times, tracks and codecs: the frames are those of a player, in its order.
 
-What is right was worked out by hand, or comes from PyAV decoding everything from the first packet.
+Expected results were worked out by hand, or come from PyAV, which decodes everything from the first
+packet on.
 """
 
 import io
@@ -23,7 +24,7 @@ ALL = FrameReader(16, lambda times: list(range(len(times))))
 
 
 def shown(data: bytes) -> np.ndarray:
-    """Every frame in the order in which a decoder that skips nothing gives them, t c h w."""
+    """Returns all frames (t c h w) in the order of a decoder that skips nothing."""
     with av.open(io.BytesIO(data), "r") as container:
         frames = [
             frame.reformat(16, 16, "rgb24", interpolation=AREA).to_ndarray()
@@ -33,13 +34,13 @@ def shown(data: bytes) -> np.ndarray:
 
 
 def numbers(frames: np.ndarray, among: np.ndarray) -> list[int]:
-    """Which of some frames each frame is, by its pixels."""
+    """Returns the number of each frame among the given frames, by its pixels."""
     distances = np.abs(frames[:, None].astype(int) - among[None]).mean((2, 3, 4))
     return distances.argmin(1).tolist()
 
 
 def pictures_of(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """The pictures that were encoded, as 16 x 16 pixels, t c h w."""
+    """Returns the pictures that were encoded, as 16 x 16 pixels (t c h w)."""
     rows = [picture[1::3, 2::4] for picture in pictures]
     return np.stack(rows).transpose(0, 3, 1, 2)
 
@@ -49,11 +50,11 @@ def pictures_of(pictures: Sequence[np.ndarray]) -> np.ndarray:
 
 @pytest.mark.parametrize("gop", [100, 15, 20])
 def test_frames_before_the_cut_of_an_edit_list_are_no_loss(gop):
-    """What `ffmpeg -ss 4 -i in.mp4 -c copy` leaves of six seconds, wherever keyframes lie."""
+    """The file is as `ffmpeg -ss 4 -i in.mp4 -c copy` leaves six seconds, for any keyframes."""
     pictures = noise(60)
     cut = copied(film(pictures, g=gop, sc_threshold=0), shift=-4.0)
     with av.open(io.BytesIO(cut), "r") as container:
-        assert container.streams.video[0].frames == 60  # the hidden ones are in the file
+        assert container.streams.video[0].frames == 60  # the hidden frames are in the file
     assert len(frame_times(cut)) == count_frames(cut) == 20
     assert numbers(ALL.video(cut).numpy(), pictures_of(pictures)) == list(range(40, 60))
     again = reencode(cut, 48)
@@ -82,7 +83,7 @@ def test_a_last_frame_that_stays_is_no_loss(name):
 
 
 def test_a_still_end_of_which_the_file_keeps_no_length(tmp_path):
-    """Matroska names ten seconds; the last block tells nothing of how long it stays."""
+    """Matroska states ten seconds, but its last block has no duration."""
     data = STILL["2 s of action, 8 s still, mkv"]
     with av.open(io.BytesIO(data), "r") as container:
         assert (container.duration or 0) / av.time_base == pytest.approx(9.9, abs=0.2)
@@ -93,8 +94,10 @@ def test_a_still_end_of_which_the_file_keeps_no_length(tmp_path):
 
 @pytest.mark.parametrize("container", ["mp4", "avi", "matroska"])
 def test_a_file_that_ends_too_early_is_truncated(container):
-    """Of each format that says how long it is; the parts of MP4 are put in the order that can be
-    read from the start."""
+    """One file of each format that states a duration.
+
+    The parts of an MP4 are sorted such that it can be read from the start.
+    """
     data = film(noise(60), container, bf=0)
     if container == "mp4":
         data = faststart(data)
@@ -107,13 +110,13 @@ def test_a_file_that_ends_too_early_is_truncated(container):
 
 
 def test_a_scratch_at_the_end_of_a_still_is_no_loss():
-    """The last frame lasts for four fifths of the film, by the table in front."""
+    """By the table in the header, the last frame lasts for four fifths of the film."""
     data = faststart(STILL["2 s of action, 8 s still"])
     assert frame_times(data[:-5])[-1] == pytest.approx(1.9)
 
 
 def faststart(data: bytes) -> bytes:
-    """The same MP4 with its `moov` in front: offsets of chunks grow by its size."""
+    """Returns the same MP4 with `moov` in front. The offsets of chunks grow by its size."""
     moov, mdat = data.index(b"moov") - 4, data.index(b"mdat") - 4
     size = int.from_bytes(data[moov : moov + 4], "big")
     head = bytearray(data[moov : moov + size])
@@ -131,7 +134,7 @@ def test_a_span_without_a_new_frame_is_the_frame_on_the_screen():
     assert numbers(ALL.video(part).numpy(), shown(slides)) == [2]
     assert numbers(ALL.video(reencode(slides, 48, (27.0, 29.0))).numpy(), shown(slides)) == [5]
     with pytest.raises(BadSampleError, match="video_empty"):
-        reencode(slides, 48, (30.5, 40.0))  # behind its end
+        reencode(slides, 48, (30.5, 40.0))  # after its end
 
 
 # --- times that go back ---------------------------------------------------------------------------
@@ -139,7 +142,7 @@ def test_a_span_without_a_new_frame_is_the_frame_on_the_screen():
 
 @pytest.mark.parametrize("rate", [Fraction(10), Fraction(1000, 77)])
 def test_joined_transport_streams_are_counted(rate):
-    """The second part begins again near zero: at the times of the first, or between them."""
+    """The second part begins again near zero: at the times of the first part, or between them."""
     pictures = noise(20, seed=1), noise(25, seed=2)
     data = film(pictures[0], "mpegts") + film(pictures[1], "mpegts", rate=rate)
     pictures = [*pictures[0], *pictures[1]]
@@ -152,7 +155,7 @@ def test_joined_transport_streams_are_counted(rate):
 
 
 def test_avi_has_times_in_the_order_of_decoding():
-    """B-frames in AVI: its times belong to other frames."""
+    """AVI with B-frames: its times belong to other frames."""
     pictures = noise(30)
     data = film(pictures, "avi", bf=3, g=10)
     assert numbers(ALL.video(data).numpy(), pictures_of(pictures)) == list(range(30))
@@ -178,8 +181,10 @@ def test_a_small_track_before_the_film_is_passed_over(container):
 @pytest.mark.parametrize("first_is", ["default", "first", "neither"])
 @pytest.mark.parametrize("codecs", [("mjpeg", "libx264"), ("libx264", "libx264")])
 def test_a_thumbnail_of_matroska_is_passed_over(codecs, first_is):
-    """libavformat gives the film no duration, and the thumbnail none or that of the whole file.
-    The tags of the tracks have both."""
+    """libavformat gives no duration for the film, and a wrong or no one for the thumbnail.
+
+    The tags of the tracks have both.
+    """
     thumbnail, pictures = noise(1, 32, 32, seed=7), noise(30)
     flags = {"default": (1, 0), "first": (None, None), "neither": (0, 0)}[first_is]
     tracks = zip((thumbnail, pictures), codecs, strict=True)
@@ -190,11 +195,11 @@ def test_a_thumbnail_of_matroska_is_passed_over(codecs, first_is):
         assert all(not stream.metadata.get("DURATION") for stream in container.streams)
         best = container.streams.best("video")
         expected = 30 if best is container.streams.video[1] else 1
-    assert count_frames(without_tags) == expected  # as FFmpeg, where nothing tells them apart
+    assert count_frames(without_tags) == expected  # as FFmpeg does if nothing distinguishes them
 
 
 def test_a_cover_picture_is_no_video():
-    """MP4 keeps it in `covr`; FFmpeg makes a track of it, in front or behind."""
+    """MP4 stores it in `covr`; FFmpeg makes a track of it, before or after the film."""
     film_with, only = with_cover(film(noise(12), bf=0)), with_cover(sound())
     with av.open(io.BytesIO(film_with), "r") as container:
         assert len(container.streams.video) == 2
@@ -216,7 +221,7 @@ def sound() -> bytes:
 
 
 def with_cover(data: bytes) -> bytes:
-    """An MP4 with a PNG in the list of its metadata; `moov` is its last box."""
+    """Returns an MP4 with a PNG in its list of metadata; `moov` is the last box."""
 
     def box(kind: bytes, content: bytes) -> bytes:
         return (8 + len(content)).to_bytes(4, "big") + kind + content
@@ -273,7 +278,7 @@ def test_frames_that_nobody_wants_are_not_decoded(monkeypatch):
 
 
 def test_a_frame_of_two_fields_is_never_left_out(monkeypatch):
-    """Its fields may lie in two packets, with a time of their own each."""
+    """Its fields may lie in two packets, each with its own time."""
     decoded = []
     check = videos.check_memory
     monkeypatch.setattr(videos, "check_memory", lambda *of: (decoded.append(of), check(*of)))

@@ -1,4 +1,4 @@
-"""Weights, tokenizers and saved models from anybody: opening them runs no code of theirs."""
+"""Weights, tokenizers and saved models from strangers: opening them runs none of their code."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 
 @pytest.fixture(autouse=True)
 def answers_yes(monkeypatch):
-    """Whoever sits at the terminal says yes to what transformers asks."""
+    """The user at the terminal answers yes to every question of transformers."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
 
 
@@ -37,7 +37,7 @@ def test_code_beside_a_tokenizer_is_not_run(tmp_path):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Thing", "auto_map": {"AutoTokenizer": [None, "evil.Thing"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    with contextlib.suppress(ValueError):  # its own class aside, it is a plain one
+    with contextlib.suppress(ValueError):  # apart from its own class, it is a plain one
         load_tokenizer(str(folder))
     assert not was_run(tmp_path)
 
@@ -58,7 +58,7 @@ def test_code_beside_an_llm_is_not_run(tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(compose, tmp_path_factory) -> Path:
-    """A model with its processor, as ropelab-export leaves them."""
+    """A model with its processor, as ropelab-export writes them."""
     folder = tmp_path_factory.mktemp("saved")
     config = compose(["experiment=resume_probe"], folder)
     build(config.module, "module")(model=plain(config.model))
@@ -85,14 +85,18 @@ STAGES = {
     "a class of another kind": (
         "rotary",
         "lightning_modules.loggers.csv.ResumableCSVLogger",
-        "no Rot",
+        "not a subclass of Rot",
     ),
     "a reader of files": (
         "encoder",
         "lightning_modules.checkpoint.weights._PlainReader",
-        "is no Encoder",
+        "is not a subclass of Encoder",
     ),
-    "a pooler as the llm": ("llm", "lightning_modules.pooler.average.AveragePooler", "is no Lang"),
+    "a pooler as the llm": (
+        "llm",
+        "lightning_modules.pooler.average.AveragePooler",
+        "is not a subclass of Lang",
+    ),
     "a walk": ("pooler", "lightning_modules.checkpoint.weights.torch.load", "there is no class"),
     "no text": ("pooler", ["evil"], "refused"),
 }
@@ -123,8 +127,16 @@ def test_code_beside_a_saved_model_is_not_run(theirs, tmp_path):
 @pytest.mark.parametrize(
     ("node", "target", "says"),
     [
-        ("frames", "datamodules.stream.reading.source.LocalFile", "is no FrameReader"),
-        ("conversation", "datamodules.visuals.frames.UniformSampler", "is no ConversationEncoder"),
+        (
+            "frames",
+            "datamodules.stream.reading.source.LocalFile",
+            "is not a subclass of FrameReader",
+        ),
+        (
+            "conversation",
+            "datamodules.visuals.frames.UniformSampler",
+            "is not a subclass of ConversationEncoder",
+        ),
         ("frames", "datamodules.visuals.frames.os.system", "there is no class"),
         (
             "frames",

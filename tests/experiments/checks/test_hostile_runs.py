@@ -1,6 +1,6 @@
-"""A run directory is data: what somebody put into one is not executed by ropelab-evaluate.
+"""A run directory is data: ropelab-evaluate runs no code that somebody put into one.
 
-Each test runs the program. What it checks in detail is in `test_replay.py`, without the program.
+Each test runs the program. `test_replay.py` has the details, without the program.
 """
 
 import shutil
@@ -15,7 +15,7 @@ from experiments import evaluate
 
 @pytest.fixture(scope="module")
 def trained(run_train, tmp_path_factory) -> Path:
-    """A run of a second, whose words a test may change."""
+    """A run of one second, whose words a test may change."""
     folder = tmp_path_factory.mktemp("runs") / "victim"
     run_train(
         folder, "rotary=mrope", "data.training.samples=8", "data.grid.frames=[4]", "test=false"
@@ -25,7 +25,7 @@ def trained(run_train, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def hostile(trained, tmp_path) -> Path:
-    """A copy of the run, as somebody hands it over; `hub/` in it leaves a mark when it is run."""
+    """A copy of the run from a stranger. Code in its `hub/` leaves a mark if it runs."""
     folder = shutil.copytree(trained, tmp_path / "theirs")
     mark = repr(str(tmp_path / "mark"))
     code = f"open({mark}, 'w').close()\ndef m(**_): pass\n"
@@ -37,9 +37,9 @@ def hostile(trained, tmp_path) -> Path:
 
 @pytest.fixture
 def attack(hostile, tmp_path, monkeypatch):
-    """Evaluates the run with `words` added to its overrides, `typed` to the command line.
+    """Evaluates the run with `words` in its overrides and `typed` on the command line.
 
-    Returns the line that the program ends with, or None; `{run}` in words is the directory.
+    Returns the line that the program ends with, or None. `{run}` in words is the directory.
     """
     monkeypatch.syspath_prepend(hostile / "hub")  # the intruder can be imported
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -48,7 +48,7 @@ def attack(hostile, tmp_path, monkeypatch):
         path = hostile / ".hydra" / "overrides.yaml"
         own = yaml.safe_load(path.read_text())
         told = [word.replace("{run}", str(hostile)) for word in words]
-        options = [word for word in told if word.startswith("-")]  # argparse wants them first
+        options = [word for word in told if word.startswith("-")]  # argparse needs them first
         others = [word for word in told if word not in options]
         path.write_text(yaml.safe_dump([*options, *own, *others]))
         out = tmp_path / "out"
@@ -78,12 +78,12 @@ def test_a_class_of_others_is_not_built(attack, tmp_path):
     line = attack(HUB)
     assert not was_run(tmp_path)
     assert line is not None
-    assert "logger.x._target_=torch.hub.load, which is no class of this package" in line
+    assert "logger.x._target_=torch.hub.load, which is not a class of this package" in line
     assert line.endswith("add 'trust=[torch]' if you know who made it")
 
 
 def test_a_users_own_package_is_built_where_it_is_trusted(attack, tmp_path):
-    """`m` makes no logger; what counts is that it was called."""
+    """`m` makes no logger, but the test only needs to know whether it was called."""
     attack("+logger.x={_target_: intruder.m}", typed=("trust=[intruder]",))
     assert was_run(tmp_path)
 
@@ -114,7 +114,7 @@ def test_it_is_where_the_user_asks_for_it(attack, tmp_path, needle_shards):
     ids=["a folder of options", "a path"],
 )
 def test_no_options_come_from_its_folder(words, attack, hostile, tmp_path):
-    """Hydra calls what stands under `hydra.callbacks` before the program begins."""
+    """Hydra calls the entries of `hydra.callbacks` before the program begins."""
     (hostile / "hub" / "group").mkdir()
     evil = "# @package hydra.callbacks\nx: {_target_: intruder.m}\n"
     (hostile / "hub" / "group" / "evil.yaml").write_text(evil)

@@ -1,4 +1,4 @@
-"""A run directory is data, whoever made it: evaluating one runs no code that comes with it."""
+"""A run directory is data: evaluating one runs no code that comes with it."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from experiments.checks.trust import _configured, refusal
 
 @pytest.fixture
 def hostile(tmp_path) -> Path:
-    """What of a run directory is replayed."""
+    """Returns the words of a run directory that are replayed."""
     folder = tmp_path / "theirs"
     (folder / ".hydra").mkdir(parents=True)
     (folder / "hub").mkdir()
@@ -31,7 +31,7 @@ def hostile(tmp_path) -> Path:
 
 @pytest.fixture
 def replay(hostile):
-    """`read_replay` with these words in the run's overrides."""
+    """Calls `read_replay` with these words in the run's overrides."""
 
     def read(*words: str, typed: tuple[str, ...] = ()):
         told = [word.replace("{run}", str(hostile)) for word in words]
@@ -43,7 +43,7 @@ def replay(hostile):
 
 @pytest.fixture
 def check(replay, hostile, tmp_path):
-    """Composes the words of run and user over a small config, and checks what comes out."""
+    """Composes the words of run and user over a small config, and checks the result."""
     options = tmp_path / "options"
     options.mkdir()
     (options / "evaluate.yaml").write_text(
@@ -102,7 +102,7 @@ def test_words_that_name_own_classes_pass(check):
 )
 def test_a_command_is_refused_unless_asked_for(value, check):
     word = f"data.val={value}"
-    with pytest.raises(ValueError, match=r"a command of the shell: add 'trust=\[pipe:\]'"):
+    with pytest.raises(ValueError, match=r"a shell command: add 'trust=\[pipe:\]'"):
         check(word)
     check(word, typed=("trust=[pipe:]",))
     check("data.val=x", typed=(word,))
@@ -180,7 +180,7 @@ def test_a_variable_may_be_asked_for_by_its_resolver(replay):
 
 def test_its_path_of_data_holds_no_interpolation(replay, hostile):
     (hostile / "config.yaml").write_text("paths: {data: 'http://x/${oc.env:SECRET}'}")
-    with pytest.raises(ValueError, match="may not say that its data lies"):
+    with pytest.raises(ValueError, match="must not set the folder of its data"):
         replay()
 
 
@@ -195,16 +195,16 @@ def test_trust_in_a_package_is_none_in_what_it_imports(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert refusal("mine.Logger", ["mine"]) is None
     assert refusal("mine.make", ["mine"]) is None
-    assert refusal("mine.os.system", ["mine"]) == "is nothing that mine defines"
-    assert refusal("mine.Logger", ["min"]) == "is no class of this package"
-    assert refusal("mine.Logger") == "is no class of this package"
+    assert refusal("mine.os.system", ["mine"]) == "is not defined in mine"
+    assert refusal("mine.Logger", ["min"]) == "is not a class of this package"
+    assert refusal("mine.Logger") == "is not a class of this package"
 
 
 def test_what_is_typed_is_not_restricted(check):
     check(typed=("+logger.x={_target_: torch.hub.load, repo_or_dir: here}",))
     check("name=y", typed=("+logger.x._target_=torch.hub.load",))
     check(typed=("logger.csv.save_dir=/tmp/elsewhere",))
-    with pytest.raises(ValueError, match=r"trust=\[torch\]"):  # of which the run says a part
+    with pytest.raises(ValueError, match=r"trust=\[torch\]"):  # the run sets only a part of it
         check("+logger.x={repo_or_dir: theirs}", typed=("+logger.x._target_=torch.hub.load",))
 
 

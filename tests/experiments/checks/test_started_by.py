@@ -1,4 +1,4 @@
-"""Who started a program, and as how many processes: torchrun, srun, mpirun, or a person."""
+"""How a program was started, and as how many processes: torchrun, srun, mpirun, or by hand."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ SRUN = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_ST
 
 @pytest.fixture(autouse=True)
 def nobody(monkeypatch):
-    """No launcher, whatever runs the tests."""
+    """Removes all variables of launchers, whatever runs the tests."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_")) or name in TORCHRUN:
             monkeypatch.delenv(name)
@@ -43,10 +43,10 @@ def pretend(monkeypatch, variables: dict[str, str]) -> None:
         ({}, 1),
         (TORCHRUN, 2),
         (TORCHRUN | {"WORLD_SIZE": "1"}, 1),
-        ({"WORLD_SIZE": "2"}, 1),  # of a container; nothing has a rank
+        ({"WORLD_SIZE": "2"}, 1),  # variables of a container; none of them is a rank
         (SRUN, 4),
         (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, 1),
-        # the shell of salloc, and a batch script: tasks are planned, and this is none of a step
+        # the shell of salloc, and a batch script: tasks are planned, this process is none of them
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, 1),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 1),
         # srun --pty bash
@@ -87,7 +87,7 @@ def test_the_other_programs_are_one_process(program, rank, monkeypatch):
 
 
 def test_a_rank_lets_rank_0_speak_first_and_speaks_where_it_did_not(monkeypatch):
-    """torchrun kills rank 0 as soon as rank 1 ends, which may be before rank 0 has begun."""
+    """torchrun kills rank 0 as soon as rank 1 ends, even if rank 0 has not begun."""
     monkeypatch.setattr(process, "_PATIENCE_S", 0.5)
     for rank, said, waits in ((0, "error: x", False), (1, "error: x", True), (2, 1, True)):
         began = time.monotonic()
@@ -98,7 +98,7 @@ def test_a_rank_lets_rank_0_speak_first_and_speaks_where_it_did_not(monkeypatch)
 
 
 def test_a_rank_of_a_rank_0_that_has_ended_says_nothing(monkeypatch):
-    """Lightning's rank 0 has started the others, and has said the line."""
+    """Lightning's rank 0 has started the others, and has printed the line."""
     monkeypatch.setattr(process, "_PARENT", -1)
     with pytest.raises(SystemExit) as caught:
         process.fail("error: x", 1)
@@ -106,7 +106,7 @@ def test_a_rank_of_a_rank_0_that_has_ended_says_nothing(monkeypatch):
 
 
 def test_torchrun_shows_why_a_training_is_refused(tmp_path):
-    """Rank 0 comes late, as on a machine that is busy; rank 1 is refused long before."""
+    """Rank 0 is late, as on a busy machine. Rank 1 is refused long before."""
     late = tmp_path / "late.py"
     late.write_text(
         "import os, sys, time\n"
@@ -122,7 +122,7 @@ def test_torchrun_shows_why_a_training_is_refused(tmp_path):
 
 
 def test_programs_of_hydra_are_one_process(compose, tmp_path, monkeypatch):
-    """A multirun is started once, too: its jobs are processes of their own."""
+    """A multirun is a single process, too: its jobs are processes of their own."""
     config = compose(["experiment=resume_probe", "output=out"], tmp_path, "reference")
     monkeypatch.setattr(sys, "argv", ["ropelab", "-m"])
     pretend(monkeypatch, TORCHRUN)

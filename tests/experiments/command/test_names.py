@@ -1,4 +1,4 @@
-"""Names of run directories and factors of ablations come from values, not from typed words."""
+"""Names of run directories and factors of ablations depend on values, not on typed words."""
 
 import itertools
 import math
@@ -39,7 +39,7 @@ def test_a_value_is_read_as_hydra_reads_it(text):
     expected = text
     if text != "~":  # which Hydra refuses
         expected = OverridesParser.create().parse_override(f"key={text}").value()
-    assert repr(read_value(text)) == repr(expected)  # 1 is not 1.0, and nan is nan
+    assert repr(read_value(text)) == repr(expected)  # 1 and 1.0 differ, and nan equals nan
 
 
 def test_equal_values_have_one_text_and_others_have_others():
@@ -94,7 +94,7 @@ def test_simple_names_are_what_they_have_always_been():
 
 HASHED = re.compile("-[0-9a-f]{12}$")
 
-#: Pairs of settings that a name without a hash would not tell apart.
+#: Pairs of settings that a name without a hash would not distinguish.
 ALIKE = [
     ({"a": "b/c"}, {"a": "b_c"}),
     ({"a": "b c"}, {"a": "b_c"}),
@@ -143,7 +143,7 @@ def test_a_whole_number_has_one_name(more):
 
 
 def exact(settings: dict[str, Any]) -> str:
-    """Tells all settings apart that are not equal, and their types; 1 and 1.0 are equal."""
+    """Returns a key that differs for all unequal settings and types. 1 and 1.0 are equal."""
     numbers = {
         key: int(value) if isinstance(value, float) and value.is_integer() else value
         for key, value in settings.items()
@@ -152,7 +152,7 @@ def exact(settings: dict[str, Any]) -> str:
 
 
 def read_back(name: str) -> dict[str, Any]:
-    """The settings that a name without a hash tells, by the rules in words."""
+    """Returns the settings that a name without a hash shows, by the rules in words."""
     rotary, seed, *pieces = name.split("-")
     assert (rotary, seed) == ("tad", "seed0")
     words: list[str] = []
@@ -195,7 +195,7 @@ def test_any_name_can_be_read_back_or_has_a_hash():
 
 @pytest.fixture
 def name_of(tmp_path, monkeypatch):
-    """`name_of(*words)`: the name of the run that these words ask for, of a small program."""
+    """`name_of(*words)` returns the name of a run of a small program with these words."""
     shutil.copy(LIGHT, tmp_path / "light.yaml")
     monkeypatch.chdir(tmp_path)
 
@@ -243,7 +243,7 @@ def test_names_of_ropelab_train(compose, tmp_path):
 
 
 def write_run(folder: Path, *words: str, lr: float = 0.001, flag: bool = True) -> None:
-    """As a run leaves its directory."""
+    """Writes a directory as a run leaves it."""
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(words)))
     choices = {"rotary": "videorope", "pooler": "average", "tiles": None, "scores": ["mc", "open"]}
@@ -254,7 +254,7 @@ def write_run(folder: Path, *words: str, lr: float = 0.001, flag: bool = True) -
 
 
 def settings_of(folder: Path) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Factors that ropelab-runs finds, and factors and settings of ropelab-report."""
+    """Returns the factors of ropelab-runs, and the factors and settings of ropelab-report."""
     runs = load_runs([folder])
     axes = list(factors([run.settings for run in runs]))
     return (

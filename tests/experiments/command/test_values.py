@@ -1,4 +1,4 @@
-"""Values of the command line that no object can be built with: one line that names the key."""
+"""Values of the command line that build no object: one line that names the key."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_a_wrong_value_is_one_line_with_its_key(word, line, compose, tmp_path):
 
 
 def test_only_what_is_known_is_imported(compose, tmp_path):
-    """A target elsewhere is left to whoever builds it, who decides whether it may be."""
+    """A target outside is left to the builder, which decides whether it is allowed."""
     (tmp_path / "spy.py").write_text("raise SystemExit('imported')")
     check_values(compose(["experiment=resume_probe", "+callbacks.x._target_=spy.Call"], tmp_path))
 

@@ -1,4 +1,4 @@
-"""A run directory keeps what it holds: whatever is refused leaves it byte for byte as it was."""
+"""A run directory keeps its files: a refused command leaves every byte of it as it was."""
 
 import json
 import shutil
@@ -15,12 +15,12 @@ from experiments.directory.kept import give_back, set_aside
 from experiments.directory.made_of import compare
 from experiments.directory.run_directory import find_original
 
-#: Two steps of four samples, and no test.
+#: Two steps of four samples each, and no test.
 SHORT = ["data.training.samples=8", "test=false"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the lock."""
+    """Returns the content of every file except the lock."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(f.relative_to(folder)): f.read_bytes() for f in files if f.name != "run.lock"}
 
@@ -47,7 +47,7 @@ def made(run, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def finished(made, tmp_path) -> Path:
-    """A finished run that a test may spoil."""
+    """A finished run that a test may damage."""
     folder = tmp_path / "run"
     shutil.copytree(made, folder)
     config = (folder / "config.yaml").read_text().replace(str(made), str(folder))
@@ -61,7 +61,7 @@ def killed(finished) -> Path:
     return finished
 
 
-#: What makes other weights: refused, in a line that names the key and both values.
+#: Changes of the weights: refused in a line that names the key and both values.
 REFUSED = [
     ("optim.optimizer.lr=5e-2", "optim.optimizer.lr=0.001, this run has 0.05"),
     ("optim.scheduler.warmup=0.5", "optim.scheduler.warmup=0.1, this run has 0.5"),
@@ -80,10 +80,10 @@ REFUSED = [
     ("init=runs/other", r"init=null, this run has runs/other"),
     ("data.gird=1", "data.gird=null, this run has 1"),
     ("optim.optimizer.lr=abc", "optim.optimizer.lr=abc must be a number"),
-    ("trainer.max_steps=1", "trained up to step 2, and trainer.max_steps=1 ends before"),
+    ("trainer.max_steps=1", "trained up to step 2, but trainer.max_steps=1 is below"),
 ]
 
-#: What does not make the weights, and is refused by a later check. A finished run needs none.
+#: Changes that a later check refuses. They do not change the weights of a finished run.
 REFUSED_LATER = [
     ("callbacks.x._target_=lightning.no.Such", "callbacks.x._target_=null"),
     ("callbacks.checkpoint.every_n_steps=0", "callbacks.checkpoint: every_n_steps=0 must be 1"),
@@ -155,7 +155,9 @@ def test_a_longer_training_goes_on_and_says_so(finished, run):
     assert done(finished)["steps"] == 4
     assert yaml.safe_load((finished / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
     before = contents(finished)
-    with pytest.raises(SystemExit, match=r"trained up to epoch 2, and trainer.max_epochs=1 ends"):
+    with pytest.raises(
+        SystemExit, match=r"trained up to epoch 2, but trainer.max_epochs=1 is below"
+    ):
         run(finished)
     assert contents(finished) == before
 
@@ -186,7 +188,7 @@ def test_before_anything_was_trained_everything_may_change(run, tmp_path):
 @pytest.mark.parametrize("trial", ["fast", "overfit", "profile"])
 def test_a_trial_touches_no_run(trial, finished, run):
     before = contents(finished)
-    with pytest.raises(SystemExit, match="holds a training, which debug= must not write over") as e:
+    with pytest.raises(SystemExit, match="holds a training, which debug= must not overwrite") as e:
         run(finished, f"debug={trial}")
     assert "\n" not in str(e.value)
     assert contents(finished) == before
@@ -201,7 +203,7 @@ def test_a_trial_has_its_own_name(compose, tmp_path):
 
 
 def test_a_trial_is_no_start_of_a_run(run, tmp_path):
-    for _ in range(2):  # and may be tried again
+    for _ in range(2):  # and the command may be tried again
         run(tmp_path, "debug=overfit", "trainer.max_epochs=2")
     before = contents(tmp_path)
     with pytest.raises(SystemExit, match=r"holds a trial \(debug=\).*resume=false"):
@@ -215,7 +217,7 @@ def test_a_folder_that_is_no_run_is_not_cleared(run, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "mine.ckpt").write_bytes(b"precious")
     for words in (["debug=fast"], ["resume=false"], []):
-        with pytest.raises(SystemExit, match=r"has checkpoints, and config\.yaml"):
+        with pytest.raises(SystemExit, match=r"has checkpoints, but its config\.yaml"):
             run(tmp_path, *words)
     assert contents(tmp_path) == {"checkpoints/mine.ckpt": b"precious"}
 
@@ -224,7 +226,7 @@ def test_a_damaged_config_is_one_line(finished, run):
     (finished / "config.yaml").write_text("a: [")
     before = contents(finished)
     with pytest.raises(
-        SystemExit, match=r"config\.yaml, .* is damaged or not of ropelab: put it back"
+        SystemExit, match=r"config\.yaml is damaged or was not .* ropelab: put the right one back"
     ) as caught:
         run(finished)
     assert "\n" not in str(caught.value)
@@ -237,7 +239,7 @@ def test_files_that_no_run_has_left_are_not_touched(run, tmp_path, words):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("precious")
     before = contents(tmp_path)
-    with pytest.raises(SystemExit, match=r"has checkpoints, and config\.yaml, .* is missing"):
+    with pytest.raises(SystemExit, match=r"has checkpoints, but its config\.yaml is missing"):
         run(tmp_path, *words)
     assert contents(tmp_path) == before
 
@@ -246,7 +248,7 @@ def test_files_that_no_run_has_left_are_not_touched(run, tmp_path, words):
 @pytest.mark.parametrize("words", [[], ["resume=false"]])
 def test_a_config_of_something_else_is_refused(run, tmp_path, text, words):
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(SystemExit, match=r"config\.yaml, .* is damaged or not of ropelab"):
+    with pytest.raises(SystemExit, match=r"config\.yaml is damaged or was not written by ropelab"):
         run(tmp_path, *words)
     assert contents(tmp_path) == {"config.yaml": text.encode()}
 
@@ -281,7 +283,7 @@ def test_the_next_command_brings_back_what_a_killed_one_had_set_aside(run, finis
     before = contents(finished)
     set_aside(finished, anew=True)
     run(finished)
-    assert "finished before" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert contents(finished) == before
 
 
@@ -303,7 +305,7 @@ def test_after_the_first_step_nothing_comes_back(run, finished):
 @pytest.mark.parametrize("anew", [True, False])
 @pytest.mark.parametrize("again", [False, True])
 def test_a_kill_before_the_first_step_loses_nothing(anew, again, finished, monkeypatch):
-    """The command that comes next brings it back, also where it is killed while it does."""
+    """The next command puts it back, even if that command is killed meanwhile."""
     before = contents(finished)
     set_aside(finished, anew)
     (finished / "config.yaml").write_text("of another command")
@@ -435,7 +437,7 @@ def test_a_copy_is_its_own_run(with_id, run, tmp_path, caplog):
 def test_a_finished_copy_is_finished(with_id, run, tmp_path, capsys):
     shutil.copytree(with_id, tmp_path / "copy")
     run(tmp_path / "copy")
-    assert "finished before" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_a_moved_run_stays_itself(with_id, run, tmp_path):
@@ -448,18 +450,18 @@ def test_links_and_other_runs_are_no_originals(with_id, tmp_path, monkeypatch):
     link, other = tmp_path / "link", tmp_path / "other"
     link.symlink_to(with_id)
     with monkeypatch.context() as patch:
-        patch.setattr(rundir.secrets, "token_hex", None)  # nothing is written to find out
+        patch.setattr(rundir.secrets, "token_hex", None)  # nothing is written for the check
         assert find_original(with_id, str(link)) is None
         assert find_original(link, str(with_id)) is None
     shutil.copytree(with_id, other)
     assert find_original(other, str(with_id)) == with_id
-    (other / "run_id").write_text("87654321")  # started anew since
+    (other / "run_id").write_text("87654321")  # started anew since then
     assert find_original(other, str(with_id)) is None
     assert not list(tmp_path.rglob(".probe*"))
 
 
 def test_the_same_directory_under_another_mount_is_no_copy(with_id, tmp_path, monkeypatch):
-    """Two mounts of one network folder have other device numbers."""
+    """Two mounts of one network folder have different device numbers."""
     (tmp_path / "mount").symlink_to(with_id)
     monkeypatch.setattr(rundir.os.path, "samefile", lambda a, b: False)
     assert find_original(with_id, str(tmp_path / "mount")) is None
@@ -478,7 +480,7 @@ def test_paths_in_the_run_directory_move_with_it():
         for run, data in (("/a/run", "data"), ("/b/copy", "/scratch/7/data"))
     )
     assert compare(then, now) == ({}, {})
-    # Not in the run directory, but with a name that begins as it does.
+    # Outside of the run directory, but with a name that begins like it.
     beside = then | {"model": {"x": "/a/running/m"}}, now | {"model": {"x": "/b/copyning/m"}}
     assert compare(*beside)[0].keys() == {"model.x"}
 
@@ -545,7 +547,7 @@ def test_callbacks_that_may_change_weights_are_compared():
     assert compare(plain, config(**watching)) == ({}, {})
     assert compare(config(**watching), plain) == ({}, {})
     assert compare(plain, config(swa=averaging))[0].keys() == {"callbacks.swa._target_"}
-    # under the name of one that only watches
+    # under the key of a callback that only watches
     assert compare(config(**watching), config(progress=averaging))[0]
     assert compare(plain, config(**other))[0].keys() == {"callbacks.x._target_"}
     assert compare(config(finite=guard), plain)[0].keys() == {"callbacks.finite._target_"}
@@ -570,7 +572,7 @@ def test_shards_of_other_options_are_not_trained_on(tmp_path):
 
 
 def test_which_of_our_own_callbacks_may_change_weights(compose, tiny, tmp_path):
-    """All that ropelab-train starts with, but for two, may be left out when a run goes on."""
+    """All but two keys that ropelab-train starts with may be left out when a run continues."""
     config = OmegaConf.to_container(compose(tiny, tmp_path), resolve=True)
     compared = compare(config, config | {"callbacks": {}})[0]
     assert {key.split(".")[1] for key in compared} == {"finite", "randomness"}

@@ -1,4 +1,4 @@
-"""What is shown of the jobs of a multirun while they run."""
+"""The table of a multirun's jobs while they run."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def make_job(folder: Path, number: int = 0, **config: object) -> Job:
 
 
 def beat(job: Job, ago: float, step: int, state: str = "training", loss: float = 2.0) -> None:
-    """As a run's `Heartbeat` does."""
+    """Writes the files as a run's `Heartbeat` does."""
     status = {
         "state": state,
         "step": step,
@@ -50,10 +50,10 @@ def texts(row: Row) -> tuple[str, ...]:
 
 
 def test_time_left_goes_by_the_speed_of_this_start(tmp_path):
-    """A resumed run: 20 steps in 40 s, at step 70 of 100, 10 s ago: 2 s a step, 30 steps to go."""
+    """A resumed run, 10 s ago: 20 steps in 40 s, so 2 s per step; at step 70 of 100, 30 to go."""
     row = Row(make_job(tmp_path), "running", since=time.time() - 100)
     assert texts(row) == ("starting", "", "", "")
-    beat(row.job, ago=200, step=40)  # of the start before
+    beat(row.job, ago=200, step=40)  # from the earlier start
     row.look()
     assert texts(row) == ("starting", "", "", "")
     beat(row.job, ago=50, step=50)
@@ -128,7 +128,7 @@ def test_a_log_gets_a_line_at_each_change_and_one_now_and_then(tmp_path, caplog,
     with Board(jobs) as board:
         board.set(jobs[0], "running")
         board.refresh()
-        assert not caplog.messages  # the launcher has said that it starts
+        assert not caplog.messages  # the launcher has logged the start
         beat(jobs[0], ago=-1, step=1)
         for _ in range(3):
             board.refresh()
@@ -149,7 +149,7 @@ def test_a_log_gets_a_line_at_each_change_and_one_now_and_then(tmp_path, caplog,
 
 
 def in_terminal(command: list[str], folder: Path, **environment: str) -> tuple[int, str]:
-    """Exit code and output of a program that has a terminal, where nobody types anything."""
+    """Returns exit code and output of a program in a terminal where nobody types."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(folder)
@@ -174,7 +174,7 @@ def test_a_table_in_a_terminal_and_jobs_that_have_none(tmp_path):
     command += ["launcher=local_parallel", "hydra.launcher.n_jobs=2", "seed=0,1", "fails=[1]"]
     code, shown = in_terminal(command, tmp_path, COLUMNS="120", LINES="20")
     assert code == 1
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)  # colours, and moves of the cursor
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)  # colours and cursor movements
     assert re.search(r"job +state +step +loss +time left", shown)
     assert re.search(r"#0 seed=0 +finished +score 0", shown)
     assert re.search(r"#1 seed=1 +failed +exit code 1 \(error: asked to fail\)", shown)
@@ -205,7 +205,7 @@ KEY = "0" * 40
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """A home without a key."""
+    """A home folder without a key."""
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

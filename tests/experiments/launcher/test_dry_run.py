@@ -1,4 +1,4 @@
-"""`ropelab-train --dry-run` says what would run, and leaves the disk as it is."""
+"""`ropelab-train --dry-run` lists what would run, and writes nothing."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ def test_otherwise_the_command_stays_as_it_is(typed):
 
 @pytest.fixture
 def program(tiny, tmp_path) -> Callable[..., tuple[int, list[str]]]:
-    """`program(*words)`: exit code of ropelab-train, and the lines that it prints."""
+    """`program(*words)` returns the exit code of ropelab-train and the lines that it prints."""
 
     def run(*words: str) -> tuple[int, list[str]]:
         command = [sys.executable, "-m", "experiments.start", *words, *tiny, *HERE]
@@ -77,7 +77,7 @@ def snapshot(folder: Path) -> dict[str, tuple[float, int]]:
 
 
 def leave(folder: Path, config: dict, *, done: bool = False, step: int | None = None) -> None:
-    """What a run with this config leaves, as far as it came."""
+    """Writes what a run with this config has left, up to its progress."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     if step is not None:
@@ -107,7 +107,7 @@ def test_a_sweep_is_listed_with_what_would_become_of_each_job(
     before = snapshot(tmp_path)
     code, lines = program("-m", "--dry-run", "seed=0,1,2,3,4")
     assert snapshot(tmp_path) == before
-    assert code == 1  # of the one that is refused
+    assert code == 1  # because of the refused job
     states = [
         "finished",
         "goes on from step 7",
@@ -142,13 +142,13 @@ def test_what_would_be_refused_is_not_called_new(program, tmp_path):
     assert (code, "file/run cannot be written" in line) == (1, True)
     (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
     code, (line, _) = program("--dry-run", "hydra.run.dir=mine", "resume=false")
-    assert (code, "has checkpoints, and config.yaml" in line) == (1, True)
+    assert (code, "has checkpoints, but its config.yaml" in line) == (1, True)
 
 
 def test_a_refused_job_of_a_multirun_leaves_its_directory_as_it_was(
     program, compose, tiny, tmp_path
 ):
-    """Its frozen config too: that of a run which is queued there must not change."""
+    """Its frozen config must not change either: a queued run may use it."""
     run = tmp_path / "runs" / "vniah_d_tiny" / "s3"
     config = compose(("seed=3", *tiny, *HERE, "optim.optimizer.lr=0.5"), run)
     leave(run, yaml.safe_load(OmegaConf.to_yaml(config, resolve=True)), step=7)

@@ -1,4 +1,4 @@
-"""Multiruns on this machine: a process a job, frozen when it was asked for, stopped and gone on."""
+"""Multiruns on this machine: one process per job, frozen configs, stopped and continued jobs."""
 
 import json
 import os
@@ -35,7 +35,7 @@ from tests.helpers.light_runs import (  # noqa: F401 - the fixtures
 
 @pytest.fixture
 def freeze(tiny, tmp_path, monkeypatch):
-    """`freeze(*overrides)`: a frozen job of ropelab-train and how it was composed."""
+    """`freeze(*overrides)` returns a frozen job of ropelab-train and its composition."""
 
     def made(*overrides: str) -> Job:
         words = [*tiny, "paths.runs=runs", *overrides]
@@ -51,7 +51,7 @@ def freeze(tiny, tmp_path, monkeypatch):
 
 
 def thaw(folder: Path):
-    """The frozen config as the program gets it, and Hydra's node."""
+    """Returns the frozen config as the program gets it, and Hydra's node."""
     with hydra.initialize_config_dir(str(folder / ".hydra"), version_base="1.3"):
         config = hydra.compose(FROZEN, return_hydra_config=True)
     HydraConfig.instance().set_config(config)
@@ -112,15 +112,15 @@ def test_one_that_fails_does_not_stop_the_others(start, run):
 
 def test_the_same_command_again_starts_what_is_not_finished(start, run):
     end(start("seed=0,1"))
-    assert end(start("seed=0,1,2")).count("finished before") == 2
+    assert end(start("seed=0,1,2")).count("already finished") == 2
     assert [len(run(n).starts) for n in range(3)] == [1, 1, 1]
-    end(start("seed=0,1", "value=2"))  # the program has to say whether that is another run
+    end(start("seed=0,1", "value=2"))  # the program must decide whether that is another run
     end(start("seed=2", "resume=false"))
     assert [len(run(n).starts) for n in range(3)] == [2, 2, 2]
 
 
 def test_sweepers_get_the_scores(start, launched):
-    end(start("seed=3"))  # one that is there already, and one that is not
+    end(start("seed=3"))  # one that exists already, and one that does not
     returned = launched(3, 4)
     assert [each.return_value for each in returned] == [3.0, 4.0]
     assert [each.cfg.seed for each in returned if each.cfg] == [3, 4]
@@ -172,7 +172,7 @@ def test_a_signal_stops_the_jobs_and_the_same_command_goes_on(number, code, star
 
 
 def test_a_job_that_is_interrupted_while_it_starts_has_not_failed(start, run):
-    """Before it listens to signals: Python itself ends it."""
+    """Before the program handles signals, Python itself ends it."""
     sweep = start("seed=0")
     read_until(sweep, "seed=0: starts in")
     sweep.send_signal(signal.SIGINT)
@@ -201,14 +201,14 @@ LIMITS = "RunTime={} TimeLimit={} BatchFlag={}"
 @pytest.mark.parametrize(
     ("shown", "said"),
     [
-        ("JobState=RUNNING " + LIMITS.format("00:10:00", "01:00:00", 1), "is queued again"),
-        ("JobState=SUSPENDED " + LIMITS.format("00:10:00", "01:00:00", 1), "is queued again"),
+        ("JobState=RUNNING " + LIMITS.format("00:10:00", "01:00:00", 1), "is requeued"),
+        ("JobState=SUSPENDED " + LIMITS.format("00:10:00", "01:00:00", 1), "is requeued"),
         ("JobState=COMPLETING " + LIMITS.format("00:10:00", "01:00:00", 1), "was cancelled"),
-        ("JobState=COMPLETING " + LIMITS.format("01:00:00", "01:00:00", 1), "is queued again"),
-        # a limit of days, as SLURM writes it: 26 hours have not run for 25
+        ("JobState=COMPLETING " + LIMITS.format("01:00:00", "01:00:00", 1), "is requeued"),
+        # a limit of days in SLURM's format: 26 hours are more than the 25 that have passed
         ("JobState=COMPLETING " + LIMITS.format("1-01:00:00", "1-02:00:00", 1), "was cancelled"),
         ("JobState=COMPLETING " + LIMITS.format("23:59:59", "1-00:00:00", 1), "was cancelled"),
-        ("JobState=COMPLETING " + LIMITS.format("2-00:00:30", "2-00:00:00", 1), "is queued again"),
+        ("JobState=COMPLETING " + LIMITS.format("2-00:00:30", "2-00:00:00", 1), "is requeued"),
         ("JobState=COMPLETING " + LIMITS.format("00:10:00", "UNLIMITED", 1), "was cancelled"),
         ("JobState=RUNNING " + LIMITS.format("00:10:00", "01:00:00", 0), "is interactive"),
     ],
@@ -222,14 +222,14 @@ def test_a_job_is_queued_again_unless_its_user_has_ended_it(shown, said, monkeyp
 
     monkeypatch.setattr("experiments.run.process._scontrol", scontrol)
     assert said in requeue("7")
-    assert (("requeue", "7") in asked) == (said == "is queued again")
+    assert (("requeue", "7") in asked) == (said == "is requeued")
 
 
 @pytest.mark.parametrize(
     ("environment", "rank", "code"),
     [
         ({}, 0, 75),
-        ({}, 1, 0),  # of Lightning's launcher, which kills rank 0 when another rank fails
+        ({}, 1, 0),  # from Lightning's launcher, which kills rank 0 when another rank fails
         ({"TORCHELASTIC_RUN_ID": "1"}, 1, 75),
     ],
 )
@@ -247,7 +247,7 @@ def test_the_exit_code_of_a_preempted_process(environment, rank, code, monkeypat
 
 
 def test_a_run_that_is_told_to_go_while_it_starts_goes(tmp_path):
-    """Before PyTorch is imported, and so before anything of ours listens."""
+    """Before PyTorch is imported, and so before our code handles signals."""
     run = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "experiments.start"],
         cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""Jobs that live without their launcher: the next one waits for them and takes their results."""
+"""Jobs that outlive their launcher: the next launcher waits for them and reads their results."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.helpers.light_runs import (  # noqa: F401 - the fixtures
 
 
 def test_a_launcher_that_is_killed_leaves_its_job_to_the_next(start, run):
-    """It lives on, and counts as the one job that may run at a time."""
+    """It keeps running, and counts as the one job that may run at a time."""
     command = ["seed=0,1", "steps=10"]
     sweep = start(*command)
     until(lambda: run(0).steps)
@@ -31,7 +31,7 @@ def test_a_launcher_that_is_killed_leaves_its_job_to_the_next(start, run):
         sweep.kill()
         sweep.wait()
         again = start(*command)
-        read_until(again, f"#0 seed=0: runs already, process {pid} on ")
+        read_until(again, f"#0 seed=0: already running, process {pid} on ")
         time.sleep(1)
         assert not run(1).starts
     assert "#0 seed=0: finished elsewhere" in end(again)
@@ -40,7 +40,7 @@ def test_a_launcher_that_is_killed_leaves_its_job_to_the_next(start, run):
 
 
 def test_a_job_that_lives_keeps_its_gpus(start, run):
-    """The next launcher gives its other jobs the other GPUs."""
+    """The next launcher gives the other GPUs to its other jobs."""
     command = ["launcher=local_parallel", "hydra.launcher.n_jobs=2", "hydra.launcher.gpus=[0,1]"]
     sweep = start(*command, "seed=0", "steps=1000")
     until(lambda: run(0).steps)
@@ -56,7 +56,7 @@ def test_a_job_that_lives_keeps_its_gpus(start, run):
 
 
 def test_whoever_loses_the_race_for_a_directory_waits(launched, run, tmp_path, monkeypatch):
-    """Another process takes the lock when the launcher has looked already."""
+    """Another process takes the lock after the launcher has looked."""
     run(3).path.mkdir(parents=True)
     holder = os.fork()
     if holder == 0:
@@ -67,7 +67,7 @@ def test_whoever_loses_the_race_for_a_directory_waits(launched, run, tmp_path, m
     ask, looks = lock.holder, []
 
     def look(folder: Path) -> dict | None:
-        """Nobody is there yet when it freezes the job, nor when it looks before it starts it."""
+        """No process holds the lock when the job is frozen, nor just before its start."""
         looks.append(folder)
         return ask(folder) if len(looks) > 2 else None
 
@@ -100,7 +100,7 @@ def test_a_training_outlives_its_launcher_and_the_next_takes_its_result(tiny, tm
             first.kill()
             first.wait()
             again = subprocess.Popen(command, cwd=tmp_path, env=environment, **output)
-            read_until(again, f"runs already, process {pid} on ")
+            read_until(again, f"already running, process {pid} on ")
         assert "finished elsewhere" in end(again, limit_s=200)
     finally:
         first.kill()

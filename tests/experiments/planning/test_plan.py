@@ -1,4 +1,4 @@
-"""What is planned on fake tensors is what a real step takes."""
+"""Forecasts on fake tensors equal the measurements of a real step."""
 
 import re
 import sys
@@ -33,7 +33,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def planned(compose, tmp_path_factory):
-    """`planned(*overrides, ranks=1)`: config and forecast of a tiny recipe."""
+    """`planned(*overrides, ranks=1)` returns config and forecast of a tiny recipe."""
 
     def run(*overrides, ranks=1):
         config = compose([*WORDS, *overrides], tmp_path_factory.mktemp("plan"), "plan")
@@ -69,7 +69,7 @@ def test_flops_are_those_of_the_real_step(alone, real):
 
 
 def test_the_peak_is_what_the_allocator_gives_out(alone, real):
-    """Weights, gradients and moments are there before the step that is recorded."""
+    """Weights, gradients and moments exist before the recorded step."""
     memory = alone[1].step.memory
     kept = memory["weights"] + memory["gradients"] + memory["optimizer"]
     assert alone[1].step.peak - kept == pytest.approx(real.peak, rel=0.02)
@@ -85,7 +85,7 @@ class Checkpointed(VideoLLMModule):
 
 @pytest.mark.slow
 def test_blocks_that_run_twice_are_planned_as_they_run(alone):
-    """What is freed on the way stays out, however many blocks there are."""
+    """Memory that is freed during the step does not count, for any number of blocks."""
     config, plainly = alone
     spec = plain(config.model)
     spec["llm"]["config"] |= {"num_hidden_layers": 8, "intermediate_size": 256}
@@ -132,7 +132,7 @@ def test_a_rank_of_eight_keeps_an_eighth(alone, planned):
     _, found = planned("trainer=fsdp_sim", "data.global_batch_size=16", ranks=8)
     for kind in ("weights", "optimizer"):
         pieces = 8 * found.step.memory[kind]
-        assert whole.memory[kind] < pieces * 1.001, "nothing is lost"
+        assert whole.memory[kind] < pieces * 1.001, "the shards must hold all of it"
         assert pieces < 1.5 * whole.memory[kind], "padding of small tensors aside"
     assert found.step.parameters == whole.parameters
     assert found.step.flops == whole.flops
@@ -148,7 +148,7 @@ def test_ddp_keeps_everything_and_a_copy_of_the_gradients(alone, planned):
 
 @pytest.fixture(scope="module")
 def at_once(planned):
-    """The step of one micro-batch, where the other one has four."""
+    """Returns a step with one micro-batch, where the other one has four."""
     words = ["data.global_batch_size=2", "mfu=0.5", "device.peak_flops=1.0e12", "samples=6400"]
     return planned(*words)
 
@@ -156,7 +156,9 @@ def at_once(planned):
 def test_accumulation_repeats_the_micro_batch(alone, at_once):
     assert (alone[1].accumulation, at_once[1].accumulation) == (4, 1)
     assert at_once[1].step.flops == alone[1].step.flops
-    assert at_once[1].step.peak <= alone[1].step.peak, "gradients go before the backward"
+    assert at_once[1].step.peak <= alone[1].step.peak, (
+        "the old gradients are freed before the backward"
+    )
 
 
 def test_time_and_hours_follow_from_the_stated_share_of_the_peak(at_once):
@@ -170,7 +172,7 @@ def test_time_and_hours_follow_from_the_stated_share_of_the_peak(at_once):
 @pytest.mark.parametrize(
     ("group", "option", "parameters"),
     [
-        ("llm", "qwen2_7b", 7_615_616_512),  # as the models' pages on the hub count them
+        ("llm", "qwen2_7b", 7_615_616_512),  # as on the models' pages on the hub
         ("llm", "vicuna_7b", 6_738_415_616),
     ],
 )
@@ -232,7 +234,9 @@ def test_advice_is_planned_one_change_on_the_other(printed):
     assert "data.batch_size=1" in advice[-1]
     words = [set(line.split(":")[0].split()) for line in advice]
     keys = [{word.partition("=")[0] for word in line} for line in words]
-    assert all(before <= after for before, after in pairwise(keys)), "on top of the others"
+    assert all(before <= after for before, after in pairwise(keys)), (
+        "each line adds to the changes before it"
+    )
     sizes = [float(line.split(": ")[1].split()[0]) for line in advice]
     assert sizes == sorted(set(sizes), reverse=True)
 

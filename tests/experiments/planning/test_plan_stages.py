@@ -1,4 +1,4 @@
-"""Plans of every stage of training and kind of batch, against the same step with numbers."""
+"""Forecasts of every stage of training and kind of batch equal a real step."""
 
 import pytest
 import torch
@@ -80,17 +80,17 @@ def test_a_batch_holds_what_the_budget_allows(composed):
     config = composed(*PROBE, *words, "data.batch_size=6", "data.global_batch_size=6")
     data = build(config.data, "data")
     for visuals, tiles, samples in (
-        ((4,), None, 4),  # 10 words and 4 frames of 3 tokens: 22 of 100
-        ((1,), None, 6),  # an image of 5 tokens: 15, where a batch has 6 at most
-        ((3, 1), [Tiles(1, 2, 20, 50), None], 5),  # two images, one in tiles: 20
-        ((100,), None, 1),  # longer than any batch, which it is alone
+        ((4,), None, 4),  # 10 text tokens and 4 frames of 3 tokens: 22 of 100
+        ((1,), None, 6),  # an image of 5 tokens: 15, in a batch of at most 6
+        ((3, 1), [Tiles(1, 2, 20, 50), None], 5),  # two images, one of them in tiles: 20
+        ((100,), None, 1),  # longer than any batch, so it is a batch of its own
     ):
         assert len(data.outlined(outline(visuals, tiles))) == samples
 
 
 def test_contrast_is_refused_in_several_micro_batches_as_in_training(composed):
     config = composed(*CAPTIONS, "data.batch_size=2")
-    with pytest.raises(ValueError, match=r"on 1 ranks are 2 micro-batches .*data\.batch_size=4"):
+    with pytest.raises(ValueError, match=r"on 1 ranks makes 2 micro-batches .*data\.batch_size=4"):
         forecast(config, 1)
 
 
@@ -128,7 +128,7 @@ def test_every_kind_of_step_takes_what_is_planned(kind, composed):
     assert found.step.computed == real.flops
     assert kept == (real.weights, real.gradients, real.optimizer)
     assert found.step.peak - sum(kept) == pytest.approx(real.peak, rel=0.02)
-    if "frozen" not in kind and "base" not in kind:  # what is trained is all that runs
+    if "frozen" not in kind and "base" not in kind:  # only trained parts run
         assert sum(found.step.flops.values()) == pytest.approx(real.flops, rel=0.02)
 
 
@@ -152,11 +152,11 @@ def test_a_frozen_copy_is_kept_in_pieces_and_base_weights_are_none_of_their_own(
         )
     )
     assert copied == 2 * streamed
-    assert streamed < split < 1.1 * streamed, "half of two"
+    assert streamed < split < 1.1 * streamed, "each rank has half of two models"
 
 
 class Noting(VideoLLMModule):
-    """Notes the bytes of each block's weights as it runs: gathered, and in what they travel in."""
+    """Records the bytes of each block's gathered weights while it runs."""
 
     def configure_model(self):
         super().configure_model()
@@ -198,7 +198,7 @@ def test_mixed_precision_gathers_in_shards_what_the_run_gathers(composed, run_ra
         sharded=True,
     )
     pieces = sum(local_piece(p).nbytes for p in planned.parameters())
-    running = [*network.encoder.vision.encoder.layers, *network.llm.blocks()]  # none reads prompts
+    running = [*network.encoder.vision.encoder.layers, *network.llm.blocks()]  # no prompts are read
     noted, kept = run_ranks(2, run)[0]
     assert noted == planned.noted
     assert noted == [_bytes(block) // 2 for block in running], "bfloat16, not float32"

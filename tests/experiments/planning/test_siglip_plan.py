@@ -1,4 +1,4 @@
-"""What SigLIP costs: counted without a class token that it has not, and planned by ropelab-plan."""
+"""The cost of SigLIP, which has no class token, and its forecast by ropelab-plan."""
 
 import math
 
@@ -17,7 +17,7 @@ from lightning_modules.encoder.siglip import SiglipEncoder
 from lightning_modules.training.instruct import VideoLLMModule
 from tests.helpers.visuals import frames_of
 
-WIDTH, LAYERS, SIDE, PATCHES = 32, 3, 32, 4  # four patches, so that a fifth would be seen
+WIDTH, LAYERS, SIDE, PATCHES = 32, 3, 32, 4  # four patches; a fifth would show
 SIZES = {"hidden_size": WIDTH, "intermediate_size": 64, "num_attention_heads": 2}
 VISION = {**SIZES, "num_hidden_layers": LAYERS, "image_size": SIDE, "patch_size": 16}
 TEXT = {**SIZES, "num_hidden_layers": 2, "vocab_size": 2048, "max_position_embeddings": 64}
@@ -31,7 +31,7 @@ SPEC = {
 
 
 def by_hand(frames: int) -> int:
-    """Forward FLOPs of all layers but the last, which does not run: patches alone."""
+    """Returns the forward FLOPs of patches in all layers but the last, which does not run."""
     weights = 4 * WIDTH * WIDTH + 2 * WIDTH * 64  # q, k, v, out; both of the MLP
     blocks = (LAYERS - 1) * (2 * weights + 4 * PATCHES * WIDTH) * frames * PATCHES
     return blocks + 2 * 3 * 16 * 16 * WIDTH * frames * PATCHES  # the patches' convolution
@@ -74,7 +74,7 @@ def make_batch() -> VideoBatch:
 
 @pytest.mark.parametrize("pooler", ["average_2x2", "prompt_guided_2x2"])
 def test_a_step_with_siglip_is_what_the_counter_says(pooler, compose, tmp_path):
-    """Its text tower and its pooling head as well, where a prompt guides the pooler."""
+    """With a prompt-guided pooler, the text tower and the pooling head count as well."""
     config = compose(["experiment=resume_probe", f"pooler={pooler}"], tmp_path)
     spec = plain(config.model) | {"encoder": SPEC}
     network = VideoLLMModule(spec, build(config.optim.optimizer, "optim")).network
@@ -87,7 +87,7 @@ def test_a_step_with_siglip_is_what_the_counter_says(pooler, compose, tmp_path):
 
 @torch.no_grad()
 def test_the_pooling_head_is_counted_with_its_values():
-    """16 patches through values, output and MLP: by hand, and as PyTorch counts them."""
+    """16 patches through values, output and MLP: computed by hand, and as PyTorch counts them."""
     stages = Stages(SiglipEncoder(config={"vision": VISION, "text": TEXT}, context_length=None))
     meter = FlopMeter(stages)
     with FlopCounterMode(display=False) as counter:
@@ -112,7 +112,7 @@ def test_ropelab_plan_reads_a_folder_of_siglip(compose, tmp_path):
 
 
 def _rest(config) -> torch.nn.Module:
-    """Everything of the model but its encoder."""
+    """Returns all of the model except its encoder."""
     spec = plain(config.model) | {"encoder": SPEC}
     network = VideoLLMModule(spec, build(config.optim.optimizer, "optim")).network
     del network.encoder
@@ -120,7 +120,7 @@ def _rest(config) -> torch.nn.Module:
 
 
 def test_the_published_siglip_is_planned_without_a_network(compose, tmp_path):
-    """878 M parameters, as the model's page on the hub says; 27 x 27 patches a frame."""
+    """878 M parameters, as on the model's page on the hub; 27 x 27 patches a frame."""
     sizes = plain(compose([], tmp_path, "plan").sizes)["google/siglip-so400m-patch14-384"]
     config = SiglipConfig(vision_config=sizes["vision"], text_config=sizes["text"])
     with torch.device("meta"):

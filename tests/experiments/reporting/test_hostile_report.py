@@ -1,4 +1,4 @@
-"""What runs say of themselves is shown as text, whoever made them; and no result is left out."""
+"""Texts from runs are shown as text, whoever made them, and no result is left out."""
 
 import json
 import re
@@ -19,7 +19,7 @@ XSS = "<script>alert(1)</script><img src=x onerror=alert(2)>`$x_{| [a](javascrip
 
 @pytest.fixture
 def hostile(tmp_path):
-    """A run that says the same nasty thing wherever it says anything."""
+    """A run with the same hostile text in every place."""
     needle = fake_needle("tad", 0)
     needle |= {"run": XSS, "rotary": XSS}
     needle["conditions"][f"../../{XSS}"] = needle["conditions"]["plain"]
@@ -44,7 +44,7 @@ def test_what_a_run_says_is_text_in_the_page(hostile, capsys):
     outside = re.sub(r"^(`{3,})\n.*?^\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
     assert "<script" not in outside
     assert "](javascript:" not in outside
-    assert XSS.splitlines()[0][:20] in markdown, "as code it is as it was"
+    assert XSS.splitlines()[0][:20] in markdown, "inside a code block it is unchanged"
     assert sorted(path.name for path in hostile.parent.iterdir()) == ["runs"]
 
 
@@ -125,7 +125,7 @@ def test_a_terminal_is_not_commanded_by_what_is_listed(hostile, tmp_path, capsys
 
 
 def test_every_condition_is_shown_whatever_its_name(tmp_path):
-    """Its scores, its maps and its curve; the means count it as well."""
+    """Its scores, its maps and its curve are shown. The means count it as well."""
     needle = fake_needle("tad", 0)
     crowd = [{**cell, "correct": True} for cell in needle["conditions"]["plain"]["cells"]]
     needle["conditions"]["crowd"] = {"cells": crowd, "mean": 1.0, "interval": [1.0, 1.0]}

@@ -1,4 +1,4 @@
-"""The report, on run folders filled with made-up numbers that no program has measured."""
+"""The report, on run folders with made-up numbers that no program has measured."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def fake_needle(rotary: str, seed: int) -> dict:
 
 
 def write_run(folder: Path, rotary: str, seed: int, needle: dict | None = None) -> Path:
-    """A run folder as training and evaluation leave it; without `needle` still running."""
+    """Writes a run folder as training and evaluation leave it. Without `needle` it still runs."""
     (folder / ".hydra").mkdir(parents=True)
     (folder / "config.yaml").write_text(
         f"seed: {seed}\nmodel: {{rotary: {{_target_: lightning_modules.rotary.{rotary}.X}}}}\n"

@@ -1,4 +1,4 @@
-"""What lies in a run directory is looked at before it is opened: links, pipes, bombs."""
+"""Files in a run directory are checked before they are opened: links, pipes, bombs."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from experiments.run.files import check_files, open_file, read_yaml
 from lightning_modules.checkpoint.whole import MARKER, what_is_wrong
 from tests.experiments.reporting.test_report import write_run
 
-#: Files that a program of ours opens; the `.partial` ones it makes and renames.
+#: Files that our programs open. They create and rename the `.partial` files.
 OPENED = [
     *(
         "run.lock",
@@ -54,12 +54,12 @@ def test_a_run_opens_no_link_that_leads_out(name, folder, precious, tmp_path):
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(precious)
     for take in (check_files, open_locked):
-        with pytest.raises(ValueError, match=r"is a link to .*/precious, out of its folder"):
+        with pytest.raises(ValueError, match=r"is a link to .*/precious, outside of its folder"):
             take(folder)
     assert precious.read_text() == "mine"
     (folder / name).unlink()
-    (folder / name).symlink_to(tmp_path / "new")  # which writing would make
-    with pytest.raises(ValueError, match=r"is a link to .*/new, out of its folder"):
+    (folder / name).symlink_to(tmp_path / "new")  # writing would create them
+    with pytest.raises(ValueError, match=r"is a link to .*/new, outside of its folder"):
         open_locked(folder)
     assert not (tmp_path / "new").exists()
 
@@ -68,7 +68,7 @@ def test_a_run_opens_no_link_that_leads_out(name, folder, precious, tmp_path):
 def test_a_run_waits_for_no_pipe(name, folder):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(ValueError, match=f"{name} is no file and no folder: remove it"):
+    with pytest.raises(ValueError, match=f"{name} is neither a file nor a folder: remove it"):
         open_locked(folder)
 
 
@@ -76,7 +76,7 @@ def test_a_run_waits_for_no_pipe(name, folder):
 def test_folders_that_are_written_to_are_no_links_out(name, folder, tmp_path):
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"is a link to .*/elsewhere, out of its folder"):
+    with pytest.raises(ValueError, match=r"is a link to .*/elsewhere, outside of its folder"):
         open_locked(folder)
 
 
@@ -94,9 +94,9 @@ def test_links_inside_of_a_run_and_to_folders_of_data_are_good(folder, tmp_path)
 def test_the_lock_is_no_link_even_inside(folder):
     (folder / "notes.txt").write_text("mine")
     (folder / "run.lock").symlink_to("notes.txt")
-    with pytest.raises(ValueError, match=r"run.lock is a link or no file: remove it"):
+    with pytest.raises(ValueError, match=r"run.lock is a link or not a file: remove it"):
         lock.take(folder)
-    with pytest.raises(ValueError, match=r"run.lock is a link or no file: remove it"):
+    with pytest.raises(ValueError, match=r"run.lock is a link or not a file: remove it"):
         lock.holder(folder)
     assert (folder / "notes.txt").read_text() == "mine"
 
@@ -105,11 +105,11 @@ def test_a_lock_that_is_a_pipe_is_listed(folder):
     os.mkfifo(folder / "run.lock")
     (state,) = read.read_runs([folder])
     assert state.state == "damaged"
-    assert "run.lock is a link or no file" in state.reason
+    assert "run.lock is a link or not a file" in state.reason
 
 
 def test_a_link_that_comes_between_is_not_followed(folder, precious, monkeypatch):
-    """Looking first is not enough: the file may be exchanged before it is opened."""
+    """A check is not enough: the file may be exchanged before it is opened."""
     (folder / "run.lock").symlink_to(precious)
     monkeypatch.setattr(Path, "is_symlink", lambda self: False)
     with pytest.raises(OSError, match="symbolic links"):
@@ -119,7 +119,7 @@ def test_a_link_that_comes_between_is_not_followed(folder, precious, monkeypatch
 def test_a_checkpoint_that_is_a_pipe_is_not_read(folder):
     last = folder / "checkpoints" / "last.ckpt"
     os.mkfifo(last)
-    assert what_is_wrong(last) == "is no file"
+    assert what_is_wrong(last) == "is not a file"
     last.unlink()
     last.mkdir()
     os.mkfifo(last / MARKER)
@@ -147,7 +147,7 @@ def test_the_log_of_a_run_is_not_written_through_a_link(folder, precious, tmp_pa
 
 
 def bomb(levels: int = 8, width: int = 9) -> str:
-    """A list of lists, whose leaves are width ** levels."""
+    """Returns nested lists with width ** levels leaves."""
     lines = [f"l0: &l0 [{', '.join('x' * width)}]"]
     for n in range(1, levels):
         lines.append(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * width)}]")
@@ -157,9 +157,9 @@ def bomb(levels: int = 8, width: int = 9) -> str:
 BAD = {
     "aliases": (bomb(), "has aliases"),
     "an anchor": ("seed: &a 1", "has aliases"),
-    "depth": ("seed: " + 200 * "[" + 200 * "]", "is deeper than 100 levels"),
-    "more depth": ("seed: " + 200_000 * "[", "is not valid YAML|is deeper than"),
-    "depth of blocks": ("\n".join(n * " " + "a:" for n in range(1000)), "is deeper than"),
+    "depth": ("seed: " + 200 * "[" + 200 * "]", "is nested deeper than 100 levels"),
+    "more depth": ("seed: " + 200_000 * "[", "is not valid YAML|is nested deeper than"),
+    "depth of blocks": ("\n".join(n * " " + "a:" for n in range(1000)), "is nested deeper than"),
     "size": ("a: " + 5_000_000 * "x", "has 5000003 bytes, more than 4000000"),
     "bytes": ("a: \udcff", "is not valid YAML"),
 }
@@ -178,7 +178,7 @@ def test_a_bomb_in_yaml_is_one_line(name, text, why, folder):
     (state,) = read.read_runs([folder])
     assert state.settings.value("seed") in (None, "0")
     if name == "config.yaml":
-        with pytest.raises(ValueError, match=r"config.yaml, which says .* is damaged"):
+        with pytest.raises(ValueError, match=r"config.yaml is damaged"):
             read_former(folder)
         (folder / "done.json").write_text("{}")
         config = OmegaConf.create({"hydra": {}, "seed": 0})

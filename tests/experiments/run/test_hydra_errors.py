@@ -1,4 +1,4 @@
-"""What Hydra refuses ends in one line that says what to type."""
+"""Refusals of Hydra end in one line that says what to type."""
 
 import subprocess
 import sys

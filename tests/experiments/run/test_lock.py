@@ -26,7 +26,7 @@ time.sleep(20)
 
 @pytest.fixture
 def process(tmp_path):
-    """A process that holds the lock, and a child forked from it."""
+    """Returns a process that holds the lock, and a child forked from it."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -68,7 +68,7 @@ def test_looking_does_not_keep_a_run_from_starting(tmp_path):
         while time.monotonic() < deadline:
             lock.take(tmp_path)
             held = os.open(tmp_path / "run.lock", os.O_RDONLY)
-            os.close(held)  # closing any of its files ends a process's lock
+            os.close(held)  # a process's lock ends when any of its file handles is closed
         assert looking.poll() is None
     finally:
         looking.kill()

@@ -1,4 +1,4 @@
-"""What an ablation varies: report, dashboard and list of runs are asked about one directory."""
+"""Factors of an ablation: report, dashboard and list of runs agree on one directory."""
 
 import json
 from pathlib import Path
@@ -27,13 +27,13 @@ def by_typed_words(at: Path) -> None:
 
 
 def by_an_edited_default(at: Path) -> None:
-    """Two seeds for each pooler, which nobody typed: they must not count as four seeds."""
+    """Two seeds for each pooler, which nobody typed. They must not count as four seeds."""
     for n, (pooler, seed) in enumerate((p, s) for p in ("none", "average") for s in (0, 1)):
         make_run(at / str(n), [f"seed={seed}"], pooler=pooler)
 
 
 def by_experiments(at: Path) -> None:
-    """Each chooses options of its own, which the name of the experiment explains."""
+    """Each run chooses its own options, which follow from the name of the experiment."""
     for n, name in enumerate(("one", "two")):
         make_run(at / name, [f"experiment={name}"], pooler=("none", "average")[n], experiment=name)
 

@@ -1,4 +1,4 @@
-"""One stage of training starts from the one before it: which weights go over, which start anew."""
+"""A stage of training starts from the one before it: the weights that it takes, and new ones."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SCALES = ["full", pytest.param("tiny", marks=pytest.mark.slow)]
 
 @pytest.fixture(scope="module")
 def stage(compose, tmp_path_factory):
-    """`stage(recipe, init, *words)`: its module, of sizes in the place of sources."""
+    """`stage(recipe, init, *words)` returns its module, with sizes instead of sources."""
     folder = tmp_path_factory.mktemp("composed")
 
     def make(recipe, init=None, *overrides):
@@ -33,7 +33,7 @@ def stage(compose, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def left(stage, tmp_path_factory):
-    """`left(recipe)`: the run directory that it would leave; weights of 7B without their values."""
+    """`left(recipe)` returns the run directory that it would leave. 7B weights have no values."""
     folders = {}
 
     def make(recipe, *overrides):
@@ -89,7 +89,7 @@ def test_a_wrong_start_is_refused(before, after, says, stage, left):
 
 
 def test_tuning_starts_with_the_encoder_of_post_training(stage, tmp_path):
-    """BT-Adapter, which that has not, begins as a copy of what it has made of the layers."""
+    """BT-Adapter, which that stage lacks, starts as a copy of the layers that it has trained."""
     torch.manual_seed(1)
     folder = save(stage(CLIP, None, "scale=tiny"), tmp_path)
     stored = read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]

@@ -1,4 +1,4 @@
-"""Post-training CLIP's text context by the programs: trained, killed, resumed, evaluated."""
+"""Training of CLIP's text context by the programs: trained, killed, resumed, evaluated."""
 
 import json
 import sys
@@ -40,14 +40,14 @@ def run_train(compose, folder, *overrides):
 
 @pytest.fixture(scope="module")
 def done(compose, tmp_path_factory) -> Path:
-    """A run that nothing disturbs."""
+    """A run without interruption."""
     folder = tmp_path_factory.mktemp("done")
     run_train(compose, folder)
     return folder
 
 
 def test_micro_batches_that_would_not_see_each_other_are_refused(compose, tmp_path):
-    line = r"size=8 with data\.batch_size=4 on 1 ranks are 2 micro-batches .*=8, or .*_size=4$"
+    line = r"size=8 with data\.batch_size=4 on 1 ranks makes 2 micro-batches .*=8, or .*_size=4$"
     with pytest.raises(SystemExit, match=line):
         run_train(compose, tmp_path, "data.global_batch_size=8")
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_of_another_stage_of_training_is_refused(done, compose, tmp
 
 
 def test_evaluation_finds_the_recall_of_the_training_again(done, tmp_path, monkeypatch):
-    """From anywhere, on the shards that the recipe has made in the run's directory."""
+    """From any folder, on the shards that the recipe has made in the run directory."""
     out = tmp_path / "out"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ropelab-evaluate", f"run={done}", f"hydra.run.dir={out}"])
@@ -134,4 +134,4 @@ def test_the_tiny_recipe_finds_what_stands_behind_clips_own_context(
     words += [f"model.encoder.context_length={context}"]
     train.main.__wrapped__(compose(words, tmp_path))
     recall = json.loads((tmp_path / "done.json").read_text())["metrics"]["val/t2i_r1"]
-    assert (recall > 0.15) if finds else (recall < 0.03)  # of 200: by chance 0.005
+    assert (recall > 0.15) if finds else (recall < 0.03)  # among 200: 0.005 by chance

@@ -1,4 +1,4 @@
-"""A needle test under any conditions: what cannot be measured is refused before the training."""
+"""A needle test under any conditions: impossible measurements are refused before training."""
 
 import json
 
@@ -18,7 +18,7 @@ from experiments.testing import describe
 
 
 class Neighbours(Distractors):
-    """One on either side of the needle; it has no period."""
+    """One distractor on either side of the needle, without a period."""
 
     def __init__(self, distance: int = 1):
         self.distance = distance
@@ -69,7 +69,7 @@ def test_what_would_fail_after_the_training_is_refused(words, says):
 
 def test_what_is_no_distractors_is_refused():
     plan = GridPlan(**SIZES)
-    object.__setattr__(plan, "conditions", {"x": {"period": 3}})  # as without types checked
+    object.__setattr__(plan, "conditions", {"x": {"period": 3}})  # as without type checks
     with pytest.raises(ValueError, match=r"data\.grid\.conditions\.x is {'period': 3}"):
         plan.__post_init__()
 
@@ -87,7 +87,7 @@ def test_a_period_is_a_frame_or_more(kind, period):
 
 
 def test_needles_need_no_source_of_the_encoder(tiny, compose, tmp_path):
-    """LLaVA's own vision tower has neither a source nor a context of words."""
+    """LLaVA's own vision tower has neither a source nor a text context."""
     config = compose(tiny, tmp_path)
     with open_dict(config):
         del config.model.encoder["source"], config.model.encoder["context_length"]
@@ -97,7 +97,7 @@ def test_needles_need_no_source_of_the_encoder(tiny, compose, tmp_path):
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """The texts that were parsed as JSON."""
+    """Returns the texts that were parsed as JSON."""
     texts: list = []
 
     class Counting:

@@ -1,4 +1,4 @@
-"""Preference tuning: its references, and runs that are cut, shared by ranks and evaluated."""
+"""Preference tuning: its references, and runs that are stopped, shared by ranks and evaluated."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_every_option_is_made(group, make_stage):
 def test_the_base_is_no_reference_without_lora(make_stage):
     module, data = make_stage("module/reference=base")
     batch = data.collater()(read_pairs(data, 2))
-    with pytest.raises(ValueError, match=r"this run trains \S+ beside it: set tuning=lora"):
+    with pytest.raises(ValueError, match=r"this run also trains \S+: set tuning=lora"):
         module.reference.log_probs(module.network, batch, dict)
     module.network.requires_grad_(False)
     with pytest.raises(ValueError, match="this run has none: set tuning=lora"):
@@ -76,7 +76,7 @@ def test_the_base_under_lora_is_the_model_before_lora(make_stage):
 
 
 class Watch(Callback):
-    """Losses by step."""
+    """Records the losses by step."""
 
     def __init__(self):
         self.losses = []
@@ -148,7 +148,7 @@ def test_a_run_that_stops_goes_on_against_the_same_reference(
 def test_validation_does_not_depend_on_the_batch_size(
     batch_size, words, compose, make_stage, tmp_path
 ):
-    """5 pairs: the last batch of two is not full."""
+    """There are 5 pairs, so the last batch of two is not full."""
     trainer_words = [f"data.batch_size={batch_size}", "data.global_batch_size=4"]
     run(tmp_path, [*words, *trainer_words, "optim.optimizer.lr=0.0"], compose)
     (values,) = val_metrics(tmp_path)
@@ -163,7 +163,7 @@ def test_validation_does_not_depend_on_the_batch_size(
 
 # Many processes, and one that is killed
 
-#: With a large eps, as AdamW else makes whole steps of the rounding where a gradient is zero.
+#: The eps is large because AdamW would turn rounding errors of zero gradients into full steps.
 LONG = [
     "optim.optimizer.lr=2.0e-3",
     "+optim.optimizer.eps=3.0e-2",
@@ -174,7 +174,7 @@ LONG = [
 
 @pytest.fixture(scope="module")
 def fit(words, compose, tmp_path_factory):
-    """`fit(*overrides)`: losses by step, and the weights, of 20 steps."""
+    """`fit(*overrides)` returns the losses by step, and the weights, of 20 steps."""
 
     def run(*more):
         config = compose([*words, *LONG, *more], tmp_path_factory.mktemp("fit"))
@@ -237,7 +237,7 @@ def test_kill_9(whole, words, tmp_path):
 
 
 def evaluated(run, folder, monkeypatch, *words):
-    """done.json of ropelab-evaluate on a run."""
+    """Returns done.json of ropelab-evaluate on a run."""
     monkeypatch.chdir(folder)
     argv = ["ropelab-evaluate", f"run={run}", *words, f"hydra.run.dir={folder / 'out'}"]
     monkeypatch.setattr(sys, "argv", argv)

@@ -1,4 +1,4 @@
-"""Recipes train here as their own commands say, and give what they say: `expected`."""
+"""Recipes train here by their own commands, and reach the numbers in `expected`."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from lightning_modules.checkpoint.weights import read_checkpoint
 
 SCALED = sorted(path.stem for path in (CONFIG_DIR / "scale" / "tiny").glob("*.yaml"))
 
-#: Each starts from the run of the one before, at the tiny scale.
+#: Each starts from the run of the recipe before it, at the tiny scale.
 ROW = ("clip_context", "ppllava_vicuna7b_video", "ppllava_dpo")
 
 
 def train(name: str, folder: Path, *words: str) -> list[float]:
-    """Trains as a user would, in a process of its own; the losses of training."""
+    """Trains as a user would, in its own process, and returns the training losses."""
     command = [sys.executable, "-m", "experiments.train", f"experiment={name}", *words]
     quiet = [f"hydra.run.dir={folder}", "print_config=false"]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
@@ -37,7 +37,7 @@ def train(name: str, folder: Path, *words: str) -> list[float]:
 
 
 def check_expected(folder: Path) -> None:
-    """Compares the metrics of a run with the numbers of its recipe, which its config has kept."""
+    """Compares the metrics of a run with the numbers of its recipe, which its config has."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     done = json.loads((folder / "done.json").read_text())
     assert config["expected"]
@@ -45,10 +45,10 @@ def check_expected(folder: Path) -> None:
     assert measured == pytest.approx(config["expected"], rel=config["expected_within"])
 
 
-@pytest.mark.slow  # first, as it takes longest
+@pytest.mark.slow  # first, because it takes longest
 @pytest.mark.timeout(1200)
 def test_the_three_stages_of_training_in_a_row(tmp_path):
-    """What a stage freezes is to the bit what the stage before has learnt."""
+    """Weights that a stage freezes equal those of the stage before, bit for bit."""
     folders = [tmp_path / name for name in ROW]
     losses = [train(ROW[0], folders[0], "scale=tiny")]
     check_expected(folders[0])
@@ -64,7 +64,7 @@ def test_the_three_stages_of_training_in_a_row(tmp_path):
     assert preferred.keys() == tuned.keys()
     frozen = {name for name in tuned if not name.startswith("llm.")}
     assert all(torch.equal(preferred[name], tuned[name]) for name in frozen)
-    # Each weight by less than 40 steps of 0.001: from anywhere else it would be further.
+    # Each weight moves by less than 40 steps of 0.001. Any other start would be further away.
     moved = {name: (preferred[name] - tuned[name]).abs().max() for name in tuned.keys() - frozen}
     assert all(0 < change < 0.04 for change in moved.values())
     assert losses[2][0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-5), "its reference"
@@ -103,6 +103,6 @@ def test_a_recipe_gives_on_the_videos_of_the_demo_what_it_says(name, demo, tmp_p
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """By the names that they have in the network."""
+    """Returns the weights by their names in the network."""
     state = read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
     return {name.removeprefix("model."): value for name, value in state.items()}

@@ -1,4 +1,4 @@
-"""A run that is killed, whenever and however, ends in what it would have ended in."""
+"""A run that is killed at any time and in any way ends with the results of an undisturbed run."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ STEPS = 60
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
-    """`ropelab-train experiment=resume_probe` as a process group of its own."""
+    """Starts `ropelab-train experiment=resume_probe` as its own process group."""
     command = [sys.executable, "-m", "experiments.train", "experiment=resume_probe"]
     quiet = ["print_config=false", "callbacks.progress=null", "+trainer.enable_progress_bar=false"]
     # Not the W&B process of other tests, in which the id of a killed run would stay in use.
@@ -43,14 +43,14 @@ def finish(folder: Path, *overrides: str) -> dict:
 
 
 def samples(folder: Path) -> list[list[str]]:
-    """Keys of every step, each step once and in order."""
+    """Returns the keys of every step, each step once and in order."""
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [row["keys"] for row in rows]
 
 
 def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
-    """Until so many steps are in samples.jsonl."""
+    """Waits until samples.jsonl has this many steps."""
     path = folder / "samples.jsonl"
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:
@@ -68,7 +68,7 @@ def kill(process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The probe, undisturbed, on one process."""
+    """The probe, undisturbed, in one process."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     finish(folder)
     return folder
@@ -97,7 +97,7 @@ def test_what_a_finished_run_says_of_itself(whole):
     "moments", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
 )
 def test_kill_9_at_random_moments(moments, whole, tmp_path):
-    """Of the run's whole life, start and end included; every restart gets a little further."""
+    """At moments over the run's whole life, start and end included. Every restart gets further."""
     rng = random.Random(moments)
     folder = tmp_path / "run"
     for moment in range(moments):
@@ -120,7 +120,7 @@ def test_kill_9_at_random_moments(moments, whole, tmp_path):
     [("ddp_sim", [(2, 12), (4, 33)]), ("fsdp_sim", [(2, 12), (4, 33)])],
 )
 def test_a_killed_rank_and_a_resume_on_more_and_fewer(trainer, worlds, whole, tmp_path):
-    """One of 2 ranks is killed, then one of 4; then one process goes on to the end."""
+    """One of 2 ranks is killed, then one of 4. Then one process continues to the end."""
     folder = tmp_path / "run"
     for devices, step in worlds:
         process = start(folder, f"trainer={trainer}", f"trainer.devices={devices}")
@@ -135,7 +135,7 @@ def test_a_killed_rank_and_a_resume_on_more_and_fewer(trainer, worlds, whole, tm
 
 
 def child(process: subprocess.Popen, name: str) -> int:
-    """The rank that Lightning has started with this name."""
+    """Returns the rank that Lightning has started with this name."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         command = path.read_bytes()
         if f"hydra.job.name={name}".encode() in command and os.getpgid(int(path.parent.name)) == (
@@ -146,7 +146,7 @@ def child(process: subprocess.Popen, name: str) -> int:
 
 
 def distance(a: Path, b: Path) -> float:
-    """Largest difference of any weight."""
+    """Returns the largest difference of any weight."""
     first, second = (
         read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (a, b)
     )

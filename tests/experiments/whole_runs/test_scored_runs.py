@@ -1,4 +1,4 @@
-"""Whole runs that score held-out questions: what they leave, on how many ranks, and again later."""
+"""Whole runs that score held-out questions: their files, any number of ranks, and again later."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from lightning_modules.callbacks.score_book import ScoreBook
 from lightning_modules.checkpoint.weights import read_checkpoint
 from lightning_modules.training.instruct import VideoLLMModule
 
-#: experiment=resume_probe on questions; the recipe's `prepare` makes them.
+#: experiment=resume_probe on questions, which the recipe's `prepare` makes.
 PROBE = [
     "experiment=resume_probe",
     "prepare.counts={train: [24], val: [6, 5]}",
@@ -132,7 +132,7 @@ def test_a_resumed_run_goes_on_with_its_scores(run, tmp_path, monkeypatch):
 
 
 def test_a_trained_model_is_scored_on_other_shards(scored, tmp_path, monkeypatch):
-    """Where the shards are not that it was trained on."""
+    """In a place without the shards of the training."""
     out = tmp_path / "out"
     shards = shutil.copytree(scored / "shards" / "val", tmp_path / "held-out")
     words = [f"run={scored}", f"data.val={shards}", f"hydra.run.dir={out}"]
@@ -152,7 +152,7 @@ def test_a_trained_model_is_scored_on_other_shards(scored, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("trainer", ["ddp_sim", pytest.param("fsdp_sim", marks=pytest.mark.slow)])
 def test_two_ranks_score_what_one_scores(trainer, compose, run_ranks, scored, tmp_path):
-    """11 samples in batches of 4: the ranks take two each, and so repeat the first one."""
+    """11 samples in batches of 4: the ranks take two batches each, and so repeat the first one."""
 
     def validate(world, *overrides):
         shards = f"data.val={scored / 'shards' / 'val'}"
@@ -160,7 +160,7 @@ def test_two_ranks_score_what_one_scores(trainer, compose, run_ranks, scored, tm
         config = compose([*words, "model.llm.config.initializer_range=0.3"], tmp_path)
         torch.manual_seed(3)
         module = VideoLLMModule(plain(config.model), list, scores=build(config.scores, "scores"))
-        assert module.network.encoder is not None  # built here, of this seed
+        assert module.network.encoder is not None  # built here, with this seed
         engine = build(config.trainer, "trainer", logger=False, enable_checkpointing=False)
         data = build(config.data, "data")
         engine.validate(module, datamodule=data, verbose=False)
@@ -181,7 +181,7 @@ def test_two_ranks_score_what_one_scores(trainer, compose, run_ranks, scored, tm
 
 @pytest.mark.slow
 def test_training_raises_multiple_choice_above_chance(run, tmp_path):
-    """Clips of a color, of which the tiny model learns to name the letter."""
+    """Clips of a colour. The tiny model learns to name the letter of the colour."""
     words = [
         "scores=mc",
         "prepare.counts={train: [800], val: [80]}",

@@ -1,4 +1,4 @@
-"""What a run counts in optimizer steps: its samples, its validations, its learning rates."""
+"""Values that a run counts in optimizer steps: samples, validations, learning rates."""
 
 import json
 
@@ -24,7 +24,7 @@ FOUR = [
 
 @pytest.fixture
 def run(run_train, tmp_path):
-    """`run(*overrides)`: done.json of a run in one directory."""
+    """`run(*overrides)` returns done.json of a run in one directory."""
 
     def act(*words, folder=tmp_path / "run"):
         run_train(folder, *FOUR, *words)
@@ -34,7 +34,7 @@ def run(run_train, tmp_path):
 
 
 def column(folder, name):
-    """Values by step, where a row has one."""
+    """Returns values by step, for rows that have one."""
     return [(int(row["step"]), float(row[name])) for row in metrics(folder) if row.get(name)]
 
 
@@ -116,7 +116,7 @@ def test_an_interval_longer_than_an_epoch_is_refused_in_steps(run):
 
 @pytest.mark.parametrize("dies_at", [6, 7])
 def test_a_resumed_run_validates_after_the_same_steps(dies_at, run, tmp_path, monkeypatch):
-    """Also where the checkpoint lies at the step that is validated after."""
+    """Also if the checkpoint is at the step after which validation runs."""
     words = ["+trainer.val_check_interval=3", "callbacks.checkpoint.every_n_steps=3"]
     step = VideoLLMModule.training_step
 
@@ -144,7 +144,7 @@ def test_a_resumed_run_validates_after_the_same_steps(dies_at, run, tmp_path, mo
     ids=["exponential", "cosine", "linear"],
 )
 def test_any_schedule_of_pytorch_is_followed_from_its_start(make):
-    """Those that multiply the rate of the step before must not start from the last one."""
+    """Schedulers that multiply the rate of the step before must not start from the last rate."""
 
     def train(optimizer, scheduler, steps):
         for _ in range(steps):
@@ -171,6 +171,6 @@ def test_an_extended_run_follows_the_schedule_of_its_new_length(run, tmp_path):
     assert (done["steps"], done["samples"]) == (12, 48)
     run("+trainer.max_steps=12", *words, folder=tmp_path / "whole")
     rates, whole = (dict(column(tmp_path / name, "lr-AdamW")) for name in ("run", "whole"))
-    assert rates[5] < whole[5], "the first end came with its own schedule"
+    assert rates[5] < whole[5], "the first training had a schedule for its own end"
     assert [rates[step] for step in range(6, 12)] == [whole[step] for step in range(6, 12)]
     assert list(rates) == list(whole) == list(range(12))

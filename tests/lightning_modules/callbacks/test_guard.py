@@ -1,4 +1,4 @@
-"""Steps that are not taken, dropout by position, the audit, and the weights' hash."""
+"""Skipped steps, dropout by stream position, the audit, and the hash of the weights."""
 
 import json
 
@@ -25,7 +25,7 @@ QUIET = {
 
 
 class Tiny(LightningModule):
-    """One weight for each of 8 micro-batches; `fault` spoils the loss of some."""
+    """A model with one weight for each of 8 micro-batches. `fault` spoils the loss of some."""
 
     def __init__(self, optimizer, fault=lambda loss, batch_idx: loss):
         super().__init__()
@@ -59,7 +59,7 @@ OPTIMIZERS = {
     "loop": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5, foreach=False),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.5, momentum=0.9),
 }
-#: The loss NaN, the gradients alone Inf (a square root at zero), the loss alone Inf.
+#: A NaN loss, Inf only in the gradients (a square root at zero), Inf only in the loss.
 FAULTS = {
     "loss and gradients": lambda loss: loss * torch.nan,
     "gradients": lambda loss: loss + (loss - loss.detach()).sqrt(),
@@ -110,7 +110,7 @@ def test_what_is_finite():
     layer.bias.data[1] = torch.nan
     assert not all_finite(layer)
     layer.bias.requires_grad_(False)
-    assert all_finite(layer), "what is not trained is not looked at"
+    assert all_finite(layer), "frozen weights are not checked"
 
 
 def test_the_hash_is_of_names_shapes_and_values():
@@ -119,7 +119,7 @@ def test_the_hash_is_of_names_shapes_and_values():
     before = sha256(layer)
     assert sha256(nn.Sequential(*reversed(layer))) != before
     assert sha256(layer.bfloat16()) != before
-    assert sha256(layer) == sha256(layer.float()), "bfloat16 is float32 cut short"
+    assert sha256(layer) == sha256(layer.float()), "bfloat16 is truncated float32"
     assert sha256(nn.ModuleDict({"_orig_mod": layer})) == sha256(layer), "as torch.compile names it"
     layer[0].weight.data[0, 0] += 1e-3
     changed = sha256(layer)
@@ -145,7 +145,7 @@ def test_the_position_decides_the_random_numbers():
 
 
 def test_what_draws_outside_of_training_is_not_disturbed():
-    """Numbers between micro-batches are those of a run without the callback."""
+    """Random numbers between micro-batches equal those of a run without the callback."""
 
     class Between(Tiny):
         def on_train_batch_end(self, outputs, batch, batch_idx):
@@ -169,7 +169,7 @@ def weights(folder):
 
 
 def test_dropout_and_audit_of_a_killed_run(run_train, tmp_path, monkeypatch):
-    """What was written of steps behind the checkpoint goes, a torn line too."""
+    """Lines of steps after the checkpoint are removed, and so is a torn line."""
     options = [
         "data.audit=true",
         "+model.llm.config.attention_dropout=0.3",

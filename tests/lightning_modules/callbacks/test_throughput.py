@@ -1,4 +1,4 @@
-"""FLOPs by formula, how fast a run says it is, and what it says when memory ends."""
+"""FLOPs by formula, the speed that a run reports, and its message when memory runs out."""
 
 import csv
 
@@ -23,7 +23,7 @@ PADDING = 3
 
 
 def make_batch(rows=2, frames=4, words=40, size=32):
-    """The last words of the second row are padding."""
+    """Makes a batch in which the last tokens of the second row are padding."""
     ids = torch.full((rows, words), 5)
     ids[:, 0] = VISUAL_SLOT
     labels = ids.clone()
@@ -43,13 +43,13 @@ def make_batch(rows=2, frames=4, words=40, size=32):
     )
 
 
-#: Tokens of `make_batch` that the LLM reads: words, and 4 of each of the 4 frames.
+#: Tokens of `make_batch` that the LLM reads: text, and 4 of each of the 4 frames.
 TOKENS = 2 * (39 + 4 * 4) - PADDING
 
 
 @pytest.fixture
 def make(compose, tmp_path):
-    """`make(*overrides)`: a tiny module, not built yet, and its config."""
+    """`make(*overrides)` returns a tiny module that is not built yet, and its config."""
 
     def module(*overrides):
         words = ["experiment=resume_probe", "model.llm.config.attention_dropout=0.0", *overrides]
@@ -60,7 +60,7 @@ def make(compose, tmp_path):
 
 
 def count(run, network):
-    """FLOPs of `run()` by the formula, by stage, and as PyTorch counts them."""
+    """Returns the FLOPs of `run()` by the formula, by component, and as PyTorch counts them."""
     meter = FlopMeter(network)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         run().sum().backward()
@@ -135,7 +135,7 @@ def test_recomputed_blocks_are_not_the_models_flops(make):
 
 
 class Clock:
-    """In the place of `time`: batches take 3 seconds to come, steps 1."""
+    """Replaces `time`: a batch takes 3 seconds to load, a step 1."""
 
     now = 0.0
 
@@ -183,7 +183,7 @@ class TimedModule(VideoLLMModule):
 
 @pytest.fixture
 def fit(compose, tmp_path, monkeypatch):
-    """`fit(*overrides, ...)`: rows of metrics.csv of a run whose clock is `Clock`."""
+    """`fit(*overrides, ...)` returns the rows of metrics.csv of a run whose clock is `Clock`."""
 
     def run(*overrides, accumulation=2, folder=tmp_path, checkpoint=None, **options):
         clock = Clock()
@@ -222,7 +222,7 @@ def test_rates_are_means_between_logged_steps(fit):
     assert [int(row["step"]) for row in logged] == [1, 3]
     meter = FlopMeter(module.network)
     module.network(make_batch())
-    # 4 batches a logged step; the first one comes before the clock runs, and the one after the
+    # 4 batches a logged step. The first batch comes before the clock runs, and the one after the
     # validation comes after a pause.
     for row, (worked, waited) in zip(logged, [(4, 9), (4, 9)], strict=True):
         seconds = worked + waited
@@ -247,7 +247,7 @@ def test_ranks_are_added_up(fit, run_ranks, tmp_path):
 
     found = run_ranks(2, run)
     assert found[0]["train/tokens_per_s"] == found[1]["train/tokens_per_s"]
-    # Every rank has what one process has alone.
+    # Every rank measures what a single process measures.
     assert found[0]["train/tokens_per_s"] == pytest.approx(2 * 4 * TOKENS / 13, rel=1e-5)
     assert found[0]["train/data_wait"] == pytest.approx(9 / 13, rel=1e-5)
 
@@ -259,7 +259,7 @@ def test_devices_are_known_by_the_name_of_their_option(compose, tmp_path):
 
 
 class Greedy(torch.autograd.Function):
-    """Asks for a petabyte, on the way there or back."""
+    """Requests a petabyte in the forward or in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, back):
@@ -287,7 +287,7 @@ class GreedyBlock(nn.Module):
 
 
 class GreedySecondTime(nn.Module):
-    """Asks for a petabyte where its result is made again in the backward pass."""
+    """Requests a petabyte when its result is computed again in the backward pass."""
 
     def __init__(self, layer):
         super().__init__()
@@ -310,11 +310,11 @@ SETTINGS = {
     ("stage", "back", "place", "says"),
     [
         ("encoder", False, "encoder", "tuning.checkpointing=[llm,encoder] or data.batch_size=4"),
-        ("encoder", True, "the backward of encoder", "tuning.checkpointing=[llm,encoder]"),
+        ("encoder", True, "the backward pass of encoder", "tuning.checkpointing=[llm,encoder]"),
         ("llm", False, "llm", "data.batch_size=4 (it is 8) or data.frames.sampler.num_frames=8"),
-        ("llm", True, "the backward of llm", "data.batch_size=4"),
+        ("llm", True, "the backward pass of llm", "data.batch_size=4"),
         ("projector", False, "projector", "data.batch_size=4"),
-        ("projector", True, "the backward of projector", "data.batch_size=4"),
+        ("projector", True, "the backward pass of projector", "data.batch_size=4"),
     ],
 )
 def test_the_end_of_memory_is_one_line_with_stage_and_key(stage, back, place, says, make):
@@ -344,7 +344,7 @@ def test_the_end_of_memory_is_one_line_with_stage_and_key(stage, back, place, sa
     with pytest.raises(SystemExit) as stop:
         main(config)
     line = str(stop.value)
-    assert line.startswith(f"error: out of memory in {place}: 1048576.00 GiB asked, ")
+    assert line.startswith(f"error: out of memory in {place}: 1048576.00 GiB requested, ")
     assert says in line
     assert "\n" not in line
 
@@ -360,7 +360,7 @@ def test_an_error_of_cuda_is_read_as_it_is_written(make):
     report.on_before_optimizer_step()
     report.on_exception(trainer, module, error)
     (line,) = error.__notes__
-    assert line.startswith("out of memory in optimizer: 1.50 GiB asked, 0.50 GiB free; ")
+    assert line.startswith("out of memory in optimizer: 1.50 GiB requested, 0.50 GiB free; ")
     assert "trainer=fsdp or tuning=lora" in line
 
 

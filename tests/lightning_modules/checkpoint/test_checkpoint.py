@@ -1,4 +1,4 @@
-"""A run goes on from its checkpoint to the same end, with any number of ranks."""
+"""A run continues from its checkpoint to the same end, with any number of ranks."""
 
 import signal
 from pathlib import Path
@@ -19,12 +19,12 @@ from tests.helpers.tiny_run import (
     train,
 )
 
-# What is in it
+# Contents of a checkpoint
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A training that nothing disturbs: 24 steps of 2 micro-batches in two epochs."""
+    """A training without interruption: 24 steps of 2 micro-batches in two epochs."""
     folder = tmp_path_factory.mktemp("whole")
     train(folder, accumulate_grad_batches=2, val_check_interval=0.25)
     return folder
@@ -76,7 +76,7 @@ def assert_same_run(cut: Path, whole: Path, tolerance: float = 0) -> None:
 @pytest.mark.parametrize("every", [1, 6])
 @pytest.mark.parametrize("batch", [6, 13, 24, 26, 38])
 def test_an_exception_anywhere_and_the_run_goes_on_to_the_same_end(batch, every, whole, tmp_path):
-    """Mid-step, at ends of epochs and before validations, which come every third step."""
+    """Stops within a step, at ends of epochs and before validations, which run every third step."""
     options = {"accumulate_grad_batches": 2, "val_check_interval": 0.25}
     count = 0
 
@@ -94,7 +94,7 @@ def test_an_exception_anywhere_and_the_run_goes_on_to_the_same_end(batch, every,
 
 
 class Steady(Tiny):
-    """Its learning rate does not depend on how long it trains."""
+    """Its learning rate does not depend on the length of the training."""
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
@@ -102,7 +102,7 @@ class Steady(Tiny):
 
 @pytest.fixture(scope="module")
 def steady(tmp_path_factory):
-    """17 steps of 2 micro-batches, of which an epoch has 12; validation after every third."""
+    """17 steps of 2 micro-batches, 12 micro-batches per epoch; every third step validates."""
     folder = tmp_path_factory.mktemp("steady")
     options = {"accumulate_grad_batches": 2, "val_check_interval": 0.25}
     train(folder, module=Steady(folder), max_steps=17, **options)
@@ -111,7 +111,7 @@ def steady(tmp_path_factory):
 
 @pytest.mark.parametrize("ends", [[12], [2, 3, 14, 15]])
 def test_more_max_steps_go_on_where_fewer_have_ended(ends, steady, tmp_path):
-    """Within an epoch, behind a validation, at the end of an epoch."""
+    """Stops within an epoch, after a validation, and at the end of an epoch."""
     options = {"accumulate_grad_batches": 2, "val_check_interval": 0.25}
     for end in [*ends, 17]:
         trainer = train(tmp_path, module=Steady(tmp_path), max_steps=end, **options)
@@ -120,7 +120,7 @@ def test_more_max_steps_go_on_where_fewer_have_ended(ends, steady, tmp_path):
 
 
 def fake_world(folder: Path, world: int) -> None:
-    """Makes the checkpoint one of several ranks: each of these counts its share alone."""
+    """Turns the checkpoint into one of several ranks, each of which counts only its own share."""
     path = folder / "checkpoints/last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["world_size"] = world
@@ -136,7 +136,7 @@ def fake_world(folder: Path, world: int) -> None:
 
 @pytest.fixture(scope="module")
 def fours(tmp_path_factory):
-    """Steps of 4 micro-batches; validation every 6, so that some come within a step."""
+    """Steps of 4 micro-batches; validation every 6, so some validations run within a step."""
     folder = tmp_path_factory.mktemp("fours")
     train(folder, accumulate_grad_batches=4, val_check_interval=0.25)
     return folder
@@ -170,7 +170,7 @@ def test_micro_batches_that_do_not_divide_are_refused_with_both_numbers(tmp_path
 
 
 def test_ranks_that_die_are_followed_by_other_numbers_of_them(whole, tmp_path):
-    """kill -9 of one of two ranks, then one, then four; by DDP with steps of 2 micro-batches."""
+    """kill -9 of one of two ranks, then one, then four; DDP with steps of 2 micro-batches."""
     pair = Ranks(tmp_path, 2, every=1, slow=0.02, options={"val_check_interval": 0.25}).start()
     pair.wait_for_step(7)
     pair.signal(signal.SIGKILL, 1)

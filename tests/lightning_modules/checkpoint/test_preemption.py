@@ -1,4 +1,4 @@
-"""A run that is told to stop saves, says so, and is the same run when it goes on."""
+"""A run that gets a stop signal saves, says so, and later continues as the same run."""
 
 import multiprocessing
 import os
@@ -33,7 +33,7 @@ def test_outside_of_a_training_a_signal_stops_at_once(number):
         try:
             send(number)
         finally:
-            send(signal.SIGTERM)  # while it is leaving: it changes nothing
+            send(signal.SIGTERM)  # while it saves: this second signal changes nothing
 
     with pytest.raises((Preempted, KeyboardInterrupt)) as caught, mine.listen():
         run()
@@ -183,7 +183,7 @@ class Stopping(Tiny):
 def test_the_step_ends_and_the_run_goes_on_from_there(
     number, batches, validations, step, whole, tmp_path, caplog
 ):
-    """At either micro-batch of a step, before and within validations, at the end of an epoch."""
+    """In either micro-batch of a step, before and within validations, at the end of an epoch."""
     module = Stopping(tmp_path)
     module.number, module.batches, module.validations = number, batches, validations
     before = [signal.getsignal(n) for n in NUMBERS]

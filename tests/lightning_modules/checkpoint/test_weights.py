@@ -1,4 +1,4 @@
-"""One reader of weights: the same tensors from every form in which a network is saved."""
+"""One reader of weights: equal tensors from every form in which a network is saved."""
 
 import json
 
@@ -14,7 +14,7 @@ SPECS = {"rotary": {"_target_": "lightning_modules.rotary.vanilla.VanillaRope"}}
 
 @pytest.fixture
 def run(tmp_path):
-    """A run directory with one checkpoint; `loss.c` is a parameter outside of the network."""
+    """A run directory with one checkpoint. `loss.c` is a parameter outside of the network."""
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     state = {f"model.{name}": value for name, value in WEIGHTS.items()}
@@ -51,7 +51,7 @@ def test_every_form_gives_the_same_tensors_and_specs(form, run, exported):
 
 
 def test_resuming_reads_the_same_but_keeps_no_file_open(run):
-    """The file is replaced while the run goes on, and a network file system would lose it."""
+    """The file is replaced while the run continues, and a network file system would lose it."""
     last = run / "checkpoints" / "last.ckpt"
     mapped, read = (read_checkpoint(last, mmap=mmap)["state_dict"] for mmap in (True, False))
     size = last.stat().st_size
@@ -73,7 +73,7 @@ def test_mistakes_name_the_setting(key, run, tmp_path):
     says(f"no checkpoint best.ckpt in .*: set {key}= to", run, "best.ckpt")
     last = run / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-50])
-    says(f"{key}=.*last.ckpt is cut", run, "last.ckpt")
-    says("no checkpoint in .* is whole", run)
+    says(f"{key}=.*last.ckpt is truncated", run, "last.ckpt")
+    says("no checkpoint in .* is complete", run)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    says(f"{key}=.* holds a model of type 'qwen2': ropelab-import", tmp_path)
+    says(f"{key}=.* holds a model of type 'qwen2': convert it with ropelab-import", tmp_path)

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, and the newest that is whole is found."""
+"""A checkpoint is complete or absent, and the newest complete one is found."""
 
 import os
 import random
@@ -73,7 +73,9 @@ def test_a_damaged_last_one_falls_back_to_the_one_before(
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_without_a_whole_one_the_run_is_refused_in_one_line(damage, tmp_path):
     damage(write(tmp_path / "last.ckpt"))
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole .*resume=false") as caught:
+    with pytest.raises(
+        ValueError, match=r"no checkpoint in .* is complete .*resume=false"
+    ) as caught:
         newest_whole(tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Saving that is killed or finds no room leaves a whole checkpoint and says so in one line."""
+"""A save that is killed or finds no space leaves a complete checkpoint, and says so in one line."""
 
 import os
 import random
@@ -30,7 +30,7 @@ def test_killed_at_random_moments_of_a_save_one_is_always_whole(tmp_path):
         time.sleep(rng.random() * 3 * save_s)
         run.signal(signal.SIGKILL, 0)
         run.wait()
-        # A step begins once the one before it is saved.
+        # A step begins once the step before it is saved.
         saved = max((seen[0] for seen in read_seen(tmp_path)), default=0)
         newest = newest_whole(tmp_path / "checkpoints")
         steps = 0 if newest is None else torch.load(newest, weights_only=True)["global_step"]
@@ -38,7 +38,7 @@ def test_killed_at_random_moments_of_a_save_one_is_always_whole(tmp_path):
     assert steps > 1
 
 
-FULL = r"error: cannot save .*last.ckpt \(.*\): a checkpoint needs {needs}, .* are free; .*room.*"
+FULL = r"error: cannot save .*last.ckpt \(.*\): a checkpoint needs {needs}, .* are free; .* space.*"
 
 
 def check_full(run: Ranks, before: dict[str, bytes], needs: str) -> None:

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on CPU ranks take the steps that one process takes."""
+"""DDP and FSDP2 on CPU ranks take the same steps as a single process."""
 
 import json
 
@@ -28,7 +28,7 @@ def fit(compose, tiny):
 
 @pytest.fixture(scope="module")
 def alone(fit, tmp_path_factory):
-    """Losses, weights and samples by step of one process."""
+    """Returns losses, weights and samples by step of a single process."""
     folder = tmp_path_factory.mktemp("alone")
     _, module, losses = fit(folder, 1, *OPTIM)
     return losses, whole(module), (folder / "samples.jsonl").read_text()
@@ -39,12 +39,12 @@ def alone_tuned(fit, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
     norms = Norms()
     _, module, losses = fit(folder, 1, *TUNED, callbacks=[norms])
-    assert min(norms.seen) > 0.3, "each step was to be clipped"
+    assert min(norms.seen) > 0.3, "each step must be clipped"
     return losses, whole(module)
 
 
 def check_losses(results, losses):
-    """The loss of each step is known to every rank, and is that of one process."""
+    """Every rank knows the loss of each step, which equals that of a single process."""
     assert len(losses) == STEPS
     for found in results:
         torch.testing.assert_close(found[0], losses, rtol=1e-4, atol=1e-5)
@@ -133,7 +133,9 @@ def test_every_precision_trains_lora_in_shards_with_float32_angles(
         )
         digest = sha256(module.network)
         assert {p.dtype for p in module.network.state_dict().values()} == {kept}
-        assert sha256(module.network) == digest, "of what is kept, not of what has travelled"
+        assert sha256(module.network) == digest, (
+            "the hash reads the stored weights, not the gathered ones"
+        )
         assert all_finite(module)
         return losses, angles.dtype, angles.worst
 
@@ -148,7 +150,7 @@ def test_every_precision_trains_lora_in_shards_with_float32_angles(
 
 
 class Poison(Callback):
-    """NaN in one gradient of one rank, or in its loss, before the given steps."""
+    """Puts NaN into one gradient of one rank, or into its loss, before the given steps."""
 
     def __init__(self, rank, steps):
         self.rank, self.steps = rank, steps

@@ -1,4 +1,4 @@
-"""What ranks hold in shards is saved, resumed, generated from and evaluated as one process does."""
+"""Sharded weights are saved, resumed, used and evaluated as in a single process."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def fit(compose, tiny):
 def test_a_sharded_checkpoint_of_two_ranks_is_resumed_by_any_number(
     world, fit, run_ranks, tmp_path_factory, tmp_path
 ):
-    """From the end of an epoch; moments and the step count come along with the weights."""
+    """From the end of an epoch. The checkpoint has moments and the step count as well."""
     sharded = [*OPTIM, "trainer=fsdp_sim"]
 
     def save(rank):
@@ -98,7 +98,7 @@ def test_a_sharded_checkpoint_runs_no_code(tmp_path):
 
     torch.save({"stages": {}}, tmp_path / "meta.pt")
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match=r"io\.open, which is not opened"):
+    with pytest.raises(ValueError, match=r"io\.open, which is not allowed"):
         read_checkpoint(tmp_path)
     assert not (tmp_path / "opened").exists()
 
@@ -128,7 +128,7 @@ def test_sharded_ranks_generate_though_one_has_no_visual_and_one_ends_early(
         assert torch.equal(free, generate(module, rank))
         assert torch.equal(ended, generate(module, rank, ends))
     lengths = [ended.shape[1] for _, _, ended, _ in results]
-    assert lengths[0] < lengths[1], "the first rank was to end early"
+    assert lengths[0] < lengths[1], "the first rank must end early"
 
 
 def test_a_sharded_run_is_trained_tested_and_evaluated(tiny, compose, run_ranks, tmp_path):

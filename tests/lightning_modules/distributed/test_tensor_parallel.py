@@ -1,4 +1,4 @@
-"""Ranks that split the layers of the LLM among them learn what one process learns."""
+"""Ranks that split the layers of the LLM learn the same as a single process."""
 
 import itertools
 from functools import partial
@@ -39,7 +39,7 @@ from tests.helpers.tiny_fit import (
     whole,
 )
 
-#: Grouped queries with biases, positions on three axes, dropout where nothing is split.
+#: Grouped queries with biases, positions on three axes, dropout in layers that are not split.
 MODEL = [
     "rotary=videorope",
     "pooler=prompt_guided_2x2",
@@ -52,7 +52,7 @@ TP = ["trainer=fsdp_tp_sim"]
 
 
 class Rows(Batches):
-    """Ranks of a row read the same; one sample of each row's first batch was bad."""
+    """Ranks of one group read the same. One sample of each group's first batch was bad."""
 
     trained_samples = 0
 
@@ -70,7 +70,7 @@ class Rows(Batches):
 
 @pytest.fixture(scope="module")
 def fit(compose, tiny):
-    """`fit(folder, *overrides, ...)`: the shipped trainer over `Rows`; steps of one size always."""
+    """`fit(folder, *overrides, ...)` runs the shipped trainer over `Rows`. All steps are equal."""
 
     def run(folder, *overrides, steps=STEPS, callbacks=(), checkpoint=None):
         words = [*OPTIM, *MODEL, f"trainer.gradient_clip_val={CLIP}", *overrides]
@@ -92,7 +92,7 @@ def fit(compose, tiny):
 def alone(fit, tmp_path_factory):
     folder, norms = tmp_path_factory.mktemp("alone"), Norms()
     _, module, losses = fit(folder, callbacks=[norms])
-    assert min(norms.seen) > CLIP, "each step was to be clipped"
+    assert min(norms.seen) > CLIP, "each step must be clipped"
     return losses, whole(module), (folder / "samples.jsonl").read_text()
 
 
@@ -101,7 +101,7 @@ def alone(fit, tmp_path_factory):
 def test_ranks_that_share_layers_learn_what_one_process_learns(
     devices, fit, alone, run_ranks, tmp_path
 ):
-    """1 x 2 and 2 x 2 ranks, every step clipped, by a fused AdamW."""
+    """1 x 2 and 2 x 2 ranks. A fused AdamW clips every step."""
 
     def run(rank):
         faults = BadSamples()
@@ -115,11 +115,11 @@ def test_ranks_that_share_layers_learn_what_one_process_learns(
     results = run_ranks(devices, run)
     losses, weights, samples = alone
     assert len(losses) == STEPS
-    assert sum(losses[:2]) > 1.03 * sum(losses[-2:]), "clipped steps are short, but steps"
+    assert sum(losses[:2]) > 1.03 * sum(losses[-2:]), "the loss must fall, even with clipped steps"
     for own, after, digest, ((rows, _), width), agreed in results:
         torch.testing.assert_close(after, weights, rtol=0, atol=1e-6)
         assert digest == results[0][2]
-        assert rows == width // devices, "the layer was to be split"
+        assert rows == width // devices, "the layer must be split"
         assert agreed == {"broken": devices // 2}
         torch.testing.assert_close(own, losses, rtol=0, atol=1e-5)
     assert (tmp_path / "samples.jsonl").read_text() == samples
@@ -170,7 +170,7 @@ def test_what_is_tuned_how_is_the_same_in_split_layers(words, tolerance, fit, ru
 def test_a_checkpoint_of_one_layout_is_resumed_in_another(
     before, after, fit, run_ranks, tmp_path_factory, tmp_path
 ):
-    """With the optimizer's moments, from the end of an epoch; and read without any ranks."""
+    """With the optimizer's moments, from the end of an epoch. It can be read without ranks, too."""
     saved, more = tmp_path / "saved", "trainer.max_epochs=2"
 
     def save(rank):
@@ -200,7 +200,7 @@ class Kill(Callback):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_other_rows(compose, tiny, run_train, run_ranks, tmp_path):
-    """In the middle of an epoch: 2 x 2 ranks, two that share nothing, then 1 x 2."""
+    """In the middle of an epoch: 2 x 2 ranks, two ranks without tensor parallelism, then 1 x 2."""
     words = [*MODEL, "data.batch_size=2", "data.audit=true", "test=false", "pooler=average_2x2"]
     words += ["callbacks.checkpoint.every_n_steps=2", "+optim.optimizer.eps=3.0e-2"]
     parts = [("fsdp_tp_sim", 4, 5), ("fsdp_sim", 2, 9), ("fsdp_tp_sim", 2, None)]
@@ -241,7 +241,7 @@ def test_split_layers_are_tested_and_evaluated(compose, tiny, run_ranks, tmp_pat
 
 @pytest.mark.slow
 def test_rows_generate_though_one_has_no_visual(fit, run_ranks, compose, tiny, tmp_path):
-    """Each rank of a row the same, each row its own."""
+    """All ranks of a group read the same; each group reads its own samples."""
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
     def run(rank):
@@ -262,7 +262,7 @@ def test_rows_generate_though_one_has_no_visual(fit, run_ranks, compose, tiny, t
 
 @pytest.mark.slow
 def test_tokens_and_flops_of_shared_layers_count_once(fit, run_ranks, tmp_path, monkeypatch):
-    """On a clock that ticks when it is looked at: two ranks do in the same time the same work."""
+    """The clock ticks at each look, so two ranks do the same work in the same time."""
 
     def measure(folder, *words):
         ticks = itertools.count()
@@ -278,7 +278,7 @@ def test_tokens_and_flops_of_shared_layers_count_once(fit, run_ranks, tmp_path, 
 
 
 class Noise(Callback):
-    """What another order of sums does to the gradients of one rank, and a great deal more."""
+    """A change of the gradients of one rank: small, as by another order of sums, or large."""
 
     def on_after_backward(self, trainer, pl_module):
         if trainer.global_rank == 1:
@@ -296,7 +296,7 @@ def test_a_row_keeps_the_same_weights_where_its_ranks_round_otherwise(fit, run_r
 
 
 def mesh_of(size):
-    """A mesh of ranks that are not there."""
+    """A mesh of ranks that do not exist."""
     return DeviceMesh("cpu", torch.arange(size), _init_backend=False, _rank=0)
 
 
@@ -322,7 +322,7 @@ def test_layers_that_cannot_be_shared_are_refused_in_one_line(fields, size, mess
 def test_dropout_of_lora_inside_of_split_layers_is_refused(compose, tiny, tmp_path):
     config = compose([*tiny, *MODEL, "tuning=lora", "tuning.lora.rank=4"], tmp_path)
     module = VideoLLMModule(plain(config.model), list, tuning=build(config.tuning, ""))
-    with pytest.raises(ValueError, match=r"dropout=0.05 on self_attn.o_proj, .* tuning.lora.targ"):
+    with pytest.raises(ValueError, match=r"dropout=0.05 on self_attn.o_proj: .* tuning.lora.targ"):
         module.network.llm.split(mesh_of(2))
 
 
@@ -331,7 +331,7 @@ def test_a_stage_without_llm_is_refused(run_ranks):
         torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
         axes = ("data_parallel", "tensor_parallel")
         mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=axes)
-        with pytest.raises(ValueError, match="this stage of training has none: set trainer=fsdp"):
+        with pytest.raises(ValueError, match="this stage of training has no llm: set trainer=fsdp"):
             shard(nn.Linear(2, 2), [], mesh)
 
     run_ranks(2, run)
@@ -343,7 +343,7 @@ def recipe(compose, tiny, tmp_path_factory):
 
 
 def shared(recipe, devices, size=2):
-    """A trainer that nothing runs on, once it knows how steps are shared."""
+    """A trainer that runs nothing, but knows how steps are shared."""
     strategy = {**recipe.trainer.strategy, "tensor_parallel_size": size}
     settings = {**recipe.trainer, "strategy": strategy, "devices": devices, "logger": False}
     trainer = build(settings, "trainer")

@@ -1,4 +1,4 @@
-"""Frames that run a few at a time give what they give together, and take less memory."""
+"""Frames in chunks give the same results as all frames at once, with less memory."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def draw(count):
 
 
 def watch(encoder):
-    """Frames in each call of the patch embedding, and of the first layer."""
+    """Returns the number of frames in each call of the patch embedding, and of the first layer."""
     seen = {"start": [], "layer": []}
     tower = encoder.vision
     for name, module in (
@@ -49,7 +49,7 @@ def watch(encoder):
 @pytest.mark.parametrize(("count", "sizes"), [(4, [4]), (8, [4, 4]), (7, [4, 3]), (5, [4, 1])])
 @torch.no_grad()
 def test_chunks_give_what_all_frames_give_at_once(kind, count, sizes):
-    """Within the rounding of a matrix product of another height: 1e-6 of values of size 1."""
+    """Equal within the rounding of a matrix product of another height: 1e-6 of values of size 1."""
     encoder = make_kind(kind, 4)
     expected = make_kind(kind, None).encode(draw(count), [2, count - 2])
     seen = watch(encoder)
@@ -60,7 +60,7 @@ def test_chunks_give_what_all_frames_give_at_once(kind, count, sizes):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_frozen_tower_in_training_runs_in_chunks_and_others_do_not(kind):
-    """Frames see one another beside BT-Adapter, so its layers take all of them in any case."""
+    """BT-Adapter connects the frames, so its layers take all frames at once in any case."""
     encoder = make_kind(kind, 4).train()
     seen = watch(encoder)
     whole = encoder.encode(draw(6), [6])
@@ -72,7 +72,7 @@ def test_a_frozen_tower_in_training_runs_in_chunks_and_others_do_not(kind):
     assert seen == {"start": [6, 4, 2], "layer": [6, 4, 2]}
     assert frozen.requires_grad == (kind == "clip_bt")
     torch.testing.assert_close(frozen, whole, atol=1e-6, rtol=1e-6)
-    # One parameter that learns is enough to keep all activations, so all frames run at once.
+    # One trained parameter is enough to keep all activations, so all frames run at once.
     encoder.vision.encoder.layers[0].layer_norm1.bias.requires_grad_(True)
     assert encoder.encode(draw(6), [6]).requires_grad
     assert seen["layer"][3:] == [6]
@@ -94,7 +94,7 @@ def test_the_adapter_has_its_gradients_beside_a_frozen_tower():
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_chunks_keep_the_dtype_of_mixed_precision(kind):
-    """A layer's results are not rounded to the dtype of what it read."""
+    """Results of a layer are not rounded to the dtype of its input."""
     encoder, whole = make_kind(kind, 2), make_kind(kind, None)
     for precision in (torch.bfloat16, None):
         with torch.autocast("cpu", precision, enabled=precision is not None):
@@ -121,7 +121,7 @@ def test_a_layer_that_widens_is_not_narrowed():
 
 
 def peak(encoder, count):
-    """Bytes at once above the frames, as torch's allocator hands them out."""
+    """Returns the peak bytes beyond the frames, as torch's allocator counts them."""
     frames = draw(count)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as run:
@@ -136,7 +136,7 @@ def peak(encoder, count):
 
 @pytest.mark.parametrize("kind", ["clip", "clip_vision", "siglip"])
 def test_beside_the_output_a_chunk_is_all_that_memory_holds(kind):
-    """Twice as many frames take twice the output, and not one normalised frame more."""
+    """Twice as many frames need twice the output, but no further normalised frame."""
     encoder = make_kind(kind, 4)
     short, long = peak(encoder, 64), peak(encoder, 128)
     frame = 4 * 10 * 32  # bytes of the tokens of one frame, class token included
@@ -157,8 +157,9 @@ def test_the_size_is_kept_with_the_model_and_checked(kind):
 
 @torch.no_grad()
 def test_compiled_layers_are_not_compiled_anew_for_every_number_of_frames():
-    """Five times at most: for the first size; then for many frames and for one, each as the first
-    chunk and as a later one. After that nothing is compiled, whatever number comes.
+    """At most five times: once for the first size, then for many frames and for one frame.
+
+    These two occur as the first chunk and as a later one. Then no number of frames compiles again.
     """
     encoder, plain = make_kind("clip_vision", 4), make_kind("clip_vision", 4)
     torch._dynamo.reset()
@@ -187,7 +188,7 @@ class Gathers(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["clip", "clip_bt", "siglip"])
 def test_sharded_ranks_with_other_numbers_of_frames_gather_alike(kind, run_ranks):
-    """3 frames are one chunk, 11 are six; the weights of a layer are gathered once for all."""
+    """3 frames are one chunk, 11 are six. A layer gathers its weights once for all chunks."""
     counts = (3, 8)
 
     def run(rank):
@@ -213,7 +214,7 @@ def test_sharded_ranks_with_other_numbers_of_frames_gather_alike(kind, run_ranks
             expected = make_kind(kind, None).encode(draw(count), [count])
         torch.testing.assert_close(evaluated, expected, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(trained, expected, atol=1e-6, rtol=1e-6)
-        assert apart, "the layers have let go of the weights"
+        assert apart, "the layers have freed the weights"
         assert (gathers, again) == (results[0][1], results[0][3])
         blocks = len(make_kind(kind, None).vision.encoder.layers) + (kind == "clip_bt")
         assert blocks <= gathers <= blocks + 2

@@ -1,4 +1,4 @@
-"""The encoder: what stops early, stretches or runs beside the tower must not change the tower."""
+"""The encoder: shortcuts, stretched context and adapters must not change the tower."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def make(seed=0, **arguments):
 
 
 def embed(encoder, prompt_ids):
-    """Prompts without padding."""
+    """Returns prompts without padding."""
     return encoder.encode_prompt(prompt_ids, torch.ones_like(prompt_ids, dtype=torch.bool))
 
 
@@ -62,7 +62,7 @@ def frames():
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A CLIP model as the hub holds it."""
+    """A CLIP model as on the hub."""
     torch.manual_seed(7)
     sizes = {"vision_config": CONFIG["vision"], "text_config": CONFIG["text"]}
     folder = tmp_path_factory.mktemp("clip")
@@ -114,7 +114,7 @@ def test_fresh_adapter_starts_as_a_copy_of_its_layers():
     encoder = ClipEncoder(config=CONFIG, context_length=None, bt_adapter=ADAPTER)
     assert encoder.adapter is not None
     trunk = encoder.vision.encoder.layers[encoder.branch_start :]
-    assert len(encoder.adapter.spatial) == len(trunk) == 2  # the third is behind the features
+    assert len(encoder.adapter.spatial) == len(trunk) == 2  # the third comes after the features
     for copy, layer in zip(encoder.adapter.spatial, trunk, strict=True):
         for ours, theirs in zip(copy.parameters(), layer.parameters(), strict=True):
             assert torch.equal(ours, theirs)
@@ -130,7 +130,7 @@ def test_bytes_are_normalised_and_floats_are_not():
     pixels = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
     floats = normalise(pixels)
     assert normalise(floats) is floats
-    # CLIP's own numbers: black is -mean / std, white (1 - mean) / std.
+    # CLIP's own numbers: black is -mean / std, white is (1 - mean) / std.
     ends = normalise(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1))
     expected = torch.tensor([[-1.7923, -1.7521, -1.4802], [1.9303, 2.0749, 2.1459]])
     torch.testing.assert_close(ends.flatten(1), expected, atol=1e-4, rtol=0)
@@ -189,7 +189,7 @@ ARGUMENTS = [{}, {"context_length": 248}, {"bt_adapter": ADAPTER}, {"feature_lay
 
 
 class Holder(PreTrainedModel):
-    """Stands for a model around the encoder that transformers saves and loads."""
+    """A model around the encoder that transformers can save and load."""
 
     config_class = PreTrainedConfig
 
@@ -255,7 +255,7 @@ def test_built_without_memory_then_filled(arguments, frames):
     assert all(parameter.is_meta for parameter in empty.parameters())
     empty.to_empty(device="cpu")
     for buffer in empty.buffers():
-        buffer.fill_(10**6)  # what memory may hold
+        buffer.fill_(10**6)  # possible contents of memory
     empty.load_state_dict(encoder.state_dict())
     torch.testing.assert_close(results(empty.eval(), frames), results(encoder, frames))
 
@@ -263,14 +263,14 @@ def test_built_without_memory_then_filled(arguments, frames):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"config": None}, "one of model.encoder.source and model.encoder.config"),
-        ({"source": "somewhere"}, "one of model.encoder.source and model.encoder.config"),
-        ({"feature_layer": -6}, "take -5 to 4"),
-        ({"feature_layer": 5}, "take -5 to 4"),
-        ({"context_length": 100}, "20 . k . 57, say 248"),
-        ({"context_length": 40}, "20 . k . 57, say 248"),
-        ({"bt_adapter": {"depth": 1, "max_frames": 8}}, "take 2 to 4"),
-        ({"bt_adapter": {"depth": 5, "max_frames": 8}}, "take 2 to 4"),
+        ({"config": None}, "either model.encoder.source or model.encoder.config"),
+        ({"source": "somewhere"}, "either model.encoder.source or model.encoder.config"),
+        ({"feature_layer": -6}, "choose -5 to 4"),
+        ({"feature_layer": 5}, "choose -5 to 4"),
+        ({"context_length": 100}, "20 . k . 57, such as 248"),
+        ({"context_length": 40}, "20 . k . 57, such as 248"),
+        ({"bt_adapter": {"depth": 1, "max_frames": 8}}, "choose 2 to 4"),
+        ({"bt_adapter": {"depth": 5, "max_frames": 8}}, "choose 2 to 4"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, words):

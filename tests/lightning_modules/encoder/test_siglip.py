@@ -196,7 +196,7 @@ def test_the_yaml_names_the_encoder_and_its_arguments():
 
 
 def make_encoder(name, **options):
-    """`clip_vision` or `siglip`; with this seed the same weights each time."""
+    """Makes `clip_vision` or `siglip`. The seed gives the same weights each time."""
     torch.manual_seed(0)
     if name == "clip_vision":
         return ClipVisionEncoder({"vision": VISION}, **options).eval()
@@ -210,7 +210,7 @@ def test_every_attention_gives_the_same_and_is_kept(name, attention, uncompiled_
     encoder = make_encoder(name, attention=attention)
     expected = make_encoder(name).encode(frames(3), [1, 2])
     found = encoder.encode(frames(3), [1, 2])
-    assert not torch.equal(found, expected), "another way to the same"
+    assert not torch.equal(found, expected), "the other attention must compute in another order"
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     again = build(encoder.to_spec())
     assert again.attention == again.vision.config._attn_implementation == attention

@@ -1,4 +1,4 @@
-"""Published layouts, tiny and random: after the import the numbers are transformers' own."""
+"""Published layouts, tiny and random: after the import, the numbers equal those of transformers."""
 
 import json
 
@@ -57,7 +57,7 @@ def pixels(count):
 
 
 def their_logits(model, before, visual, after):
-    """transformers' LLM on text, what its projector made of a visual, and text."""
+    """transformers' LLM on text, on its projector's output for a visual, and on text."""
     embed = model.get_input_embeddings()
     parts = [embed(torch.tensor([before])), visual[None], embed(torch.tensor([after]))]
     hidden = model.model.language_model(inputs_embeds=torch.cat(parts, 1)).last_hidden_state
@@ -97,7 +97,7 @@ def test_a_prompt_guided_model_starts_from_llava_next_as_ppllava_does(llava_next
     )
     model = VideoLanguageModel(config)
     prompts = ["encoder.text.*", "encoder.text_projection.*", "encoder.visual_projection.*"]
-    unused = ["image_newline"]  # of tiles, which this one does not have
+    unused = ["image_newline"]  # of tiles, which this model does not have
     Initial(str(tmp_path / "out"), unused, [*prompts, "pooler.*"]).fill(model, {})
     state, stored = model.state_dict(), plain.state_dict()
     stored.pop(*unused)
@@ -116,7 +116,7 @@ def test_llava_onevision_gives_its_logits(llava_onevision, tmp_path):
     ours = model(make_batch([*BEFORE, VISUAL_SLOT, *AFTER], pixels(1), [1]))
     assert_near(model.llm.head(ours.hidden), their_logits(llava_onevision, BEFORE, image, AFTER))
 
-    # A video but for the newline behind it: on an even grid the bilinear halving is ours.
+    # A video without the newline after it: on an even grid, the bilinear halving equals ours.
     videos = llava_onevision.model.get_video_features(
         pixels(3)[None], vision_feature_layer=-1, vision_feature_select_strategy="full"
     )

@@ -1,4 +1,4 @@
-"""PPLLaVA's published layout, tiny: after the import its logits are those of its own code."""
+"""PPLLaVA's published layout, tiny: after the import, its logits equal those of its own code."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "ppllava"
 
 
 def write_ppllava(name, folder):
-    """A golden pair's weights as the published checkpoint holds them, and its CLIP's config."""
+    """Writes a golden pair's weights like the published checkpoint, and the config of its CLIP."""
     spec = json.loads((GOLDEN / f"{name}.json").read_text())
     tensors = load_file(GOLDEN / f"{name}.safetensors")
     CLIPConfig(

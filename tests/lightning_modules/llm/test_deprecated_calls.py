@@ -1,7 +1,7 @@
-"""What we call of an LLM of transformers is not deprecated, before 5.24 and from there on.
+"""Our calls of an LLM of transformers are not deprecated, before 5.24 and since then.
 
-A deprecation that is raised as a warning fails every test (see deprecations.py). This file goes
-once through all that we do with an LLM, and also reads what libraries log as a warning.
+A deprecation warning fails every test (see deprecations.py). This file makes all our calls of an
+LLM once, and also reads the warnings that libraries log.
 """
 
 import logging
@@ -46,7 +46,7 @@ class Records(logging.Handler):
 
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
-    """Warnings that libraries log. transformers logs some once for a process, here for a test."""
+    """Returns the warnings that libraries log. transformers logs some only once per process."""
     transformers_logging.warning_once.cache_clear()  # pyright: ignore[reportFunctionMemberAccess]
     records = Records()
     for name in LIBRARIES:
@@ -95,7 +95,7 @@ def test_a_cache_that_is_read_on_from(family, logged):
     whole = llm(embeds, None, positions)
     cache = DynamicCache()
     llm(embeds[:1, :6], None, positions[:, :1, :6], cache)
-    assert cache.get_seq_length() == 6  # an argument by the wrong name is ignored without a word
+    assert cache.get_seq_length() == 6  # a wrong argument name is ignored without a message
     cache.crop(-2)
     cache.batch_repeat_interleave(2)
     mask = torch.ones(2, 9, dtype=torch.bool)

@@ -49,7 +49,7 @@ def test_a_spec_needs_the_folder_no_more(tmp_path):
 
 
 def write_gguf(path, model):
-    """A llama as llama.cpp names and permutes it; transformers undoes the permutation."""
+    """Writes a llama in the names and permutation of llama.cpp, which transformers reverses."""
     gguf = pytest.importorskip("gguf")
     config, heads = model.config, model.config.num_attention_heads
     names = {
@@ -101,7 +101,7 @@ def test_from_a_gguf_file(tmp_path):
     embeds = torch.randn(1, 6, 64)
     stock = model.get_decoder()(inputs_embeds=embeds).last_hidden_state
     torch.testing.assert_close(hidden(llm, embeds), stock, atol=1e-5, rtol=0)
-    # Plain floats again: they can be trained, and saved.
+    # Plain floats again, so they can be trained and saved.
     assert all(parameter.dtype == torch.float32 for parameter in llm.parameters())
     llm.lm.save_pretrained(tmp_path / "again")
 

@@ -1,4 +1,4 @@
-"""One W&B run per run directory: kills, resumes, servers that are not there."""
+"""One W&B run per run directory: after kills, with resumes, and without a server."""
 
 import json
 import math
@@ -29,13 +29,13 @@ from tests.helpers.wandb_server import WandbServer
 STEPS = 20
 CHECKPOINT_EVERY = 5
 
-#: What depends on the clock, on the process, or on where a file lies.
+#: Values that depend on the clock, on the process, or on the place of a file.
 VOLATILE = ("_runtime", "_timestamp", "artifact_path", ".path", ".filenames")
 
 
 def in_child(act: Callable[[], None]) -> int:
-    """Runs `act` in a forked process, which may kill itself; its exit status or minus a signal."""
-    wandb.teardown()  # what another test has left of it does not survive a fork
+    """Runs `act` in a forked process, which may kill itself. Returns its exit status or -signal."""
+    wandb.teardown()  # leftovers of other tests do not survive a fork
     time.sleep(1.0 - time.time() % 1.0)  # W&B names its folders by the second
     pid = os.fork()
     if pid == 0:
@@ -72,7 +72,7 @@ def train(
     before: Callable[[int], None] = lambda step: None,
     **ending: Any,
 ) -> None:
-    """Logs as a training does that starts at `start`; dies behind the named part of a step."""
+    """Logs like a training that starts at `start`. It dies after the named part of a step."""
     logger = make_logger(folder)
     loggers = [ResumableCSVLogger(folder), logger]
     for each in loggers:
@@ -97,7 +97,7 @@ def train(
 
 
 def parts_of(step: int) -> dict[str, dict[str, float]]:
-    """Rows of a step, in turn."""
+    """Yields the rows of a step, in turn."""
     parts = {
         "rate": {"lr-AdamW": 1e-3 / (step + 1)},
         "loss": {"train/loss": math.nan if step == 3 else 1 / (step + 1), "epoch": step // 10},
@@ -119,7 +119,7 @@ def rows_on_disk(folder: Path) -> list[dict[str, Any]]:
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
-    """As `rows_on_disk` shows what the server has received."""
+    """Returns what the server has received, in the form of `rows_on_disk`."""
     values = {}
     for key, value in row.items():
         nested = isinstance(value, dict)
@@ -129,7 +129,7 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Rows of a training that nothing disturbs."""
+    """Returns the rows of a training without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     assert in_child(lambda: train(folder)) == 0
     rows = rows_on_disk(folder)
@@ -138,7 +138,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_kills_leave_the_rows_of_an_undisturbed_run(whole, tmp_path):
-    """Some so early that W&B has written nothing of them."""
+    """Some kills come so early that W&B has written nothing."""
     cuts = [(0, (7, "rate"), 0.0), (5, (9, "table"), 0.0), (10, (13, "loss"), 0.5)]
     for start, die_at, pause in cuts:
         act = partial(train, tmp_path, start, die_at=die_at, pause=pause)
@@ -157,7 +157,7 @@ def server(monkeypatch) -> Iterator[WandbServer]:
 
 
 def test_online_the_server_receives_every_row_once(server, whole, tmp_path):
-    """A kill comes long before an upload: those rows are sent by the run that goes on."""
+    """A kill comes long before an upload: the resumed run sends those rows."""
     assert in_child(partial(train, tmp_path, 0, die_at=(7, "loss"), pause=0.5)) == -signal.SIGKILL
     assert in_child(partial(train, tmp_path, 5, die_at=(13, "loss"), pause=0.5)) == -signal.SIGKILL
     assert in_child(partial(train, tmp_path, 10, exit_code=75, preempted=True)) == 0
@@ -184,7 +184,7 @@ def sync(folder: Path) -> None:
 
 @pytest.mark.parametrize("often", [False, True])
 def test_offline_the_newest_start_holds_the_run(often, server, whole, tmp_path, monkeypatch):
-    """Whoever syncs after each start sends some rows twice. They are the same at the same step."""
+    """A sync after each start sends some rows twice. They are equal at the same step."""
     act = partial(train, tmp_path)
     for ending in (partial(act, die_at=(13, "loss"), pause=0.5), partial(act, 10)):
         monkeypatch.setenv("WANDB_MODE", "offline")
@@ -201,7 +201,7 @@ def test_offline_the_newest_start_holds_the_run(often, server, whole, tmp_path, 
 
 
 def test_an_end_that_is_reached_again_is_summed_up_anew(server, tmp_path):
-    """A finished run is tested again with other lengths: one row, the newer number on top."""
+    """A finished run is tested again with other lengths: one row, with the newer number on top."""
 
     def log_end(score: float) -> None:
         logger = make_logger(tmp_path)
@@ -218,9 +218,9 @@ def test_an_end_that_is_reached_again_is_summed_up_anew(server, tmp_path):
     assert run.summary["val/loss"] == {"min": 0.25}
 
 
-@pytest.mark.slow  # 20 s of which W&B waits for an answer to a table
+@pytest.mark.slow  # for 20 s of these, W&B waits for an answer to a table
 def test_a_server_that_goes_away_stops_no_run(server, whole, tmp_path):
-    """A table waits until it is back, rows that it missed are sent when the run is resumed."""
+    """A table waits until the server is back. The resumed run sends the rows that it missed."""
 
     def tell(word: str) -> None:
         urllib.request.urlopen(f"{server.url}/control/{word}", data=b"{}").close()

@@ -1,4 +1,4 @@
-"""Intervals by the bootstrap cover what they say, and values of a cluster count once."""
+"""Bootstrap intervals have the stated coverage, and a cluster's values count once."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ class TestBootstrap:
         rng = np.random.default_rng(0)
         hits = 0
         for _ in range(200):
-            rates = rng.beta(3, 2, size=30)  # needles differ in how hard they are; mean 0.6
+            rates = rng.beta(3, 2, size=30)  # needles differ in difficulty; the mean is 0.6
             answers = rng.random((8, 30)) < rates
             _, low, high = bootstrap_interval(
                 answers.ravel().tolist(), [*range(30)] * 8, resamples=500

@@ -1,4 +1,4 @@
-"""Every letter in every form in which models give it, and words that are no letter."""
+"""Every letter in every form that models write, and words that are no letter."""
 
 from string import ascii_uppercase
 
@@ -133,7 +133,7 @@ OF_NO_PRONOUN = [
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_letter_in_every_form(form):
-    """26 letters, as capitals and not; none is a word, not even A and I."""
+    """All 26 letters, as capitals and not. None of them is a word, not even A and I."""
     for letter in set(ascii_uppercase) - set("Q" * ("Q" in form)):
         assert parse_letter(form.format(letter), 26) == letter
         assert parse_letter(form.format(letter.lower()), 26) == letter
@@ -141,7 +141,7 @@ def test_every_letter_in_every_form(form):
 
 @pytest.mark.parametrize("form", OF_CAPITALS)
 def test_every_capital(form):
-    """Behind a small "a" these are a noun: it is a "selfie"."""
+    """After a small "a" these words are nouns, as in "a selfie"."""
     for letter in ascii_uppercase:
         assert parse_letter(form.format(letter), 26) == letter
 

@@ -1,4 +1,4 @@
-"""The needle test: shared prefixes change no answer, and the canaries sing when they must."""
+"""The needle test: shared prefixes change no answer, and the canaries fail when they must."""
 
 import json
 from dataclasses import asdict
@@ -30,7 +30,7 @@ PROTOCOL = {
 
 @pytest.fixture(scope="module")
 def make(compose, tiny, tmp_path_factory):
-    """`make(*overrides)`: a model with random weights that speak up, and the data."""
+    """`make(*overrides)` returns a model with large random weights, and the data."""
 
     def build(*overrides):
         config = compose([*tiny, *overrides], tmp_path_factory.mktemp("run"))
@@ -66,7 +66,7 @@ def encode(model, datamodule, row):
 
 @torch.no_grad()
 def from_scratch(model, datamodule):
-    """Every cell by itself: ((condition, frames, depth, needle), correct, log-probability)."""
+    """Yields each cell alone: ((condition, frames, depth, needle), correct, log-probability)."""
     for row in (datamodule.test_dataloader()[i] for i in range(len(datamodule.test_dataloader()))):
         for needle, order in enumerate(row.order):
             text = datamodule._encode([datamodule._grid._needles[needle]], row.frames)
@@ -174,7 +174,7 @@ def test_needle_json_is_what_a_report_reads(make, tmp_path):
 
 
 def test_a_model_that_cannot_see_the_middle_is_found_out(make):
-    """Two layers that look back 4 tokens each: the needle is further from the answer."""
+    """Two layers that look back 4 tokens each: the needle is further away from the answer."""
     window = [
         "+model.llm.config.use_sliding_window=true",
         "+model.llm.config.sliding_window=4",

@@ -1,4 +1,4 @@
-"""Scores beside the loss: the same whatever the batch and the ranks, and kept with their causes."""
+"""Scores of validation: equal for any batch and number of ranks, stored with all their inputs."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def conversation():
 
 @pytest.fixture(scope="module")
 def questions(conversation):
-    """Eight samples of very different lengths, in turn of every kind; the third is text alone."""
+    """Eight samples of very different lengths, of every kind in turn. The third is only text."""
     read = FrameReader(32, UniformSampler(4))
     samples = []
     for seed in range(8):
@@ -56,7 +56,7 @@ def questions(conversation):
 
 @pytest.fixture(scope="module")
 def network(compose, tiny, tmp_path_factory):
-    """`network(rotary)`: of random weights, large enough that its answers differ."""
+    """`network(rotary)` has random weights that are large enough for its answers to differ."""
     folder = tmp_path_factory.mktemp("network")
 
     def make(rotary):
@@ -88,7 +88,7 @@ def answers(network, batches, conversation, scores=None):
 
 @pytest.mark.parametrize("rotary", SCHEMES)
 def test_the_batch_size_changes_nothing(rotary, network, questions, conversation):
-    """Padding on the right in the likelihoods, on the left where answers are generated."""
+    """Padding is on the right for likelihoods, and on the left for generated answers."""
     model = network(rotary)
     by_size = {
         size: answers(model, batches(questions, size, conversation), conversation)
@@ -119,7 +119,7 @@ def values(answered, scores=None):
 
 
 def test_options_are_as_likely_as_after_the_prompt_alone(network, questions, conversation):
-    """One forward over prompt and answer tells what one over the prompt alone tells."""
+    """One forward over prompt and answer gives the same as one over only the prompt."""
     model = network("videorope")
     (batch,) = batches(questions[:1], 1, conversation)
     (answered,) = answers(model, [batch], conversation, [LikeliestLetter()])
@@ -146,7 +146,7 @@ def test_only_rows_of_which_text_is_wanted_are_generated(network, questions, con
 
 
 def test_a_score_reads_no_further_than_it_asked_for(network, questions, conversation):
-    """So that a score does not depend on which others are chosen."""
+    """So a score does not depend on the other scores that are chosen."""
     model = network("vanilla")
     (batch,) = batches(questions[:1], 1, conversation)
     (short,) = answers(model, [batch], conversation, [GeneratedLetter(3)])
@@ -170,7 +170,7 @@ def test_perplexity_is_that_of_torchmetrics(network, questions, conversation):
 
 
 def pair(name, basic, halluc):
-    """The two answers to a pair, as the model says them."""
+    """Returns the model's two answers to a pair."""
     return [
         Answered(f"{name}-b", Task(("yes",), pair=name), 0.0, 1, said=lambda n: basic),
         Answered(
@@ -195,7 +195,7 @@ def test_pairs_by_hand():
         "pair_hallucinated": 0.5,
         "pair_overall": 0.25,
         "pair_yes_bias": (3 - 4) / 8,
-        "pair_false_yes": 0.25,  # of "always yes", "no", "maybe" and "a bike", which are wrong
+        "pair_false_yes": 0.25,  # answers "always yes", "no", "maybe" and "a bike", which are wrong
         "pair_unparsed": 0.25,
     }
     counts = {name: count for name, (_, count) in score.compute().items()}
@@ -207,7 +207,7 @@ def test_half_a_pair_is_no_pair():
     assert found["pair_basic"] == (1.0, 1)
     assert "pair_overall" not in found
     assert "pair_hallucinated" not in found
-    assert "pair_false_yes" not in found, "nothing is wrong"
+    assert "pair_false_yes" not in found, "no answer is wrong, so there is no share"
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_sample_that_comes_twice_counts_once():
 
 
 def test_ranks_reckon_what_one_reckons(run_ranks):
-    """Samples of a pair on different ranks, one rank with none of a kind, some on both."""
+    """Samples of a pair are on different ranks. One rank has none of a kind, some are on both."""
     choice = Task(("A",), ("red", "blue"), (1, 2))
     likely = [(n % 3.0, 1.0) for n in range(5)]
     choices = [Answered(f"c{n}", choice, -n / 7, 2, likely[n], lambda c: "A") for n in range(5)]
@@ -291,18 +291,18 @@ def test_what_a_sample_says_of_itself():
 @pytest.mark.parametrize(
     ("question", "detail"),
     [
-        ({}, "answer: a text"),
-        ({"answer": 3}, "answer: a text"),
-        ({"answer": []}, "answer: a text"),
-        ({"answer": "C", "options": ["red", "blue"]}, r"\['C'\] is no letter of A to B"),
-        ({"answer": "", "options": ["red", "blue"]}, "answer: a text"),
-        ({"answer": "A", "options": ["red"]}, "1 options, 2 to 26"),
+        ({}, "answer must be a text"),
+        ({"answer": 3}, "answer must be a text"),
+        ({"answer": []}, "answer must be a text"),
+        ({"answer": "C", "options": ["red", "blue"]}, r"\['C'\] is not a letter from A to B"),
+        ({"answer": "", "options": ["red", "blue"]}, "answer must be a text"),
+        ({"answer": "A", "options": ["red"]}, "1 options, but 2 to 26"),
         ({"answer": "A", "options": "red"}, "1 options"),
         ({"answer": "A", "options": ["x"] * 27}, "27 options"),
-        ({"answer": "yes", "pair": "p"}, "come together"),
-        ({"answer": "yes", "hallucinated": True}, "come together"),
+        ({"answer": "yes", "pair": "p"}, "must be given together"),
+        ({"answer": "yes", "hallucinated": True}, "must be given together"),
         ({"answer": "maybe", "pair": "p", "hallucinated": True}, "yes or no"),
-        ({"answer": "yes", "pair": 3, "hallucinated": True}, "pair: a text"),
+        ({"answer": "yes", "pair": 3, "hallucinated": True}, "pair must be a text"),
         ({"answer": "A", "options": ["a", "b"], "pair": "p", "hallucinated": True}, "not both"),
         ({"answer": "B", "choices": ["red", "blue"]}, "unknown field 'choices'"),
     ],
@@ -342,7 +342,7 @@ def test_letters_that_begin_alike_are_an_error(conversation, monkeypatch):
 
 
 def test_the_answer_does_not_guide_the_pooler():
-    """Not even where training lets it."""
+    """Not even where training allows it."""
     leaky = ConversationEncoder(prompt_with_answers=True)
     raw = {"__key__": "k", "__url__": "s", **make_question(0)}
     read_frames = FrameReader(32, UniformSampler(1))

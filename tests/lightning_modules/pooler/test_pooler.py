@@ -1,4 +1,4 @@
-"""The pooler: which windows fit, and that its shortcuts change nothing."""
+"""Poolers: which windows fit, and that shortcuts change nothing."""
 
 import math
 
@@ -45,7 +45,7 @@ def pool(pooler, patches, relevance=None, expand=None):
 
 
 def mean_by_loop(pooler, patches, relevance):
-    """The definition, one window at a time."""
+    """Computes the definition, one window at a time."""
     fitted = pooler.fit(SHAPE)
     out = torch.empty(*fitted.count, patches.shape[-1])
     for where in torch.cartesian_prod(*(torch.arange(n) for n in fitted.count)).tolist():

@@ -1,4 +1,4 @@
-"""Pooling keeps patches for the backward pass, not what the projector makes of them."""
+"""For the backward pass, pooling keeps the patches, not the projector's output for them."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ WIDTH, WIDE = 8, 64
 
 @pytest.fixture
 def kept_whole(monkeypatch):
-    """The long way: everything is kept for the backward pass."""
+    """Pools without the shortcut: everything is kept for the backward pass."""
 
     def run(function):
         with monkeypatch.context() as context:
@@ -39,7 +39,7 @@ def kept_whole(monkeypatch):
 
 
 def pool(pooler, dtype=torch.float64):
-    """Tokens, and what their gradient reaches."""
+    """Returns the tokens, and all that their gradient reaches."""
     torch.manual_seed(0)
     projector = Projector(WIDTH, WIDE).to(dtype)
     patches = torch.randn(*SHAPE, WIDTH, dtype=dtype, requires_grad=True)
@@ -73,7 +73,7 @@ def test_gradients_are_the_same_for_all_windows(sizes, kept_whole):
 
 
 def bytes_kept(run):
-    """Of the different storages that a forward pass keeps for its backward pass."""
+    """Returns the bytes of the storages that a forward pass keeps for its backward pass."""
     kept = {}
 
     def note(tensor):
@@ -99,7 +99,7 @@ def test_of_the_projector_no_activation_of_every_patch_is_kept(pooler, wide, kep
 
 @pytest.mark.parametrize("pooler", ["average", "prompt_guided"])
 def test_a_model_has_the_same_gradients_and_the_same_counts(pooler, kept_whole):
-    """FLOPs are those of one forward and one backward: what runs again is not counted."""
+    """FLOPs are those of one forward and one backward. Recomputation does not count."""
 
     def step():
         model = make_model(pooler=pooler).train()

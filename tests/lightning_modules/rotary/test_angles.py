@@ -17,7 +17,7 @@ SIZES = {
     "vocab_size": 61,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 4,  # SmolLM3's fourth turns nothing
+    "num_hidden_layers": 4,  # SmolLM3 has no rotation in every fourth layer
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "initializer_range": 0.2,  # so that attention is not nearly uniform
@@ -26,7 +26,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-#: What differs: partial, in pairs, each frequency once, in float32, scaled logits or embeddings, …
+#: Differences: partial, in pairs, each frequency once, in float32, scaled logits or embeddings, …
 KEPT = {
     "llama": {},
     "qwen2": {},
@@ -52,17 +52,17 @@ KEPT = {
     "minicpm3": {},
 }
 REFUSED = {
-    "gemma2": ({"attention": "eager"}, "Gemma2ForCausalLM bends its logits"),
+    "gemma2": ({"attention": "eager"}, "Gemma2ForCausalLM limits its logits"),
     "gemma3_text": (
         {"attention": "eager"},
-        r"Gemma3RotaryEmbedding has other angles in some layers than in others \(layer_type\)",
+        r"Gemma3RotaryEmbedding uses different angles in different layers \(layer_type\)",
     ),
     "gemma4_text": (
         {"head_dim": 32, "attention": "eager"},
-        r"Gemma4ForCausalLM takes more of its decoder than hidden states",
+        r"Gemma4ForCausalLM reads more from its decoder than hidden states",
     ),
-    "olmo3": ({}, "Olmo3RotaryEmbedding has other angles in some layers"),
-    "gptj": ({}, "how GPTJRotaryEmbedding makes its angles is not known"),
+    "olmo3": ({}, "Olmo3RotaryEmbedding uses different angles"),
+    "gptj": ({}, "the way in which GPTJRotaryEmbedding computes its angles is not supported"),
     "gpt2": ({}, "GPT2Model has no `rotary_emb`"),
     "falcon": ({"alibi": True}, "FalconModel has no `rotary_emb` to replace, or does not use it"),
 }
@@ -105,7 +105,7 @@ def logits_of(llm, ids):
 @pytest.mark.parametrize("model_type", KEPT)
 @torch.no_grad()
 def test_on_text_a_family_gives_the_logits_of_the_stock_model(model_type):
-    """From token ids, so that scaled embeddings and logits count as well; to the last bit."""
+    """From token ids, so that scaled embeddings and logits count as well. Equal to the last bit."""
     ids = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(0))
     stock = make(model_type, **KEPT[model_type]).lm(ids).logits
     ours = logits_of(replaced(make(model_type, **KEPT[model_type])), ids)
@@ -135,7 +135,7 @@ def test_without_its_soft_cap_gemma2_is_as_it_was():
 @pytest.mark.parametrize("length", [12, 40, 150])
 @torch.no_grad()
 def test_scaled_angles_are_those_of_the_stock_model(scaling, length):
-    """Shorter and longer than every length at which a scaling changes its frequencies."""
+    """Lengths are below and above every length at which a scaling changes its frequencies."""
     rope = {"rope_type": scaling, "rope_theta": 1e4, **SCALINGS[scaling]}
     fields = {"rope_parameters": rope, "max_position_embeddings": 64}
     ids = torch.randint(3, 61, (1, length), generator=torch.Generator().manual_seed(0))
@@ -148,7 +148,7 @@ def test_scaled_angles_are_those_of_the_stock_model(scaling, length):
 
 @torch.no_grad()
 def test_a_scheme_turns_pairs_as_it_turns_halves():
-    """Cohere's head is Llama's with its channels in another order; a scheme must not notice."""
+    """Cohere's head is Llama's with its channels in another order. A scheme must not notice."""
     layout = row_of(3, Grid(4, 2, 3), 5)
     positions, length = VideoRope().batch_positions([layout]), 3 + 24 + 5
     x, found = torch.zeros(1, length, 64), {}
@@ -182,7 +182,7 @@ def test_on_the_meta_device_the_same_is_found(model_type):
 
 
 class Doubled(torch.nn.Module):
-    """A rotary module as a stranger might write it: twice as fast from position 100 on."""
+    """A rotary module of a stranger: twice as fast from position 100 on."""
 
     rope_type = "default"
 
@@ -203,7 +203,7 @@ class Doubled(torch.nn.Module):
 
 def test_what_shows_only_far_from_the_start_is_found():
     config = AutoConfig.for_model("llama", **{**SIZES, "max_position_embeddings": 64})
-    with pytest.raises(ValueError, match="Doubled gives other angles on text"):
+    with pytest.raises(ValueError, match="on text, the angles of Doubled differ"):
         Angles(Doubled(config))
     Angles(Doubled(AutoConfig.for_model("llama", **{**SIZES, "max_position_embeddings": 32})))
 
@@ -211,7 +211,9 @@ def test_what_shows_only_far_from_the_start_is_found():
 def test_a_second_rotary_module_is_refused():
     llm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
     llm.model.layers[1].rotary_emb_local = type(llm.model.rotary_emb)(llm.config)
-    with pytest.raises(ValueError, match=r"more rotary modules .*layers\.1\.rotary_emb_local"):
+    with pytest.raises(
+        ValueError, match=r"more than one rotary module .*layers\.1\.rotary_emb_local"
+    ):
         check_rotary(llm.model, llm.config)
 
 
@@ -230,7 +232,7 @@ def test_a_misspelt_rope_field_is_no_default(key):
     ],
 )
 def test_every_way_to_name_theta_reaches_the_angles_and_the_saved_spec(fields):
-    """transformers 5 renamed the fields; older config.json files have the others."""
+    """transformers 5 renamed the fields. Older config.json files have the old names."""
     given = {key: dict(v) if isinstance(v, dict) else v for key, v in fields.items()}
     llm = replaced(make("llama", **fields))
     expected = 1e6 ** -(torch.arange(16) / 16)

@@ -1,4 +1,4 @@
-"""The contract of every scheme in configs/rotary, and one row for each with its positions."""
+"""The contract of every scheme in configs/rotary, and the positions of each in one row."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from tests.helpers.visuals import row_of
 
 OPTIONS = sorted(path.stem for path in (CONFIG_DIR / "rotary").glob("*.yaml"))
 
-#: Positions of [2, Grid(2, 1, 2), 1] by hand, from each scheme's formula: time, height, width.
+#: Positions of [2, Grid(2, 1, 2), 1], from each scheme's formula by hand: time, height, width.
 ROWS = {
     "vanilla": [[0, 1, 2, 3, 4, 5, 6]],
     "tad": [[0, 2, 4, 5, 7, 8, 10]],
@@ -34,7 +34,7 @@ ROWS = {
 }
 LAYOUT = row_of(3, Grid(4, 2, 3), 2, Grid(1, 2, 2), 5)
 LENGTH = 3 + 24 + 2 + 4 + 5
-#: As many tokens, with nothing behind a video that is long in time, and behind a wide image.
+#: The same number of tokens: a row that ends with a long video, and one with a wide image inside.
 ENDING_WITH_VISUALS = [
     row_of(1, Grid(1, 1, 1), Grid(6, 3, 2)),
     row_of(2, Grid(1, 2, 2), Grid(1, 2, 16)),
@@ -79,7 +79,7 @@ class TestContract:
         assert set(scheme.axes(16).tolist()) <= {STILL, *range(scheme.num_axes)}
 
     def test_text_alone_is_rope(self, option):
-        """In steps of `text_step`, all axes together."""
+        """All axes advance together, in steps of `text_step`."""
         scheme = load(option)
         expected = scheme.text_step * torch.arange(9.0)
         positions, following = scheme.positions([9])
@@ -95,7 +95,7 @@ class TestContract:
         assert next_far == next_near + shift
 
     def test_kept_tokens_stand_where_they_stood(self, option):
-        """Positions of a part of the tokens are that part of the positions; text does not move."""
+        """A subset of the tokens gets the same subset of the positions. Text does not move."""
         scheme, whole = load(option), Layout.full(Grid(4, 3, 5))
         part = torch.tensor([0, 7, 13, 14, 33, 59])
         kept = replace(whole, coordinates=whole.coordinates[part])
@@ -106,7 +106,7 @@ class TestContract:
         assert after_kept == after
 
     def test_a_mean_of_tokens_stands_at_the_mean(self, option):
-        """Every scheme of today is affine in the coordinates."""
+        """Every scheme in configs/rotary is affine in the coordinates."""
         scheme, whole = load(option), Layout.full(Grid(4, 3, 5))
         pairs = whole.coordinates.view(2, 2, 15, 3).mean(1).flatten(0, 1)
         positions = scheme.place(whole, 5.0)[0].unflatten(1, (2, 2, 15)).mean(2).flatten(1)
@@ -130,7 +130,7 @@ class TestContract:
     @pytest.mark.parametrize("layouts", [[LAYOUT, LAYOUT], ENDING_WITH_VISUALS])
     @torch.no_grad()
     def test_cached_decoding_equals_the_full_forward(self, option, layouts):
-        """Also where a row ends with a visual: only the scheme knows what stands behind it."""
+        """Also if a row ends with a visual: only the scheme knows the next position."""
         scheme = load(option)
         llm = make_llm(scheme)
         embeds = torch.randn(2, LENGTH, 64)
@@ -141,7 +141,7 @@ class TestContract:
         seen, embedding = [], llm.decoder.rotary_emb
         embedding.register_forward_hook(lambda *_: seen.append(embedding.axis_positions))
         new = llm.generate(embeds, mask, *start, **options)
-        # The last token that is generated is never read.
+        # The last generated token is never read.
         assert torch.equal(torch.cat(seen, dim=-1), grown[1:, :, :-1])
         whole = torch.cat([embeds, llm.embed(new)], dim=1)
         logits = llm.head(llm(whole, torch.ones(2, LENGTH + 6, dtype=torch.bool), grown))
@@ -195,7 +195,7 @@ def test_vanilla_is_the_llm_as_it_was(model_type):
 
 @torch.no_grad()
 def test_schemes_in_one_process_do_not_disturb_each_other():
-    """The published code rebinds a global, and M-RoPE then runs with VideoRoPE's frequencies."""
+    """The published code rebinds a global, so M-RoPE then runs with VideoRoPE's frequencies."""
     embeds = torch.randn(1, LENGTH, 64)
 
     def run(llm, scheme):
@@ -237,7 +237,7 @@ def test_the_papers_ablation_is_three_fields():
 
 
 def test_diagonal_layout_is_symmetric():
-    """The middle of an odd frame stands at its time on all axes (eq. 7)."""
+    """The middle of an odd frame has its time as position on all axes (eq. 7)."""
     placed = VideoRope().place(Layout.full(Grid(4, 3, 5)), 10.0)[0].unflatten(1, (4, 3, 5))
     assert torch.equal(placed[:, :, 1, 2], (10 + 2 * torch.arange(4.0)).expand(3, -1))
 
@@ -259,7 +259,7 @@ def test_alternating_needs_equal_sections():
 
 @torch.no_grad()
 def test_angles_stay_float32_in_bf16():
-    """1000.5 does not survive bfloat16, nor do the frequencies; half-precision modules try both."""
+    """bfloat16 holds neither 1000.5 nor the frequencies. Half-precision modules try both."""
     scheme = VideoRope(temporal_spacing=0.5)
     embedding = make_llm(scheme).decoder.rotary_emb
     embedding.to(torch.bfloat16)
@@ -289,7 +289,7 @@ def test_angles_stay_float32_in_bf16():
 )
 @torch.no_grad()
 def test_frequency_scaling_is_the_llms_own(scaling):
-    """Whatever the scheme: text must come out as the stock model's with the same scaling."""
+    """For every scheme, text must equal the stock model's with the same scaling."""
     fields = {"rope_parameters": {"rope_theta": 1e4, **scaling}, "max_position_embeddings": 16}
     embeds = torch.randn(1, 40, 64)
     scheme = VideoRope()
@@ -301,7 +301,7 @@ def test_frequency_scaling_is_the_llms_own(scaling):
 
 
 def test_a_draw_chooses_the_spacing_of_hope():
-    """One of five, each a fifth of the range; without a draw it is the spacing of the run."""
+    """One of five, each a fifth of the range. Without a draw, it is the spacing of the config."""
     video = Layout.full(Grid(3, 2, 2))
     found = [
         HopeRope(temporal_spacing=9.0).place(replace(video, draw=draw), 0.0)[0][TIME].max().item()

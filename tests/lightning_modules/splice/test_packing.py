@@ -1,4 +1,4 @@
-"""Samples that share a row of the LLM: the same numbers as alone, for every rotary scheme."""
+"""Samples that share a row of the LLM give the same numbers as alone, for every scheme."""
 
 import csv
 from collections import defaultdict
@@ -18,7 +18,7 @@ from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.splice.packing import one_a_row, pack
 from tests.lightning_modules.test_model import COUNTS, MIXED, ROTARY, S, make_batch, rows_of, specs
 
-#: More text around the videos, images and text of MIXED: rows of several lengths.
+#: More text around the visuals of MIXED, for rows of several lengths.
 SAMPLES = [*MIXED, [16, 17], [18, 19, S, 20, 21, 22, 23, 24], [25] * 15]
 VISUALS = [*COUNTS, 3]
 PACKING = 34
@@ -40,7 +40,7 @@ def batch_of_samples():
 
 
 def read(model, batch, packing=None):
-    """Hidden states by sample, the loss, and its gradients by name."""
+    """Returns hidden states by sample, the loss, and its gradients by name."""
     model.zero_grad()
     output = model(batch, packing=packing)
     output.loss.backward()
@@ -50,7 +50,7 @@ def read(model, batch, packing=None):
 
 
 def read_alone(model, batch):
-    """The same of one forward a sample."""
+    """Returns the same from one forward per sample."""
     hidden, total, count = [], 0, 0
     model.zero_grad()
     for row in rows_of(batch):
@@ -64,7 +64,7 @@ def read_alone(model, batch):
 
 
 def assert_alike(found, expected, share=2e-5):
-    """Within a share of the largest number there."""
+    """Equal within a share of the largest number."""
     assert found.keys() == expected.keys() if isinstance(found, dict) else True
     keys = found if isinstance(found, dict) else range(len(found))
     for key in keys:
@@ -75,7 +75,7 @@ def assert_alike(found, expected, share=2e-5):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("rotary", ROTARY)
 def test_packed_equals_separate(rotary, attention):
-    # In float64, as float32 rounds some gradients by 3e-5 of the largest.
+    # In float64, because float32 rounds some gradients by 3e-5 of the largest.
     model = make_model(rotary=rotary, attention=attention, dtype=torch.float64)
     batch = batch_of_samples()
     hidden, output, gradients = read(model, batch, PACKING)
@@ -98,14 +98,16 @@ def test_flex_attention_sees_the_same_documents_and_padding(rotary, uncompiled_f
         expected, found = (network(batch, packing=packing) for network in (model, flex))
         mask = found.inputs.mask
         assert not mask.all(), "padding is part of the test"
-        assert not torch.equal(found.hidden[mask], expected.hidden[mask]), "another way to the same"
+        assert not torch.equal(found.hidden[mask], expected.hidden[mask]), (
+            "packing must compute in another order"
+        )
         assert_alike([found.hidden[mask]], [expected.hidden[mask]])
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_flex_attention_compiled_gives_the_same():
-    """Rows of two lengths, so that what was compiled for one serves the other."""
+    """Rows have two lengths, so code that was compiled for one also serves the other."""
     model, flex = make_model().eval(), make_model("flex_attention").eval()
     for batch in (batch_of_samples(), batch_of_samples().select([0, 1])):
         for packing in (PACKING, None):
@@ -128,13 +130,13 @@ def test_a_sample_longer_than_the_row_is_taken_whole():
     hidden, output, _ = read(model, batch, 8)
     longest = max(stop - start for _, start, stop in output.inputs.samples)
     assert output.inputs.embeds.shape[1] == longest > 8
-    assert output.inputs.embeds.shape[0] < len(batch)  # the others share rows as long as that
+    assert output.inputs.embeds.shape[0] < len(batch)  # the others share rows of that length
     assert_alike(hidden, read_alone(model, batch)[0])
 
 
 @torch.no_grad()
 def test_the_test_would_see_samples_that_meet():
-    """What keeps samples apart, taken away one by one, changes hidden states by far more."""
+    """Without any of the parts that separate samples, hidden states change by far more."""
     model, batch = make_model(), batch_of_samples()
     inputs = model(batch, packing=PACKING).inputs
     alone = [model(row).hidden[0] for row in rows_of(batch)]
@@ -164,7 +166,7 @@ def test_no_sample_learns_to_say_the_first_word_of_the_next():
         for row, a, b in inputs.samples
     ]
     assert learnt == [row[-2:][len(row) == 2 :] for row in SAMPLES]
-    # With those labels left in, the loss is another one.
+    # With those labels left in, the loss changes.
     left = inputs.labels.clone()
     for row, start, _ in inputs.samples:
         left[row, start] = 7
@@ -177,7 +179,7 @@ def test_no_sample_learns_to_say_the_first_word_of_the_next():
 
 @torch.no_grad()
 def test_packed_equals_separate_in_bfloat16():
-    """Positions stay exact in it, so packing adds no error to that of the weights themselves."""
+    """Positions stay exact in it, so packing adds no error to that of the weights."""
     model, batch = make_model(dtype=torch.bfloat16), batch_of_samples()
     output = model(batch, packing=PACKING)
     for (row, start, stop), single in zip(output.inputs.samples, rows_of(batch), strict=True):
@@ -187,7 +189,7 @@ def test_packed_equals_separate_in_bfloat16():
 
 
 def reference_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
-    """What the CUDA kernel computes, (tokens heads width), document by document."""
+    """Computes the result of the CUDA kernel (tokens heads width), document by document."""
     assert torch.equal(cu_seqlens_q, cu_seqlens_k)
     assert int(cu_seqlens_q.diff().max()) == int(max_seqlen_q) == int(max_seqlen_k)
     assert options["causal"]
@@ -202,7 +204,7 @@ def reference_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seql
 
 @torch.no_grad()
 def test_flash_attention_is_told_of_every_document(monkeypatch):
-    """Several packed rows through transformers' own way to the flash kernel, which is a CPU one."""
+    """Several packed rows in transformers' call of the flash kernel, which is a CPU one here."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("attention over whole rows")
@@ -264,7 +266,7 @@ def gradients_of_rank(batches, packing, rank):
 
 
 def test_ranks_that_pack_differently_take_one_step_together(run_ranks):
-    """FSDP2 gathers block by block: each runs once on every rank, text alone or not."""
+    """FSDP2 gathers block by block, so each block runs once on every rank, even for only text."""
     batches = [batch_of_samples(), make_batch([[1, 2, 3], [4, 5, 6, 7], [8, 9, 10]], [])]
     work = partial(gradients_of_rank, batches, PACKING)
     (rows, ran, found), (other_rows, other_ran, _) = run_ranks(2, work)

@@ -1,4 +1,4 @@
-"""Images in tiles, and batches in which everything is mixed."""
+"""Images in tiles, and batches of all kinds of visuals."""
 
 import json
 from dataclasses import replace
@@ -37,7 +37,7 @@ def test_grids_that_are_none(grids):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_edges_are_where_no_picture_is(size):
-    """What the data pads black, the model takes away: of a white picture nothing is lost."""
+    """The model removes the black padding of the data: no part of a white picture is lost."""
     frames, tiles = cut_tiles(Image.new("RGB", size, "white"), 32, GRIDS)
     assert (tiles.height, tiles.width) == size[::-1]
     assert (tiles.rows, tiles.columns) == best_grid(*size[::-1], 32, GRIDS)
@@ -45,7 +45,7 @@ def test_edges_are_where_no_picture_is(size):
     assert (frames[0] == 255).all()
     plane = frames[1:].unflatten(0, tiles[:2]).permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3)
     rows, columns = edges(tiles, *plane.shape[1:])
-    # The data rounds the picture's size up, the model its down: a line of pixels on either side.
+    # The data rounds the picture's size up, the model rounds it down: one line of pixels per side.
     inner = plane[:, rows + 1 : plane.shape[1] - rows - 1, columns + 1 : -columns - 1]
     assert not plane[:, : max(rows - 1, 0)].any()
     assert not plane[..., : max(columns - 1, 0)].any()
@@ -71,7 +71,7 @@ def test_pooled_edges_go_and_no_picture_does(size, kernel):
     places = marked.layout.coordinates.view(*marked.grid, 3)
     assert torch.equal(places[:, :, :-1].flatten(0, 2), kept.layout.coordinates)
     assert torch.equal(places[:, :, -1, :2], places[:, :, 0, :2])
-    assert (places[:, :, -1, 2] == plane.shape[2]).all()  # behind the last column of patches
+    assert (places[:, :, -1, 2] == plane.shape[2]).all()  # after the last column of patches
     assert marked.layout.extent == Grid(1, plane.shape[1], plane.shape[2] + 1)
 
 
@@ -115,7 +115,9 @@ def test_visuals_behind_the_question_go_with_their_tiles():
 
 def test_frames_must_be_as_many_as_tiles():
     batch = mixed_batch()
-    with pytest.raises(ValueError, match="2 x 2 tiles and a thumbnail has 5 frames, 1 are given"):
+    with pytest.raises(
+        ValueError, match="2 x 2 tiles and a thumbnail has 5 frames, but 1 are given"
+    ):
         replace(batch, infos=[VisualInfo(tiles=Tiles(2, 2, 9, 9)), *batch.infos[1:]])
 
 
@@ -123,7 +125,7 @@ def test_frames_must_be_as_many_as_tiles():
 @pytest.mark.parametrize("rotary", ROTARY)
 @torch.no_grad()
 def test_each_sample_alone_is_as_in_the_batch(rotary, pooler):
-    """One image, several, tiles, videos, text alone, and all of them in turn."""
+    """One image, several, tiles, videos, only text, and all of them in turn."""
     model = make_tiled_model(rotary=rotary, pooler=pooler)
     batch = mixed_batch()
     together = model(batch)
@@ -174,7 +176,7 @@ def test_a_training_step_reaches_every_weight(pooler):
 
 @pytest.mark.parametrize("row", [0, 4])
 def test_the_newline_has_a_gradient_without_tiles_too(row):
-    """Ranks reduce gradients together: one whose batch has no tiles gives zeros."""
+    """Ranks reduce gradients together: a rank whose batch has no tiles gives zeros."""
     model = make_tiled_model(pooler="prompt_guided").train()
     always_encode(model.encoder)  # as in training
     model(list(rows_of(mixed_batch()))[row]).loss.backward()

@@ -1,4 +1,4 @@
-"""Post-training of CLIP's text context: its network, its loss, and what is trained."""
+"""Training of CLIP's text context: its network, its loss, and its trained parameters."""
 
 import math
 from dataclasses import replace
@@ -36,7 +36,7 @@ ENCODER = {"_target_": "lightning_modules.encoder.clip.ClipEncoder"}
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A CLIP model, and the folder that holds it as the hub would."""
+    """Returns a CLIP model, and a folder with it as on the hub."""
     torch.manual_seed(7)
     model = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16))
     folder = tmp_path_factory.mktemp("clip")
@@ -53,7 +53,7 @@ def from_source(folder, **arguments):
 
 
 def test_images_and_captions_are_compared_as_clip_compares_them(clip):
-    """At CLIP's own 77 positions; the loss is CLIP's too."""
+    """At CLIP's own 77 positions, the loss is CLIP's as well."""
     model, folder = clip
     batch = make_batch(range(6), counts=[1])
     network = from_source(folder, context_length=None).eval()
@@ -97,15 +97,15 @@ def test_only_clip_has_a_context_to_train():
     with pytest.raises(ValueError, match=r"^model\.encoder is Siglip.*encoder=clip_large_336"):
         ContrastiveClip(spec, 0.01)
     spec = {"_target_": "lightning_modules.rotary.tad.TadRope"}
-    with pytest.raises(ValueError, match=r"TadRope' refused: it is no Encoder"):
+    with pytest.raises(ValueError, match=r"TadRope' refused: it is not a subclass of Encoder"):
         ContrastiveClip(spec, 0.01)
 
 
-# What is trained
+# Trained parameters
 
 
 def test_stretching_keeps_the_pretrained_words_and_first_positions(clip):
-    """PPLLaVA's released code makes new, random token embeddings where it stretches."""
+    """PPLLaVA's released code makes new, random token embeddings when it stretches the context."""
     model, folder = clip
     embeddings = from_source(folder, context_length=248).encoder.text.embeddings
     trained = model.text_model.embeddings

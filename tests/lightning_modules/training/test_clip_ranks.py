@@ -1,4 +1,4 @@
-"""Ranks contrast their rows with those of all ranks, as one process does."""
+"""Ranks compare their rows with those of all ranks, as a single process does."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ STEPS, ROWS = 20, 8  # rows of a global batch
 
 
 class Share:
-    """Batches of the rows given, made anew each time."""
+    """Batches of these rows, made anew for each epoch."""
 
     def __init__(self, parts):
         self._parts = parts
@@ -47,7 +47,7 @@ class Batches(VideoDataModule):
         return Share([range(start, start + rows) for start in starts])
 
     def val_dataloader(self):
-        """Of 15 rows; a rank that has one batch less repeats the first."""
+        """Over 15 rows. A rank with one batch less repeats its first batch."""
         parts = [range(900, 906), range(906, 912), range(912, 915), range(900, 906)]
         world, rank = self.trainer.world_size, self.trainer.global_rank
         return Share(parts[rank::2] if world > 1 else parts[:3])
@@ -96,7 +96,7 @@ def alone(fit, tmp_path_factory):
 
 
 def contrast_by_hand(network, numbers):
-    """InfoNCE both ways: each row's own similarity against all of the step, written out."""
+    """Computes InfoNCE in both directions: each row's own similarity against all of the step."""
     pairs = network(make_batch(numbers, length=90, vocabulary=2000, size=32))
     table = pairs.scale * pairs.visuals @ pairs.captions.T
     own = table.diagonal()
@@ -104,7 +104,7 @@ def contrast_by_hand(network, numbers):
 
 
 class Step(Callback):
-    """Gradients and loss of one step."""
+    """Records gradients and loss of one step."""
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -133,7 +133,7 @@ def check_step(found, loss, network, numbers):
     ("trainer", "rows"), [("alone", 8), ("alone", 5), ("ddp_sim", 8), ("fsdp_sim", 8)]
 )
 def test_a_step_is_the_mean_over_its_captions(trainer, rows, fit_step, run_ranks):
-    """Also where it is a short one."""
+    """Also for a short step."""
     world = 1 if trainer == "alone" else 2
     numbers = range(rows)
     words = [] if world == 1 else [f"trainer={trainer}"]
@@ -157,13 +157,13 @@ def test_ranks_with_batches_of_different_sizes_are_refused(ranks, even, compose,
     if ranks == 1 or even:
         module.check_sharing(data, ranks, 1)
         return
-    with pytest.raises(ValueError, match=r"2 ranks are .* set data.stream.max_tokens=null"):
+    with pytest.raises(ValueError, match=r"2 ranks needs .* set data.stream.max_tokens=null"):
         module.check_sharing(data, ranks, 1)
 
 
 @pytest.fixture(scope="module")
 def fit_step(compose, tmp_path_factory):
-    """`fit_step(numbers, world, *overrides)`: one step over these rows, shared by ranks."""
+    """`fit_step(numbers, world, *overrides)` takes one step over these rows, shared by ranks."""
     folder = tmp_path_factory.mktemp("step")
 
     class Rows(Batches):

@@ -1,4 +1,4 @@
-"""The losses and their gradients are TRL's, the log-probabilities the model's own."""
+"""Losses and gradients equal TRL's, log-probabilities equal the model's own."""
 
 import json
 from pathlib import Path
@@ -134,7 +134,7 @@ def test_sequence_log_probs_are_those_of_all_logits():
 
 @pytest.mark.parametrize("rotary", sorted(p.stem for p in (CONFIG_DIR / "rotary").glob("*.yaml")))
 def test_a_pair_in_a_batch_is_each_answer_alone(rotary, make_stage):
-    """Whatever it is padded to; and the visuals are encoded once."""
+    """For any padding. The visuals are encoded once."""
     sections = ["model.llm.config.head_dim=32"]
     module, data = make_stage(f"rotary={rotary}", *[f"+{word}" for word in sections])
     pairs = read_pairs(data, 3)

@@ -20,14 +20,14 @@ from lightning_modules.training.instruct import VideoLLMModule
 
 @pytest.fixture(scope="module")
 def spec(compose, tiny, tmp_path_factory):
-    """`spec(*overrides)`: the stages of a tiny run."""
+    """`spec(*overrides)` returns the components of a tiny run."""
     folder = tmp_path_factory.mktemp("spec")
     return cache(lambda *overrides: plain(compose([*tiny, *overrides], folder).model))
 
 
 @pytest.fixture(scope="module")
 def trained(spec, tmp_path_factory):
-    """A run directory with a checkpoint."""
+    """Writes a run directory with a checkpoint."""
     torch.manual_seed(3)
     module = VideoLLMModule(spec(), torch.optim.AdamW)
     checkpoint = {"state_dict": {f"model.{n}": v for n, v in module.network.state_dict().items()}}
@@ -46,7 +46,7 @@ def weights(trained):
 
 @pytest.fixture(scope="module")
 def make_module(spec):
-    """`make_module(init, *overrides, **allow)`: what ropelab-train would train, built next."""
+    """`make_module(init, *overrides, **allow)` returns ropelab-train's module, not built."""
 
     def make(init, *overrides, seed=5, **allow):
         torch.manual_seed(seed)
@@ -62,7 +62,7 @@ def assert_same(network, weights):
 
 @pytest.fixture(scope="module")
 def saved(weights, trained, tmp_path_factory):
-    """The same weights as `save_pretrained` writes them."""
+    """The weights equal those that `save_pretrained` writes."""
     stages = read_checkpoint(trained / "checkpoints" / "last.ckpt")["stages"]
     model = VideoLanguageModel(VideoLanguageModelConfig(**stages))
     model.load_state_dict(weights)
@@ -95,7 +95,7 @@ def test_of_a_run_the_newest_whole_checkpoint_counts(trained, weights, make_modu
 
 
 def test_both_sides_are_strict_and_say_what_would_allow_it(weights, make_module, tmp_path):
-    """As after a stage that trained the encoder alone, with one layer more."""
+    """As after a stage that trained only the encoder, with one more layer."""
     kept = {f"model.{n}": v for n, v in weights.items() if n.startswith("encoder.")}
     kept["model.encoder.vision.encoder.layers.9.mlp.fc1.bias"] = torch.ones(4)
     path = tmp_path / "clip.ckpt"
@@ -106,7 +106,7 @@ def test_both_sides_are_strict_and_say_what_would_allow_it(weights, make_module,
         line = str(caught.value)
         others = len([n for n in weights if not n.startswith("encoder.")])
         assert "\n" not in line
-        assert "1 of its keys have no place (encoder.vision.encoder.layers.9" in line
+        assert "1 of its keys have no place in the model (encoder.vision.encoder.layers.9" in line
         assert f"{others} parameters of the model are not in it" in line
         assert "init_allow.unused" in line
         assert "init_allow.unfilled" in line
@@ -153,7 +153,10 @@ def test_lora_beside_the_weights_starts_fresh(trained, weights):
     [
         (lambda p: p / "nowhere", "nowhere does not exist"),
         (lambda p: (p / "checkpoints").mkdir() or p, "no checkpoint in .*init= to a run directory"),
-        (lambda p: (p / "a.ckpt").write_bytes(b"x") and p / "a.ckpt", "is cut or no checkpoint"),
+        (
+            lambda p: (p / "a.ckpt").write_bytes(b"x") and p / "a.ckpt",
+            "is truncated or not a checkpoint",
+        ),
         (
             lambda p: (p / "config.json").write_text(json.dumps({"model_type": "qwen2"})) and p,
             "ropelab-import",
@@ -184,7 +187,7 @@ def die_at_the_fourth():
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_has_its_own_weights(run_train, trained, weights, tmp_path, monkeypatch):
-    """Killed and started again, with nothing left to start from: as if nothing had happened."""
+    """Killed and restarted without the weights of `init`: equal to an undisturbed run."""
     source = tmp_path / "source"
     shutil.copytree(trained / "checkpoints", source / "checkpoints")
     steps = ["data.training.samples=16", "callbacks.checkpoint.every_n_steps=2"]  # four of them
@@ -204,7 +207,7 @@ def test_a_run_that_goes_on_has_its_own_weights(run_train, trained, weights, tmp
     torch.testing.assert_close(ends[1], ends[0], atol=0, rtol=0)
     name = "projector.linear_1.weight"
     moved = (ends[0][f"model.{name}"] - weights[name]).abs()
-    assert 0 < moved.max() < 0.02, "four steps of 0.001 lead no further; a new start would"
+    assert 0 < moved.max() < 0.02, "four steps of 0.001 move no further; a new start would"
     assert weights[name].abs().max() > 0.1
 
 

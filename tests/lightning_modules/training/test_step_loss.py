@@ -1,4 +1,4 @@
-"""The loss of a step is a mean over all its terms, however micro-batches and ranks share them."""
+"""The loss of a step is the mean over all its terms, for any micro-batches and ranks."""
 
 from functools import cache
 from typing import NamedTuple
@@ -30,7 +30,7 @@ BETA, GAMMA = 0.1, 0.7
 
 
 class Seen(NamedTuple):
-    """By optimizer step. The callback itself holds on to the module."""
+    """Records gradients by optimizer step. The callback itself keeps the module."""
 
     steps: list[dict[str, torch.Tensor]]
     logged: list[dict[str, float]]
@@ -38,7 +38,7 @@ class Seen(NamedTuple):
 
 
 class Pairs(PreferenceModule):
-    """Of references that were made with the settings of this run."""
+    """References that were made with the settings of this run."""
 
     def settings(self):
         return {}
@@ -46,7 +46,7 @@ class Pairs(PreferenceModule):
 
 @pytest.fixture(scope="module")
 def fit(compose, tiny, tmp_path_factory):
-    """`fit(layout, ...)`: the gradients of the steps over the samples, and the module."""
+    """`fit(layout, ...)` returns the gradients of the steps over the samples, and the module."""
     folder = tmp_path_factory.mktemp("fit")
 
     @cache
@@ -87,14 +87,14 @@ def still(parameters):
 
 @pytest.fixture(scope="module")
 def truth(fit):
-    """Of each sample alone: gradients by name, the sum of its loss, its labels."""
+    """Returns for each sample alone: gradients by name, the sum of its loss, its labels."""
     _, module = fit(LAYOUTS["1x8"])
     return [by_hand(module, loss_by_hand, make_rows([number])) for number in EIGHT]
 
 
 @pytest.fixture(scope="module")
 def truth_of_pairs(fit):
-    """`truth_of_pairs(loss)`: the same of each pair."""
+    """`truth_of_pairs(loss)` returns the same for each pair."""
 
     @cache
     def of(loss):
@@ -117,7 +117,7 @@ def by_hand(module, hand, batch):
 
 
 def mean(parts, numbers):
-    """The samples' losses and gradients, added up and divided by the number of their terms."""
+    """Adds up losses and gradients of the samples, and divides by the number of their terms."""
     chosen = [parts[number] for number in numbers]
     terms = sum(count for _, _, count in chosen)
     gradient = sum(flat(gradients) for gradients, _, _ in chosen) / terms
@@ -129,7 +129,7 @@ def distance(found, expected):
 
 
 def lengths(numbers):
-    """Tokens of each row: six of the question, a visual's pooled tokens, the answer."""
+    """Returns tokens of each row: six of the question, the visual's pooled ones, the answer."""
     # 4 x 4 patches a frame, pooled 2 x 2; a slot is one of the six
     visual = [0 if n % 3 == 1 else 4 * (1 + n % 3) - 1 for n in numbers]
     return [6 + v + LABELS[n] for n, v in zip(numbers, visual, strict=True)]
@@ -231,7 +231,7 @@ def test_the_published_mean_of_means_can_be_asked_for(name, fit, truth):
         assert distance(gradients, expected) < 1e-5
         assert logged["train/loss"] == pytest.approx(sum(m for _, m in means) / len(means))
     whole, _ = mean(truth, [n for numbers in layout.steps[0] for n in numbers])
-    assert distance(seen.steps[0], whole) > 0.05, "the two means were to differ"
+    assert distance(seen.steps[0], whole) > 0.05, "the two means must differ"
 
 
 def test_another_mean_is_refused_in_one_line():
@@ -240,7 +240,7 @@ def test_another_mean_is_refused_in_one_line():
 
 
 def test_float16_and_its_scaler_take_the_same_step(fit, truth):
-    """The gradients are unscaled after they became those of the mean, and no step is skipped."""
+    """Gradients are unscaled after they became those of the mean, and no step is skipped."""
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     half = MixedPrecision("16-mixed", "cpu", scaler)
     seen, _ = fit(LAYOUTS["8x1"], "trainer.precision=null", plugins=half)
@@ -256,7 +256,7 @@ def test_a_step_without_any_label_has_no_gradient(fit, monkeypatch):
 
 
 def test_logs_are_of_the_whole_step(fit, run_ranks):
-    """Tokens and padding are those of all micro-batches and ranks; one row a step."""
+    """Tokens and padding are those of all micro-batches and ranks. There is one row per step."""
     layout, words = Layout([[[0, 3], [1], [2, 7], [4]]], 2), ["trainer=ddp_sim"]
     found = run_ranks(2, lambda rank: fit(layout, *words)[0].logged)
     alone = fit(Layout(layout.steps, 4))[0].logged
@@ -272,13 +272,13 @@ CELLS = sum(len(numbers) * max(lengths(numbers)) for numbers in SHARES)
 
 
 def adam(parameters):
-    """With a large eps, as AdamW else makes whole steps of the rounding where a gradient is 0."""
+    """The eps is large: AdamW would turn rounding errors of zero gradients into steps."""
     return torch.optim.AdamW(parameters, lr=0.02, eps=3e-2)
 
 
 @pytest.mark.parametrize(("mean", "same"), [("step", True), ("micro_batch", False)])
 def test_what_is_learnt_does_not_depend_on_the_batch_size(mean, same, fit):
-    """Four steps of the eight samples; the mean of means learns something else."""
+    """Four steps of the eight samples. The mean of means learns something else."""
     ends = []
     for name in ("1x8", "4x2", "8x1"):
         layout = LAYOUTS[name]

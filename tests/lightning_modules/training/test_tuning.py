@@ -1,4 +1,4 @@
-"""What is trained: frozen parts, groups with their rates, what decays."""
+"""Trained parameters: frozen parts, groups with their own learning rates, weight decay."""
 
 from functools import partial
 
@@ -64,7 +64,7 @@ def test_a_pattern_may_name_a_part_without_parameters():
 
 
 def test_groups_get_their_rate_through_the_schedule():
-    """The last part that holds a parameter decides; what no part holds keeps the optimizer's."""
+    """The last part that holds a parameter decides. Without a part, the optimizer's value holds."""
     groups = {"encoder": {"lr": 1e-3}, "projector": {"lr": 0.1, "weight_decay": 0.5}}
     groups |= {"encoder.vision.encoder.layers.1": {"lr": 1e-4}}
     seen = []

@@ -1,4 +1,4 @@
-"""A SLURM cluster of two nodes on this machine: no munge, no cgroups, no root, up in a second."""
+"""A SLURM cluster of two nodes on this machine: no munge, cgroups or root, ready in a second."""
 
 import os
 import shutil
@@ -16,8 +16,8 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parents[3]
 
-# Partition `high` preempts what runs in `low`, which is queued again: 5 s later, where SLURM's own
-# default is 120 (cred_expire). No RequeueExit: what comes back was asked for by the program.
+# Partition `high` preempts jobs of `low`, which are requeued after 5 s; SLURM's own default is
+# 120 s (cred_expire). No RequeueExit: only the program itself asks for a requeue.
 _CONF = """
 ClusterName=mini
 SlurmctldHost={host}(127.0.0.1)
@@ -55,7 +55,7 @@ PartitionName=high Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
 
 
 class Cluster:
-    """`folder` holds its configuration, state and logs."""
+    """`folder` has its configuration, state and logs."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -89,7 +89,7 @@ class Cluster:
             daemon.wait()
 
     def lose_node(self, node: str) -> None:
-        """As if somebody pulled the plug: the daemon and all that runs there are gone at once."""
+        """As in a power cut: the daemon and all its processes are gone at once."""
         self._daemons[node].kill()
         self._daemons[node].wait()
         self._kill_steps(node)
@@ -101,7 +101,7 @@ class Cluster:
         until(self.idle)
 
     def _kill_steps(self, node: str) -> None:
-        # The steps' own daemons go first, who would tell of the end of their tasks.
+        # The daemons of the steps go first, because they would report the end of their tasks.
         for pid in _steps_of(f"{self.folder}/slurm.conf", node):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -124,7 +124,7 @@ class Cluster:
 
 
 def until(happens: Callable[[], object], seconds: float = 120) -> None:
-    """Waits for it; the limit is against hangs and no measure of speed."""
+    """Waits until it is true. The timeout only prevents hangs; it does not measure speed."""
     end = time.monotonic() + seconds
     while not happens():
         assert time.monotonic() < end, "it did not happen"
@@ -132,7 +132,7 @@ def until(happens: Callable[[], object], seconds: float = 120) -> None:
 
 
 def _steps_of(conf: str, node: str) -> list[int]:
-    """Process ids of all that runs on a node: the daemons of the steps, then their tasks."""
+    """Returns all process ids of a node: the daemons of the steps, then their tasks."""
     tasks, daemons = [], set()
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -148,7 +148,7 @@ def _steps_of(conf: str, node: str) -> list[int]:
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many neighbours."""
+    """Returns the first of this many neighbouring free ports."""
     for base in range(20000 + os.getpid() % 20000, 60000, count):
         sockets = [socket.socket() for _ in range(count)]
         try:

@@ -1,4 +1,4 @@
-"""A program with the manners of ropelab-train that starts in half a second: it counts."""
+"""A light program that behaves like ropelab-train and starts in half a second. It counts."""
 
 import json
 import os
@@ -18,7 +18,7 @@ received: list[int] = []
 
 
 def count(config: DictConfig, folder: Path) -> None:
-    """Each step once over all starts, as a run that resumes counts them."""
+    """Counts each step once over all starts, as a resumed run does."""
     steps = folder / "steps.txt"
     done = len(steps.read_text().split()) if steps.is_file() else 0
     for step in range(done, config.steps):
@@ -31,7 +31,7 @@ def count(config: DictConfig, folder: Path) -> None:
 
 
 def has_terminal() -> bool:
-    """Whether anything here could ask: on stdin, or past it as `getpass` does."""
+    """Returns whether something here could ask: on stdin, or on the terminal like `getpass`."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR))
     except OSError:

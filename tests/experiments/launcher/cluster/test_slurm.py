@@ -1,4 +1,4 @@
-"""Multiruns on a real SLURM: preempted, cancelled, on a node that dies, without their launcher."""
+"""Multiruns on a real SLURM: preemption, cancellation, dead nodes, dead launchers."""
 
 import json
 import os
@@ -17,7 +17,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start(cluster, tmp_path, monkeypatch) -> Iterator[Start]:
-    """`start(*overrides)`: a multirun of the light program in a directory of the test's own."""
+    """`start(*overrides)` starts a multirun of the light program in the test's own directory."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{HERE}")
     command = [sys.executable, "-m", "light", "--config-dir", str(HERE / "configs"), "-m"]
     command += ["hydra.launcher.time=10", "hydra.launcher.poll_s=0.2", "steps=20", "step_s=0.1"]
@@ -63,7 +63,7 @@ def starts(run: Path) -> list[dict[str, str]]:
 
 
 def test_preempted_jobs_come_back_and_go_on(cluster, start, until, tmp_path):
-    """By a partition of higher priority, which takes both nodes for a moment."""
+    """A partition of higher priority takes both nodes for a moment."""
     sweep = start("launcher=slurm_array", "seed=0,1")
     until(lambda: all(len(steps(run)) > 3 for run in runs(tmp_path, 2)))
     cluster.ask("srun", "--partition=high", "--nodes=2", "--exclusive", "true")
@@ -87,7 +87,7 @@ def test_preempted_jobs_come_back_and_go_on(cluster, start, until, tmp_path):
 def test_a_signal_to_one_task_of_an_array_queues_that_one_again(
     name, cluster, start, until, tmp_path
 ):
-    """The first task's: its own job id is the one of the whole array once all have started."""
+    """The first task of an array: its job id is that of the whole array once all have started."""
     sweep = start("launcher=slurm_array", "seed=0,1")
     until(lambda: all(len(steps(run)) > 3 for run in runs(tmp_path, 2)))
     (last,) = [run for run in runs(tmp_path, 2) if is_last_of_array(starts(run)[0])]
@@ -116,7 +116,7 @@ def test_what_the_user_cancels_stays_cancelled(cluster, start, until, tmp_path):
     assert cluster.state(job) == "CANCELLED"
     assert len(starts(first)) == 1
     log = (first.parent / "slurm" / f"{job}_0_log.out").read_text()
-    assert f"job {job} was cancelled, and stays so" in log
+    assert f"job {job} was cancelled and is not requeued" in log
     assert (second / "done.json").is_file()
 
 
@@ -124,7 +124,7 @@ def test_what_the_user_cancels_stays_cancelled(cluster, start, until, tmp_path):
 def test_an_array_survives_its_launcher_and_only_what_is_missing_is_submitted(
     cluster, start, until, tmp_path
 ):
-    """Of four jobs one is finished, one runs and one is queued when the launcher is killed."""
+    """When the launcher is killed, one of four jobs is finished, one runs and one is queued."""
     command = ["launcher=slurm_array", "seed=0,1,2,3"]
     done = [run / "done.json" for run in runs(tmp_path, 4)]
     files = [run / "slurm.json" for run in runs(tmp_path, 4)]
@@ -148,7 +148,7 @@ def test_an_array_survives_its_launcher_and_only_what_is_missing_is_submitted(
         assert f"{only['SLURM_ARRAY_JOB_ID']}_{only['SLURM_ARRAY_TASK_ID']}" == job
     (only,) = starts(runs(tmp_path, 4)[3])
     assert "SLURM_ARRAY_JOB_ID" not in only
-    assert "finished before" in end(start(*command))
+    assert "already finished" in end(start(*command))
     assert [len(starts(run)) for run in runs(tmp_path, 4)] == [1] * 4
 
 
@@ -172,7 +172,7 @@ def test_jobs_of_a_lost_node_run_on_another(cluster, start, until, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("before_s", [45, 0])
 def test_a_job_whose_time_is_over_goes_on_in_another(before_s, cluster, start, tmp_path):
-    """By the signal before the end of its minute, and by SIGTERM where that comes too late."""
+    """By the signal before the end of its minute, and by SIGTERM if that signal comes too late."""
     limits = ["hydra.launcher.time=1", f"hydra.launcher.signal_delay_s={before_s}"]
     end(start("launcher=slurm", *limits, "seed=0", "steps=90", "step_s=1"), limit=240)
     (run,) = runs(tmp_path, 1)

@@ -1,4 +1,4 @@
-"""ropelab-train itself as a batch job of two ranks."""
+"""ropelab-train as a batch job of two ranks."""
 
 import csv
 import sys
@@ -17,7 +17,7 @@ srun --kill-on-bad-exit=1 {command} hydra.run.dir={folder}
 
 @pytest.fixture
 def submit(cluster, tiny, monkeypatch):
-    """`submit(folder, partition)`: a run of 40 steps by sbatch and srun; the id of the job."""
+    """`submit(folder, partition)` submits a run of 40 steps by sbatch and srun; returns its id."""
     for name, value in {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
@@ -70,7 +70,7 @@ def test_a_run_that_is_queued_again_ends_like_one_that_is_not(
     assert all(path.is_file() for path in done), (cut / "job.log").read_text()
     until(lambda: cluster.state(job) == cluster.state(other) == "COMPLETED")
     log = (cut / "job.log").read_text()
-    assert f"job {job} is queued again" in log
+    assert f"job {job} is requeued" in log
     assert f"Requeuing JobId={job}" in cluster.log()
     assert "Restarts=1" in cluster.ask("scontrol", "show", "job", job)
     assert train_steps(cut) == train_steps(whole) == list(range(40))
