@@ -35,9 +35,10 @@ def main() -> None:
         return
     leave_on_signals()
     leave_terminal_to_the_foreground()
-    gc.disable()  # nothing that is imported becomes garbage, and looking for it takes a second
+    gc.disable()  # hardly anything that is imported becomes garbage, and looking for it takes long
     from experiments.train import main as train
 
+    gc.freeze()  # nor is it looked for there later
     gc.enable()
     hydra_errors_in_one_line(train)()
 
