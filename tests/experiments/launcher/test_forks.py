@@ -67,7 +67,7 @@ import tempfile
 FOLDER = tempfile.TemporaryDirectory()
 print("said while it was imported")
 """
-VARIABLES = {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "1"}
+VARIABLES = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,19 @@ def template(folder) -> Iterator[Template]:
     template = Template("probe", VARIABLES)
     yield template
     template.close()
+
+
+@pytest.fixture
+def fresh(folder) -> Iterator[Callable[..., Template]]:
+    made = []
+
+    def make(program: str = "probe") -> Template:
+        made.append(Template(program, VARIABLES))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
 
 
 Started = subprocess.Popen | ForkedJob
@@ -185,20 +198,16 @@ def test_files_are_closed_when_a_job_has_started(template, begin):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-# A template that has none of its own to lose
+def test_pytorch_takes_the_threads_of_the_job(folder, begin, fresh):
+    """It reads OMP_NUM_THREADS when it is imported, which is before the fork."""
+    text = "import torch\nif __name__ == '__main__': print(torch.get_num_threads())"
+    (folder / "count.py").write_text(text)
+    job, log = begin(fresh("count").start)
+    assert wait(job) == 0
+    assert log.read_text() == "1\n"
 
 
-@pytest.fixture
-def fresh(folder) -> Iterator[Callable[..., Template]]:
-    made = []
-
-    def make(program: str = "probe") -> Template:
-        made.append(Template(program, VARIABLES))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
+# Templates that end early
 
 
 def test_a_job_outlives_its_template(fresh, begin, caplog):
