@@ -7,6 +7,7 @@ This is no part of `train.py`, because that module imports PyTorch at its head, 
 In one module, all imports of the recipe would have to hide in its functions.
 """
 
+import gc
 import os
 import sys
 from typing import Any
@@ -16,6 +17,9 @@ import hydra
 from experiments import CONFIG_DIR, launcher
 from experiments.run.hydra_errors import hydra_errors_in_one_line
 from experiments.run.process import leave_on_signals, run_alone
+
+#: What every job imports after this module: the jobs of a multirun share these imports.
+JOB_IMPORTS = ("experiments.train", "transformers", "wandb.apis.public")
 
 #: Options of Hydra that print something and train nothing.
 _SHOW = {"-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info"}
@@ -31,8 +35,11 @@ def main() -> None:
         return
     leave_on_signals()
     leave_terminal_to_the_foreground()
+    gc.disable()  # hardly anything that is imported becomes garbage, and looking for it takes long
     from experiments.train import main as train
 
+    gc.freeze()  # nor is it looked for there later
+    gc.enable()
     hydra_errors_in_one_line(train)()
 
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,6 +16,14 @@ from typing import Any
 from experiments.launcher.base import ProcessLauncher
 from experiments.launcher.board import Board
 from experiments.launcher.job import Job
+from experiments.launcher.warm.forks import (
+    LOST,
+    ForkedJob,
+    Template,
+    can_fork,
+    kill_session,
+    start_process,
+)
 from experiments.run import lock
 
 logger = logging.getLogger(__name__)
@@ -37,13 +45,21 @@ class LocalLauncher(ProcessLauncher):
     one that was killed. If it runs on this machine, it counts as one of the `n_jobs`.
 
     A signal is passed on to the jobs, which save and stop. A second Ctrl-C kills them.
+
+    Jobs that train on the CPU in one process are forked from a template process, which imports
+    PyTorch once for all of them: `warm/template.py`. All others are started by their command line:
+    jobs on GPUs, because CUDA does not survive a fork; jobs of several ranks, whose ranks are
+    started by their command line anyway; and a job that is the only one. If the template ends
+    early, its jobs live on, and the rest are started by their command lines.
     """
 
     def __init__(self, n_jobs: int | None = 1, gpus: list[int | str] | None = None):
         self.cores = len(os.sched_getaffinity(0))
         self.n_jobs = max(1, self.cores // 2) if n_jobs is None else n_jobs
         self.gpus = [str(gpu) for gpu in gpus or []]
-        self._running: dict[int, tuple[Job, subprocess.Popen]] = {}  # by slot
+        self._running: dict[int, tuple[Job, subprocess.Popen | ForkedJob]] = {}  # by slot
+        self._forks = False  # whether there are jobs to fork
+        self._template: Template | None = None
         self._elsewhere: dict[Job, dict[str, Any]] = {}  # what the lock holder recorded
         self._frozen: set[Job] = set()
         self._next_look = 0.0
@@ -62,7 +78,8 @@ class LocalLauncher(ProcessLauncher):
         failed: dict[Job, str] = {}
         waiting = list(jobs)
         self._board = Board(jobs, shown=self.n_jobs > 1)
-        with self._pass_signals_on(), self._board:
+        self._forks = sum(map(can_fork, jobs)) > 1
+        with self._pass_signals_on(), self._closing_template(), self._board:
             while self._running or (waiting and self._exit_code is None):
                 self._pass_on()
                 self._fill(waiting)
@@ -134,18 +151,20 @@ class LocalLauncher(ProcessLauncher):
             output = None
             if self.n_jobs > 1:
                 output = files.enter_context(_log(job).open("a"))
-            process = subprocess.Popen(
-                job.command(self.program),
-                env=os.environ | self._environment(slot),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT if output else None,
-                # A new session has no terminal, so no job can wait there for input forever. Ctrl-C
-                # reaches only the launcher, which passes it on.
-                start_new_session=True,
+            process = self._starter(job, slot)(
+                job.command(self.program), self._environment(slot), output
             )
         self._running[slot] = job, process
         self._board.set(job, "running")
+
+    def _starter(self, job: Job, slot: int) -> Callable[..., subprocess.Popen | ForkedJob]:
+        """Returns the function that starts a job. The first job that may be forked starts the
+        template."""
+        if not (self._forks and can_fork(job)):
+            return start_process
+        if self._template is None:
+            self._template = Template(self.program, self._environment(slot))
+        return start_process if self._template.ended else self._template.start
 
     def _environment(self, slot: int) -> dict[str, str]:
         share = {}
@@ -161,10 +180,20 @@ class LocalLauncher(ProcessLauncher):
 
     def _ended(self) -> Iterator[tuple[Job, int]]:
         for slot, (job, process) in list(self._running.items()):
-            if process.poll() is not None:
+            if (code := process.poll()) is not None:
                 del self._running[slot]
                 self._next_look = 0.0
-                yield job, process.returncode
+                if isinstance(process, ForkedJob) and code == LOST:
+                    code = self._code_of_lost(job, process.asked_at)
+                yield job, code
+
+    def _code_of_lost(self, job: Job, asked_at: float) -> int:
+        """Returns the exit code of a job that outlived its template, as its directory tells it."""
+        done = job.folder / "done.json"
+        written = done.is_file() and done.stat().st_mtime >= asked_at
+        if written or job.done() is not None:
+            return 0
+        return LOST if self._exit_code is None else self._exit_code
 
     def _judge(self, job: Job, code: int) -> str | None:
         """Records how the job ended. Returns why it failed, or None if it did not fail."""
@@ -178,11 +207,22 @@ class LocalLauncher(ProcessLauncher):
             self._exit_code = self._exit_code or code
             return None
         why = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+        if code == LOST:
+            why = "exit code unknown, because the template of the jobs was killed"
         if code > 0 and self.n_jobs > 1 and (line := last_error(_log(job))):
             why += f" ({line})"
         logger.error("%s: failed, %s", job.name, why)
         self._board.set(job, "failed", why)
         return why
+
+    @contextmanager
+    def _closing_template(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self._template is not None:
+                self._template.close()
+                self._template = None
 
     @contextmanager
     def _pass_signals_on(self) -> Iterator[None]:
@@ -205,7 +245,7 @@ class LocalLauncher(ProcessLauncher):
             for job, process in self._running.values():
                 self._board.set(job, "stopping")
                 if again:
-                    os.killpg(process.pid, signal.SIGKILL)
+                    kill_session(process)
                 else:
                     process.send_signal(number)
 

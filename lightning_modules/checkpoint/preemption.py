@@ -29,6 +29,14 @@ _ECHO_S = 1.0
 _STARTED = time.time()
 
 
+def _start_again() -> None:
+    global _STARTED
+    _STARTED = time.time()
+
+
+os.register_at_fork(after_in_child=_start_again)  # a job of a multirun may be a fork
+
+
 class Preempted(BaseException):
     """Raised when a run stops on request.
 

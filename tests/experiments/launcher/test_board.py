@@ -168,10 +168,17 @@ def in_terminal(command: list[str], folder: Path, **environment: str) -> tuple[i
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode()
 
 
-def test_a_table_in_a_terminal_and_jobs_that_have_none(tmp_path):
+@pytest.mark.parametrize("trainer", [[], ["+trainer.accelerator=cpu"]], ids=["alone", "forked"])
+def test_a_table_in_a_terminal_and_jobs_that_have_none(trainer, tmp_path):
     configs = str(LIGHT / "configs")
     command = [sys.executable, "-m", "light", "--config-dir", configs, "-m", "run_name=${seed}"]
-    command += ["launcher=local_parallel", "hydra.launcher.n_jobs=2", "seed=0,1", "fails=[1]"]
+    command += [
+        "launcher=local_parallel",
+        "hydra.launcher.n_jobs=2",
+        "seed=0,1",
+        "fails=[1]",
+        *trainer,
+    ]
     code, shown = in_terminal(command, tmp_path, COLUMNS="120", LINES="20")
     assert code == 1
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)  # colours and cursor movements

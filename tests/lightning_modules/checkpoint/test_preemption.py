@@ -112,6 +112,20 @@ def test_walltime_counts_from_the_start_of_the_process(walltime, seconds):
     assert stops_at(walltime, 30) == pytest.approx(expected, abs=1)
 
 
+def test_a_fork_starts_when_it_is_forked(monkeypatch):
+    """As a job of a multirun does: its walltime is not that of the process it comes from."""
+    monkeypatch.setattr(preemption, "_STARTED", 0.0)
+    reading, writing = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.write(writing, str(stops_at(1000, 100)).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert float(os.read(reading, 100)) == pytest.approx(time.time() + 900, abs=30)
+    os.close(reading)
+    os.close(writing)
+    assert preemption._STARTED == 0.0
+
+
 def test_slurms_end_counts_unless_it_is_over(monkeypatch):
     now = time.time()
     assert stops_at(None, 120) is None

@@ -14,6 +14,9 @@ from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launche
 from experiments.run import lock
 from experiments.run.process import leave, process_rank
 
+#: As in `experiments.start`.
+JOB_IMPORTS = os.environ.get("LIGHT_IMPORTS", "").split()
+
 received: list[int] = []
 
 
@@ -45,7 +48,7 @@ def main(config: DictConfig) -> None:
         signal.signal(number, lambda number, frame: config.stubborn or received.append(number))
     folder = Path(config.paths.run)
     start = {"time": time.time(), "pid": os.getpid(), "gpus": os.getenv("CUDA_VISIBLE_DEVICES")}
-    start["terminal"] = has_terminal()
+    start |= {"terminal": has_terminal(), "parent": os.getppid()}
     start |= {key: value for key, value in os.environ.items() if key.startswith("SLURM_")}
     with (folder / "starts.jsonl").open("a") as file:
         file.write(json.dumps(start) + "\n")
