@@ -197,7 +197,7 @@ def test_a_killed_launcher_leaves_its_forked_jobs_to_the_next(start, run):
         sweep.kill()
         sweep.wait()
         again = start(*command)
-        read_until(again, f"#0 seed=0: runs already, process {pid} on ")
+        read_until(again, f"#0 seed=0: already running, process {pid} on ")
         assert not gone(template)
     assert "#0 seed=0: finished elsewhere" in end(again)
     assert [len(run(n).starts) for n in (0, 1)] == [1, 1]
