@@ -198,6 +198,8 @@ def visual_fields(visuals: Sequence[Visual], none: Tensor | None = None) -> dict
         none: the pixels of no visuals; by default uint8 on the CPU.
     """
     none = torch.zeros(0, dtype=torch.uint8) if none is None else none
+    if len({visual.frames.dtype for visual in visuals}) > 1:
+        raise ValueError("visuals of a batch must have one dtype: uint8, or normalised floats")
     parts = [visual.frames.flatten() for visual in visuals]
     return {
         "pixels": parts[0] if len(parts) == 1 else torch.cat([none, *parts]),

@@ -48,6 +48,8 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     words = [word.lstrip("+") for word in replay.typed]
+    if other := [word for word in words if word.startswith(("pooler=", "model.pooler"))]:
+        sys.exit(f"error: {other[0]}: the pooler is that of the checkpoint; leave it out")
     named = [
         part
         for part in ("rotary", "positions")
@@ -121,7 +123,8 @@ def load(
     for part, asked in (replaced or {}).items():
         if asked != stages[part]:
             logger.warning(
-                "the model was trained with %s, but is evaluated with %s, as asked",
+                "model.%s: trained with %s, but evaluated with %s, as asked",
+                part,
                 stages[part],
                 asked,
             )

@@ -248,9 +248,10 @@ class VideoLanguageModel(PreTrainedModel):
         return [*self.encoder.blocks(), *self.llm.blocks()]
 
     def num_tokens(self, frames: int, height: int, width: int, tiles: Tiles | None = None) -> int:
-        """Returns the number of LLM tokens of a visual of this size in frames and pixels.
+        """Returns the most LLM tokens of a visual of this size in frames and pixels.
 
         An image in tiles has the tokens of its thumbnail, of the plane of all tiles, and newlines.
+        It has fewer if the picture does not fill its tiles.
         """
         if tiles is None:
             return self.pooler.extent(self.encoder.extent(frames, height, width)).size

@@ -59,8 +59,10 @@ class Layout:
         """
         if self.seconds is None:
             return torch.zeros_like(self.coordinates[:, 0])
-        times = torch.tensor(self.seconds)  # float32, as in the published processors
-        times = (times - times[0]).to(self.coordinates.device)
+        # Subtracted in double precision: after ten hours, float32 rounds to 4 ms. The result is
+        # float32 by name, because in bf16-true the default dtype is bfloat16.
+        since = [second - self.seconds[0] for second in self.seconds]
+        times = torch.tensor(since, dtype=torch.float32, device=self.coordinates.device)
         step = self.coordinates[:, 0]
         below = step.floor().long().clamp(0, len(times) - 1)
         above = (below + 1).clamp(max=len(times) - 1)

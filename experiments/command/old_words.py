@@ -7,6 +7,7 @@ _VIDEOROPE = "videorope_qwen2_7b"
 NEW_WORDS = {
     "data=preference_tiny": "data=tiny",
     "experiment=clip_context_tiny": "experiment=clip_context scale=tiny",
+    f"experiment={_VIDEOROPE}_tiny": f"experiment={_VIDEOROPE} scale=tiny",
     "experiment=ppllava_dpo_tiny": "experiment=ppllava_dpo scale=tiny",
     **{
         f"experiment={_PPLLAVA}_{data}_tiny": f"experiment={_PPLLAVA}_{data} scale=tiny"

@@ -88,6 +88,8 @@ class WindowPooler(Pooler):
         if before.t == 1:
             kernel = self.image_kernel if self.kernel else None
         if output_size:
+            if before.t <= output_size.t:  # each frame is a window in time
+                kernel, stride = (size and size._replace(t=1) for size in (kernel, stride))
             output_size = output_size._replace(t=min(output_size.t, before.t))
         axes = [
             place(

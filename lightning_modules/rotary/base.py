@@ -4,7 +4,7 @@ row            [3, Layout, 2]      3 text tokens, a visual, 2 text tokens
   |  RotaryScheme.positions: `place` for each visual
   v
 positions      (a l)               one position on each axis; a = `num_axes`
-  |  batch_positions: pads the rows, and adds row 0, which counts tokens
+  |  batch_positions: adds row 0, which counts tokens; `splice/packing.py` makes padded rows
   v
 position_ids   (1 + a, b, l)       goes to the decoder
   |  hook of CausalLM: row 0 -> masks and KV cache; rows 1 to a -> RotaryEmbedding
@@ -38,10 +38,13 @@ class RotaryScheme(ABC):
     Attributes:
         num_axes: a, the number of axes that positions have.
         text_step: distance between two text tokens, on all axes.
+        draws: whether positions depend on the `draw` of a visual, so that they are random in
+            training.
     """
 
     num_axes: int = 3
     text_step: float = 1.0
+    draws: bool = False
 
     @abstractmethod
     def place(self, visual: Layout, start: float) -> tuple[Float[Tensor, "a l"], float]:
@@ -71,7 +74,7 @@ class RotaryScheme(ABC):
 
         A scheme that must see more of the row than one visual overrides this method.
         """
-        start, parts = 0.0, [torch.zeros(self.num_axes, 0)]
+        start, parts = 0.0, [torch.zeros(self.num_axes, 0, dtype=torch.float32)]
         for segment in row:
             if isinstance(segment, Layout):
                 part, start = self.place(segment, start)
@@ -105,7 +108,9 @@ class RotaryScheme(ABC):
 
         After text it is the last position + 1. After a visual the scheme decides.
         """
-        return torch.tensor([self.positions(row)[1] for row in rows]) / self.text_step
+        # float32 by name: in bf16-true the default dtype is bfloat16, and 649 would be 648.
+        following = [self.positions(row)[1] for row in rows]
+        return torch.tensor(following, dtype=torch.float32) / self.text_step
 
 
 class RotaryEmbedding(nn.Module):

@@ -27,6 +27,8 @@ class HopeRope(VideoRope):
         sections: as in `VideoRope`; time's section does not turn.
     """
 
+    draws = True
+
     def __init__(self, temporal_spacing: float = 1.5, sections: Sequence[int] | None = None):
         super().__init__(temporal_spacing=temporal_spacing, sections=sections)
 

@@ -31,10 +31,15 @@ class Piece(NamedTuple):
 def split_tiles(visuals: Sequence[Visual]) -> list[Visual]:
     """Returns what the encoder reads: each frame of an image in tiles is a visual of its own."""
     return [
-        part
-        for visual in visuals
-        for part in (map(Visual, visual.frames[:, None]) if visual.info.tiles else [visual])
+        part for visual in visuals for part in (_frames(visual) if visual.info.tiles else [visual])
     ]
+
+
+def _frames(visual: Visual) -> list[Visual]:
+    """Returns the thumbnail and the tiles. Only the first one can continue another visual."""
+    info = visual.info._replace(tiles=None)
+    infos = [info, *[info._replace(continues=False)] * (len(visual.frames) - 1)]
+    return [Visual(frame[None], each) for frame, each in zip(visual.frames, infos, strict=True)]
 
 
 def join_tiles(batch: VideoBatch, encoded: Sequence[VisualTokens]) -> list[Piece]:
@@ -49,7 +54,8 @@ def join_tiles(batch: VideoBatch, encoded: Sequence[VisualTokens]) -> list[Piece
         if tiles := info.tiles:
             parts = torch.cat([next(rest).as_grid() for _ in range(tiles.rows * tiles.columns)])
             plane = rearrange(parts, "(r s) h w d -> 1 (r h) (s w) d", r=tiles.rows)
-            pieces.append(Piece(VisualTokens.on_grid(plane), number, row, tiles))
+            tokens = VisualTokens.on_grid(plane, draw=info.draw)
+            pieces.append(Piece(tokens, number, row, tiles))
     without_slot = enumerate(rest, len(batch.infos))
     return pieces + [Piece(tokens, number, 0) for number, tokens in without_slot]
 
@@ -57,25 +63,28 @@ def join_tiles(batch: VideoBatch, encoded: Sequence[VisualTokens]) -> list[Piece
 def trim(pooled: VisualTokens, tiles: Tiles, newline: Float[Tensor, " m"] | None) -> VisualTokens:
     """Drops the padding tokens of a pooled plane, and ends each row with `newline`.
 
-    The ends stand in a new last column of the extent.
+    The extent is the plane without its padding, and with one more column for the ends of rows.
     """
     before, after = pooled.layout.extent, pooled.grid
+    padding = edges(tiles, before.h, before.w)
     top, left = (
         edge * count // size
-        for edge, count, size in zip(
-            edges(tiles, before.h, before.w), after[1:], before[1:], strict=True
-        )
+        for edge, count, size in zip(padding, after[1:], before[1:], strict=True)
     )
     inner = (slice(None), slice(top, after.h - top), slice(left, after.w - left))
     features = pooled.as_grid()[inner]  # 1 h w m
+    extent = Grid(1, before.h - 2 * padding[0], before.w - 2 * padding[1])
     places = pooled.layout.coordinates.view(*after, 3)[inner]  # 1 h w 3
-    extent = before
+    # A window on the edge of the picture may have its middle in the padding.
+    last = torch.tensor(extent, device=places.device) - 1
+    places = (places - torch.tensor([0, *padding], device=places.device)).clamp(min=0)
+    places = places.minimum(last.to(places.dtype))
     if newline is not None:
         ends = newline.to(features.dtype).expand(1, features.shape[1], 1, -1)
         features = torch.cat([features, ends], dim=2)  # 1 h w m -> 1 h w+1 m
-        column = torch.full_like(places[:, :, :1, 2:], before.w)
+        column = torch.full_like(places[:, :, :1, 2:], extent.w)
         places = torch.cat([places, torch.cat([places[:, :, :1, :2], column], dim=-1)], dim=2)
-        extent = before._replace(w=before.w + 1)
+        extent = extent._replace(w=extent.w + 1)
     grid = Grid(*features.shape[:3])
     layout = replace(pooled.layout, coordinates=places.flatten(0, 2), extent=extent)
     return VisualTokens(features.flatten(0, 2), layout, grid)

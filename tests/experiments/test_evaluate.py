@@ -102,3 +102,11 @@ def test_without_a_run_it_asks_for_one(monkeypatch):
 def test_done_json_says_what_was_measured(trained, run_evaluate):
     out = run_evaluate(trained, "data.grid.needles=2")
     assert json.loads((out / "done.json").read_text())["metrics"].keys() == {"score"}
+
+
+def test_a_pooler_cannot_be_changed_after_training(trained, monkeypatch):
+    """It would run as trained, and the stored config would name another."""
+    for word in ("pooler=none", "model.pooler.kernel=[1,2,2]"):
+        monkeypatch.setattr("sys.argv", ["ropelab-evaluate", f"run={trained}", word])
+        with pytest.raises(SystemExit, match="the pooler is that of the checkpoint"):
+            evaluate.main()

@@ -68,7 +68,7 @@ def test_the_program_changes_nothing_but_the_reference(judged, shards):
             assert {**now, "__url__": ""} == {**then, "__url__": ""}
             assert made["chosen"] < 0 > made["rejected"]
             assert set(made["settings"]) == {
-                *("model.encoder", "model.pooler", "model.rotary"),
+                *("model.encoder", "model.pooler", "model.rotary", "model.positions"),
                 *("data.frames", "data.conversation"),
             }
 

@@ -1,9 +1,11 @@
 """`positions=keep` and `reindex` in a whole model: tiles, videos, packed rows and generation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from datamodules.batch import IGNORE_INDEX
+from datamodules.batch import IGNORE_INDEX, Tiles, VisualInfo
 from lightning_modules.splice.tiles import split_tiles
 from tests.helpers.mixed import POOLERS, ROTARY, make_tiled_model, mixed_batch, rows_of
 from tests.helpers.visuals import outline
@@ -74,6 +76,20 @@ def test_of_a_video_the_positions_by_hand():
     assert time[8:].tolist() == [4, 5, 6, 7, 8]  # 4 frames of 4 x 4: the largest is 3
     again = make_tiled_model(rotary="mrope", pooler="average")(batch).inputs.positions[1, 0]
     assert again.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("rotary", ROTARY)
+@torch.no_grad()
+def test_padding_of_tiles_moves_nothing(rotary):
+    """Without a pooler both words mean the same, also for a picture that leaves tiles empty."""
+    batch = list(rows_of(mixed_batch()))[2]
+    for tiles in (Tiles(1, 2, 10, 50), Tiles(1, 2, 50, 20)):
+        batch = replace(batch, infos=[VisualInfo(tiles=tiles)])
+        found = [
+            make_tiled_model(rotary=rotary, pooler="none", positions=word)(batch).inputs.positions
+            for word in ("keep", "reindex")
+        ]
+        assert torch.equal(*found)
 
 
 def test_another_word_is_refused():

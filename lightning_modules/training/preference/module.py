@@ -124,4 +124,5 @@ def model_settings(config: VideoLanguageModelConfig) -> dict[str, str]:
     """Returns digests of the components' specs as in a checkpoint, without their sizes."""
     encoder = {k: v for k, v in (config.encoder or {}).items() if k not in ("config", "source")}
     stages = {"encoder": encoder, "pooler": config.pooler, "rotary": config.rotary}
+    stages["positions"] = config.positions
     return {f"model.{stage}": digest_settings(spec) for stage, spec in stages.items()}

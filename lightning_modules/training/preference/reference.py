@@ -54,6 +54,12 @@ class StreamedReference(Reference):
         Raises:
             ValueError: there are none, or they were made with different settings.
         """
+        if policy.rotary.draws:
+            raise ValueError(
+                f"{type(policy.rotary).__name__} draws its settings anew in each epoch, and the "
+                "reference log-probabilities in the shards have fixed ones: set "
+                "module/reference=frozen"
+            )
         if batch.reference is None:
             raise ValueError(
                 f"no reference log-probabilities in the shards, near {batch.keys[0]}: write them "

@@ -155,6 +155,23 @@ def test_output_size_keeps_the_frames_of_a_short_visual():
     assert [pooler.extent(Grid(t, 6, 6)).t for t in (1, 3, 4, 9)] == [1, 3, 4, 4]
 
 
+@pytest.mark.parametrize(
+    "windows",
+    [
+        {"output_size": (8, 3, 3)},
+        {"output_size": (8, 3, 3), "kernel": (2, 2, 2)},
+        {"output_size": (8, 3, 3), "stride": (2, 2, 2)},
+    ],
+)
+def test_a_video_of_any_length_fits_an_output_size(windows):
+    """A short one keeps all its frames, whatever kernel or stride long ones have."""
+    pooler = AveragePooler(**windows)
+    for frames in range(1, 9):
+        assert pooler.extent(Grid(frames, 6, 6)) == (frames, 3, 3)
+    pooled = pool(pooler, torch.arange(3.0).view(3, 1, 1, 1).expand(3, 6, 6, 1))
+    assert torch.equal(pooled[:, 0, 0, 0], torch.arange(3.0))
+
+
 def test_identity_keeps_every_patch(patches):
     pooler, projector = IdentityPooler(), Projector(8, 16)
     assert pooler.extent(SHAPE) == SHAPE

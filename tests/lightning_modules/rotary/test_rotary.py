@@ -257,6 +257,31 @@ def test_alternating_needs_equal_sections():
         VideoRope(sections=[4, 5, 7]).axes(16)
 
 
+@pytest.fixture
+def bfloat16():
+    """The default dtype inside a step of `trainer.precision=bf16-true`."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_positions_do_not_depend_on_the_default_dtype(option, bfloat16):
+    """Above 256, bfloat16 has no odd numbers: generation would begin one token too early."""
+    scheme = load(option)
+    row = row_of(601, Grid(3, 2, 2), 37)
+    positions, following = scheme.positions(row)
+    assert positions.dtype == torch.float32
+    assert scheme.batch_following([row]).tolist() == [following / scheme.text_step]
+    assert following == positions[0, -1].item() + scheme.text_step
+
+
+def test_times_do_not_depend_on_the_default_dtype_or_on_the_start(bfloat16):
+    layout = Layout.full(Grid(4, 1, 1), tuple(36000 + 0.04 * n for n in range(4)))
+    expected = torch.tensor([0.0, 0.04, 0.08, 0.12], dtype=torch.float32)
+    torch.testing.assert_close(layout.shown_at, expected, atol=1e-6, rtol=0)
+
+
 @torch.no_grad()
 def test_angles_stay_float32_in_bf16():
     """bfloat16 holds neither 1000.5 nor the frequencies. Half-precision modules try both."""

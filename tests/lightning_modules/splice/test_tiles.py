@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 
-from datamodules.batch import Grid, Tiles, VisualInfo
+from datamodules.batch import Grid, Tiles, Visual, VisualInfo
 from datamodules.instruct import collate, decode_sample
 from datamodules.sample.conversation import ConversationEncoder
 from datamodules.shards.synthetic import draw_frames, encode_image, encode_video, write_shards
@@ -19,10 +19,10 @@ from experiments.run.compose import plain
 from lightning_modules.distributed.blank import always_encode
 from lightning_modules.model import VideoLanguageModel
 from lightning_modules.pooler.average import AveragePooler
-from lightning_modules.splice.tiles import edges, split_tiles, trim
-from lightning_modules.tokens import VisualTokens
+from lightning_modules.splice.tiles import edges, join_tiles, split_tiles, trim
+from lightning_modules.tokens import VisualTokens, grid_coordinates
 from lightning_modules.training.instruct import VideoLLMModule
-from tests.helpers.mixed import ROTARY, make_tiled_model, mixed_batch, rows_of
+from tests.helpers.mixed import ROTARY, WIDE, make_tiled_model, mixed_batch, rows_of
 from tests.helpers.visuals import outline, row_of
 
 GRIDS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
@@ -64,15 +64,20 @@ def test_pooled_edges_go_and_no_picture_does(size, kernel):
     kept = trim(pooled, tiles, None)
     assert (kept.features > 0).all()
     assert kept.features.sum() == pooled.features.sum()
-    assert kept.layout.extent == pooled.layout.extent == Grid(*plane.shape[:3])
+    inner = Grid(1, plane.shape[1] - 2 * top, plane.shape[2] - 2 * left)
+    assert kept.layout.extent == inner
+    assert (kept.layout.coordinates >= 0).all()
+    assert (kept.layout.coordinates <= torch.tensor(inner) - 1).all()
+    if kernel == 1:
+        assert torch.equal(kept.layout.coordinates, grid_coordinates(inner))
     marked = trim(pooled, tiles, torch.tensor([7.0]))
     assert torch.equal(marked.as_grid()[:, :, :-1], kept.as_grid())
     assert (marked.as_grid()[:, :, -1] == 7).all()
     places = marked.layout.coordinates.view(*marked.grid, 3)
     assert torch.equal(places[:, :, :-1].flatten(0, 2), kept.layout.coordinates)
     assert torch.equal(places[:, :, -1, :2], places[:, :, 0, :2])
-    assert (places[:, :, -1, 2] == plane.shape[2]).all()  # after the last column of patches
-    assert marked.layout.extent == Grid(1, plane.shape[1], plane.shape[2] + 1)
+    assert (places[:, :, -1, 2] == inner.w).all()  # behind the last column of patches
+    assert marked.layout.extent == inner._replace(w=inner.w + 1)
 
 
 def raw_sample(**members):
@@ -243,3 +248,21 @@ def test_from_shards_to_a_loss_by_the_shipped_settings(compose, tmp_path):
         cut += sum(info.tiles is not None for info in batch.infos)
     assert cut
     assert module.network.image_newline.grad.any()
+
+
+def test_tiles_and_thumbnail_hand_on_what_is_known_of_their_visual():
+    """A draw is that of all pieces; only the first piece can continue another visual."""
+    frames = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    info = VisualInfo(tiles=WIDE, draw=0.25, continues=True)
+    parts = split_tiles([Visual(frames, info)])
+    assert [part.info.draw for part in parts] == [0.25] * 3
+    assert [part.info.continues for part in parts] == [True, False, False]
+    model = make_tiled_model()
+    batch = list(rows_of(mixed_batch()))[2]
+    batch = replace(batch, infos=[info])
+    thumbnail, plane = (
+        piece.tokens.layout
+        for piece in join_tiles(batch, model.encoder(split_tiles(batch.visuals)))
+    )
+    assert (thumbnail.draw, plane.draw) == (0.25, 0.25)
+    assert (thumbnail.continues, plane.continues) == (True, False)

@@ -151,3 +151,11 @@ def test_a_pair_in_a_batch_is_each_answer_alone(rotary, make_stage):
                 alone = -output.loss * output.labelled
                 assert together.counts[row, column] == output.labelled
                 torch.testing.assert_close(together.sums[row, column], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scheme_that_draws_needs_a_reference_that_draws_too(make_stage):
+    """The numbers in the shards were made without draws: the margin at the start would not be 0."""
+    module, data = make_stage("rotary=hope", "+model.llm.config.head_dim=32")
+    batch = data.collater()(read_pairs(data, 1))
+    with pytest.raises(ValueError, match=r"HopeRope draws its settings .*module/reference=frozen"):
+        StreamedReference().log_probs(module.network, batch, dict)
