@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from typing import Any
@@ -45,6 +46,13 @@ def _in_one_line(func: Callable[[], Any]) -> Any:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         fail(describe(error), process_rank())
+    except ValueError as error:  # of Hydra, which shows a traceback
+        words = [word for word in sys.argv[1:] if word.endswith(("=null", "=None", "=~"))]
+        if not (words and str(error).startswith("Config group override must be")):
+            raise
+        group = words[0].partition("=")[0]
+        told = f"a group takes one of its options; leave {words[0]} out, or write ~{group} for none"
+        fail(f"error: {words[0]}: {told}", process_rank())
 
 
 def describe(error: CompactHydraException) -> str:

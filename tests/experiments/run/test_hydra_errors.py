@@ -25,6 +25,8 @@ SAID = {
     "mrope tad vanilla videorope vrope",
     "rotary=videorop": "rotary=videorop is not there: did you mean rotary=videorope? (hope, mrope, "
     "tad, vanilla, videorope, vrope)",
+    "tiles=null": "tiles=null: a group takes one of its options; leave tiles=null out, or write "
+    "~tiles for none",
     "scale=tiny": "experiment=resume_probe has no scale=tiny: leave it out, or choose a recipe "
     "that has it (clip_context, ppllava_dpo, ppllava_vicuna7b_image_video, "
     "ppllava_vicuna7b_multi_image, ppllava_vicuna7b_video, videorope_qwen2_7b)",
