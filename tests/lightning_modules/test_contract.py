@@ -44,9 +44,7 @@ def make(compose, tmp_path_factory):
     def make(component, option):
         torch.manual_seed(0)
         spec = spec_of(component, option)
-        if (
-            component == "encoder" and spec["source"]
-        ):  # the same class and options, small and random
+        if component == "encoder" and spec["source"]:  # the same class, small and random
             small = spec_of("encoder", "clip_tiny")["config"]
             spec = {**spec, "source": None, "config": small, "image_size": 64}
             spec |= {"context_length": None}
