@@ -253,7 +253,8 @@ def _parse(word: str) -> Override:
 
 
 def _value(word: str) -> Any:
-    return None if word.startswith("-") else _parse(word).value()
+    """Returns the value of an override; None for an option, and for its value (`--cfg job`)."""
+    return _parse(word).value() if "=" in word and not word.startswith("-") else None
 
 
 def _quoted(path: Path, run: Path) -> str:

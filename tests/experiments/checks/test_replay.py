@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from datamodules.errors import BadSampleError
 from datamodules.stream.reading.source import REPLAYED, find_remote, open_source
-from experiments.checks.replay import _quoted, read_replay
+from experiments.checks.replay import Replay, _quoted, read_replay
 from experiments.checks.trust import _configured, refusal
 
 
@@ -337,3 +337,9 @@ def test_results_do_not_go_where_a_link_of_its_leads(hostile, tmp_path):
     with pytest.raises(ValueError, match="evaluate is a link to"):
         read_replay([f"run={hostile}"])
     assert read_replay([f"run={hostile}", "hydra.run.dir=out"]).words
+
+
+@pytest.mark.parametrize("option", [["--cfg", "job"], ["--cfg=job"], ["-c", "job"]])
+def test_the_value_of_an_option_is_no_override(option):
+    with Replay(None, option, ["seed=1"]).guard():
+        assert json.loads(os.environ[REPLAYED]) == []
