@@ -58,7 +58,7 @@ class Tiles(NamedTuple):
 
 
 class VisualInfo(NamedTuple):
-    """What is known of a visual besides its pixels. It has no tensors, so it is never cast."""
+    """Facts about a visual besides its pixels. There are no tensors, so nothing is ever cast."""
 
     seconds: tuple[float, ...] | None = None  # when each frame of a video is shown; images: None
     #: Its frames are a thumbnail, then the tiles row by row. None: it was not cut.
@@ -137,11 +137,6 @@ class VideoBatch:
             Visual(part.view(shape), info)
             for part, shape, info in zip(parts, self.shapes, self.infos, strict=True)
         ]
-
-    @property
-    def num_frames(self) -> int:
-        """The number of frames of all visuals, tiles and thumbnails included."""
-        return sum(frames for frames, *_ in self.shapes)
 
     def to(self, device: torch.device | str) -> "VideoBatch":
         """Returns the batch on `device`."""

@@ -85,10 +85,23 @@ def decode_sample(
     # The guide prompt must not show the answer of a test question to the pooler.
     text = conversation(turns, prompt_with_answers=False if task else None)
     key = f"{raw['__url__']}/{raw['__key__']}"
-    visuals = [frames.read(suffix, raw[suffix]) for suffix in suffixes]
-    if drawn is not None:
-        visuals = with_draws(visuals, *drawn, raw["__key__"])
+    visuals = read_visuals(raw, suffixes, frames, drawn)
     return Sample(key, text, visuals, task and encode_task(task, conversation))
+
+
+def read_visuals(
+    raw: dict[str, Any],
+    suffixes: Iterable[str],
+    frames: FrameReader,
+    drawn: tuple[int, int] | None,
+) -> list[Visual]:
+    """Decodes the members with these suffixes; `drawn` is as in `decode_sample`.
+
+    Raises:
+        BadSampleError: a member cannot be read.
+    """
+    visuals = [frames.read(suffix, raw[suffix]) for suffix in suffixes]
+    return visuals if drawn is None else with_draws(visuals, *drawn, raw["__key__"])
 
 
 def collate(samples: Sequence[Sample], *, pad_id: int, prompt_pad_id: int) -> VideoBatch:

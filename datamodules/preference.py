@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.batch import IGNORE_INDEX, PreferenceBatch, VideoBatch, Visual
 from datamodules.common.digest import digest_settings
 from datamodules.errors import BadSampleError
-from datamodules.instruct import InstructDataModule, Sample, described
+from datamodules.instruct import InstructDataModule, Sample, described, read_visuals
 from datamodules.sample.conversation import (
     ConversationEncoder,
     EncodedConversation,
@@ -35,7 +35,6 @@ from datamodules.sample.conversation import (
     read_entry,
     read_turns,
 )
-from datamodules.sample.draw import with_draws
 from datamodules.sample.outline import Outline
 from datamodules.stream.index import Manifest, Shard, join
 from datamodules.stream.loader import ShardReader
@@ -83,9 +82,7 @@ def decode_pair(
     if chosen.input_ids == rejected.input_ids:
         detail = f"the answers are the same in the first {conversation.max_length} tokens"
         raise BadSampleError("no_preference", detail)
-    visuals = [frames.read(suffix, raw[suffix]) for suffix in suffixes]
-    if drawn is not None:
-        visuals = with_draws(visuals, *drawn, raw["__key__"])
+    visuals = read_visuals(raw, suffixes, frames, drawn)
     reference, settings = _reference(entry)
     key = f"{raw['__url__']}/{raw['__key__']}"
     return Pair(key, chosen, rejected, visuals, reference, settings)

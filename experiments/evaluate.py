@@ -9,7 +9,7 @@ ropelab-evaluate run=runs/run/videorope-seed0 data.val=held-out/ scores=[mc,hall
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,7 @@ def main() -> None:
         replay = read_replay(typed)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    words = [word.lstrip("+") for word in replay.typed]
-    if other := [word for word in words if word.startswith(("pooler=", "model.pooler"))]:
-        sys.exit(f"error: {other[0]}: the pooler is that of the checkpoint; leave it out")
-    named = [
-        part
-        for part in ("rotary", "positions")
-        if any(word.startswith((f"{part}=", f"model.{part}")) for word in words)
-    ]
+    named = replaced_parts(replay.typed)
     sys.argv[1:] = [*replay.words, *replay.typed]
 
     @hydra_errors_in_one_line
@@ -95,6 +88,21 @@ def main() -> None:
 
     with replay.guard():
         evaluate()
+
+
+def replaced_parts(typed: Sequence[str]) -> list[str]:
+    """Returns the parts of the trained model that typed words replace: those without weights.
+
+    Exits with an error if they name a pooler, which is always that of the checkpoint.
+    """
+    words = [word.lstrip("+") for word in typed]
+    if other := [word for word in words if word.startswith(("pooler=", "model.pooler"))]:
+        sys.exit(f"error: {other[0]}: the pooler is that of the checkpoint; leave it out")
+    return [
+        part
+        for part in ("rotary", "positions")
+        if any(word.startswith((f"{part}=", f"model.{part}")) for word in words)
+    ]
 
 
 def load(

@@ -201,10 +201,10 @@ class VideoLanguageModel(PreTrainedModel):
             for piece, weight in zip(pieces, relevance, strict=True)
         ]
         pooled = self._contract(pooled)
+        keeps = self.config.positions == "keep"
         visuals: list[list[VisualTokens]] = [[] for _ in {piece.visual for piece in pieces}]
         for piece, tokens in zip(pieces, pooled, strict=True):
             whole = trim(tokens, piece.tiles, self.image_newline) if piece.tiles else tokens
-            keeps = self.config.positions == "keep"
             visuals[piece.visual].append(whole if keeps else whole.reindex())
 
         # 4. splice

@@ -12,7 +12,7 @@ from datamodules.batch import Grid
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the tokens of one visual are. A rotary scheme knows nothing else of a visual.
+    """Holds the places of one visual's tokens. A rotary scheme knows nothing else of a visual.
 
     Only `coordinates` may be on a GPU and depend on the data. The other fields follow from the
     sizes of the visual. A scheme computes the start of the next text from these other fields, so
@@ -38,9 +38,9 @@ class Layout:
         return len(self.coordinates)
 
     @classmethod
-    def full(cls, extent: Grid, seconds: tuple[float, ...] | None = None) -> "Layout":
-        """Returns the layout of tokens that fill a grid."""
-        return cls(grid_coordinates(extent), extent, seconds)
+    def full(cls, extent: Grid, seconds: tuple[float, ...] | None = None, **known) -> "Layout":
+        """Returns the layout of tokens that fill a grid. `known` holds the other fields."""
+        return cls(grid_coordinates(extent), extent, seconds, **known)
 
     @property
     def number(self) -> Float[Tensor, " l"]:
@@ -95,8 +95,7 @@ class VisualTokens:
     def on_grid(cls, features: Float[Tensor, "t h w d"], **known) -> "VisualTokens":
         """Returns the tokens that fill a grid. `known` holds other fields of `Layout`."""
         grid = Grid(*features.shape[:3])
-        layout = Layout(grid_coordinates(grid), grid, **known)
-        return cls(features.flatten(0, 2), layout, grid)
+        return cls(features.flatten(0, 2), Layout.full(grid, **known), grid)
 
     def as_grid(self) -> Float[Tensor, "t h w d"]:
         """Returns the features on the grid that the tokens fill."""

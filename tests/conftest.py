@@ -32,6 +32,7 @@ import experiments.launcher  # noqa: F401 - registers the resolver of run names
 from datamodules.shards.pack import write_shard
 from datamodules.shards.synthetic import draw_frames, encode_image, encode_video
 from experiments import CONFIG_DIR, train
+from tests.helpers.quiet import QUIET
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
@@ -58,12 +59,7 @@ TINY = [
     "data.grid.needles=6",
     "data.grid.depths=[0.0,0.5,1.0]",
     "data.grid.conditions.periodic.period=3",
-    "trainer.log_every_n_steps=1",
-    "callbacks.progress=null",
-    "callbacks.summary=null",
-    "+trainer.enable_progress_bar=false",
-    "+trainer.enable_model_summary=false",
-    "print_config=false",
+    *QUIET,
 ]
 
 

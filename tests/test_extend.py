@@ -29,6 +29,7 @@ from lightning_modules import spec
 from lightning_modules.metrics.base import Answered
 from tests.experiments.reporting.test_report import write_run
 from tests.helpers.questions import make_question
+from tests.helpers.quiet import QUIET
 from tests.helpers.uneven import make_rows
 from tests.lightning_modules import test_contract
 from tests.lightning_modules.rotary import test_rotary
@@ -41,17 +42,7 @@ FILES = dict(re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)```", PAGE, flags=re.M |
 LINES = dict(re.findall(r'^```python\n"(\w+)": (.*),\n```', PAGE, flags=re.M))
 COMMANDS = re.findall(r"^ropelab-train (.*)$", PAGE, flags=re.M)
 
-QUIET = [
-    "optim=adamw_tiny",
-    "trainer=cpu",
-    "trainer.log_every_n_steps=1",
-    "callbacks.progress=null",
-    "callbacks.summary=null",
-    "+trainer.enable_progress_bar=false",
-    "+trainer.enable_model_summary=false",
-    "print_config=false",
-    "logger=csv",
-]
+SMALL = ["optim=adamw_tiny", "trainer=cpu", *QUIET, "logger=csv"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -210,7 +201,7 @@ def test_the_datamodule_works_with_every_callback(composed, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     sizes = ["data.frames.sampler.num_frames=2", "data.audit=true", "scores=[perplexity]"]
-    train.main.__wrapped__(composed(folder, *QUIET, *words, *sizes))
+    train.main.__wrapped__(composed(folder, *SMALL, *words, *sizes))
 
     assert read_json(folder / "done.json")["samples"] == 16
     assert read_json(folder / "status.json")["step"] == 2
@@ -235,7 +226,7 @@ def test_own_shards_are_trained_on_and_scored(checkout, composed, tmp_path, monk
     folder.mkdir()
     words = ["data=clips", "paths.data=data", "data.val=val", "scores=[mc,letter_probability]"]
     fewer = ["data.frames.sampler.num_frames=2", "data.stream.num_workers=0"]
-    train.main.__wrapped__(composed(folder, *QUIET, *words, *fewer))
+    train.main.__wrapped__(composed(folder, *SMALL, *words, *fewer))
     assert read_json(folder / "done.json")["samples"] == 8
     rows = {row["name"]: row for row in read_json(folder / "scores.json")[-1]["scores"]}
     assert rows["mc_probability"]["count"] == 2

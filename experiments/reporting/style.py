@@ -1,4 +1,4 @@
-"""What a plot of the report is, how all plots look, and the parts that they share."""
+"""The class of a plot of the report, the style of all plots, and code that they share."""
 
 import io
 from collections.abc import Callable, Iterator

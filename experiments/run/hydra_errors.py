@@ -42,17 +42,23 @@ def hydra_errors_in_one_line(main: Callable[..., Any]) -> Callable[..., Any]:
 def _in_one_line(func: Callable[[], Any]) -> Any:
     try:
         return func()
-    except CompactHydraException as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    except (CompactHydraException, ValueError) as error:
+        told = _describe_null(error) if isinstance(error, ValueError) else describe(error)
+        if told is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        fail(describe(error), process_rank())
-    except ValueError as error:  # of Hydra, which shows a traceback
-        words = [word for word in sys.argv[1:] if word.endswith(("=null", "=None", "=~"))]
-        if not (words and str(error).startswith("Config group override must be")):
-            raise
-        group = words[0].partition("=")[0]
-        told = f"a group takes one of its options; leave {words[0]} out, or write ~{group} for none"
-        fail(f"error: {words[0]}: {told}", process_rank())
+        fail(told, process_rank())
+
+
+def _describe_null(error: ValueError) -> str | None:
+    """Returns the message for `GROUP=null`, which Hydra refuses with a traceback, else None."""
+    words = [word for word in sys.argv[1:] if word.endswith("=null")]
+    if not (words and str(error).startswith("Config group override must be")):
+        return None
+    group = words[0].partition("=")[0]
+    return (
+        f"error: {words[0]}: a group takes one of its options; leave {words[0]} out, or write "
+        f"~{group} for none"
+    )
 
 
 def describe(error: CompactHydraException) -> str:

@@ -23,9 +23,12 @@ def always_encode(encoder: Encoder) -> None:
 
 
 def _fill_in(encoder: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    sharded = any(isinstance(block, FSDPModule) for block in encoder.blocks())
-    if args[0] or not (torch.is_grad_enabled() or sharded):
+    if args[0] or not (torch.is_grad_enabled() or _is_sharded(encoder)):
         return None
     blank = encoder.blank()
     device = next(encoder.parameters()).device
     return ([replace(blank, frames=blank.frames.to(device))], *args[1:])
+
+
+def _is_sharded(encoder: Encoder) -> bool:
+    return any(isinstance(block, FSDPModule) for block in encoder.blocks())

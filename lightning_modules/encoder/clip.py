@@ -10,7 +10,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from datamodules.batch import Visual
-from lightning_modules.spec import set_attention, spec_of
+from lightning_modules.spec import set_attention
 from lightning_modules.tokens import VisualTokens
 
 from .bt_adapter import BTAdapter
@@ -25,6 +25,7 @@ from .towers import (
     load_whole,
     on_frames,
     tower_sizes,
+    tower_spec,
 )
 
 
@@ -175,16 +176,12 @@ class ClipEncoder(FrameEncoder):
             "text": tower_sizes(self.text.config),
             "projection_dim": self.visual_projection.out_features,
         }
-        return spec_of(
+        return tower_spec(
             self,
-            config=config,
-            feature_layer=self.feature_layer,
+            config,
             context_length=self.context_length if self.stretched else None,
             kept_positions=self.kept_positions,
             bt_adapter=self.bt_adapter,
-            image_size=self.image_size,
-            attention=self.attention,
-            chunk_frames=self.chunk_frames,
         )
 
 

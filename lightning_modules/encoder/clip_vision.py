@@ -7,11 +7,11 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lightning_modules.spec import set_attention, spec_of
+from lightning_modules.spec import set_attention
 
 from .chunks import CHUNK_FRAMES, check_chunk_frames
 from .clip import run_tower
-from .towers import FrameEncoder, check_image_size, layers_before, tower_sizes
+from .towers import FrameEncoder, check_image_size, layers_before, tower_sizes, tower_spec
 
 
 class ClipVisionEncoder(FrameEncoder):
@@ -64,11 +64,4 @@ class ClipVisionEncoder(FrameEncoder):
         return list(self.vision.encoder.layers)
 
     def to_spec(self) -> dict:
-        return spec_of(
-            self,
-            config={"vision": tower_sizes(self.vision.config)},
-            feature_layer=self.feature_layer,
-            image_size=self.image_size,
-            attention=self.attention,
-            chunk_frames=self.chunk_frames,
-        )
+        return tower_spec(self, {"vision": tower_sizes(self.vision.config)})

@@ -15,7 +15,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from lightning_modules.spec import set_attention, spec_of
+from lightning_modules.spec import set_attention
 
 from .base import no_prompts
 from .chunks import CHUNK_FRAMES, check_chunk_frames, run_layers
@@ -28,6 +28,7 @@ from .towers import (
     layers_before,
     load_whole,
     tower_sizes,
+    tower_spec,
 )
 
 
@@ -144,15 +145,11 @@ class SiglipEncoder(FrameEncoder):
         config = {"vision": tower_sizes(self.vision.config)}
         if self.text is not None:
             config["text"] = tower_sizes(self.text.config)
-        return spec_of(
+        return tower_spec(
             self,
-            config=config,
-            feature_layer=self.feature_layer,
+            config,
             context_length=self.context_length if self.stretched else None,
             kept_positions=self.kept_positions,
-            image_size=self.image_size,
-            attention=self.attention,
-            chunk_frames=self.chunk_frames,
         )
 
     def _heads(self) -> list[nn.Module]:

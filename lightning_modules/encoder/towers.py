@@ -1,4 +1,4 @@
-"""What encoders share that use transformers' vision and text towers on square frames."""
+"""Code shared by the encoders that run transformers' towers on square frames."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from datamodules.batch import Grid, Visual
+from lightning_modules.spec import spec_of
 from lightning_modules.tokens import VisualTokens
 
 from .base import Encoder
@@ -136,6 +137,23 @@ def layers_before(feature_layer: int, depth: int) -> int:
             f"choose {-depth - 1} to {depth}"
         )
     return count
+
+
+def tower_spec(encoder: Any, config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Returns the spec of an encoder that runs a tower of this config.
+
+    Args:
+        more: arguments that not all such encoders take.
+    """
+    return spec_of(
+        encoder,
+        config=config,
+        feature_layer=encoder.feature_layer,
+        image_size=encoder.image_size,
+        attention=encoder.attention,
+        chunk_frames=encoder.chunk_frames,
+        **more,
+    )
 
 
 def tower_sizes(config: PretrainedConfig) -> dict[str, Any]:

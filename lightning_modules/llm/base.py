@@ -21,6 +21,9 @@ class LanguageModel(nn.Module, ABC):
     def replace_rotary(self, build: Callable[[nn.Module], nn.Module]) -> None:
         """Replaces the decoder's rotary module by `build(rotary module)`.
 
+        The new module has `num_axes`, and reads the positions on these axes from its attribute
+        `axis_positions`.
+
         Raises:
             ValueError: on text alone, the new module would differ from the decoder's own.
         """

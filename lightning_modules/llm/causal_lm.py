@@ -271,7 +271,7 @@ def _take_axis_positions(decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple
     """
     positions = kwargs.get("position_ids")
     if positions is not None and positions.ndim == 3:
-        count = 1 + decoder.rotary_emb.scheme.num_axes
+        count = 1 + decoder.rotary_emb.num_axes
         axes = positions[1:count]
         if len(positions) > count:  # generation; prepared by `_with_following`
             generated, position = positions[count:]

@@ -1,4 +1,4 @@
-"""What a run has logged to W&B, in order: the file from which a resumed run restores lost rows.
+"""A journal of all rows that a run logs to W&B. A resumed run restores lost rows from it.
 
 W&B writes and sends rows when it finds time, so a kill loses the last ones. The journal is written
 before each of them.

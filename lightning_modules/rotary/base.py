@@ -136,6 +136,10 @@ class RotaryEmbedding(nn.Module):
             # Raises if the scheme does not fit the number of frequencies.
             scheme.axes(self.frequencies(torch.device("cpu"), 1)[0].numel())
 
+    @property
+    def num_axes(self) -> int:
+        return self.scheme.num_axes
+
     def frequencies(
         self, device: torch.device, length: int | Int[Tensor, ""]
     ) -> tuple[Float[Tensor, " f"], float]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
@@ -55,6 +56,16 @@ def end(process: subprocess.Popen[str], code: int = 0, limit_s: float = 60) -> s
     output, _ = process.communicate(timeout=limit_s)
     assert process.returncode == code, output
     return output
+
+
+def interrupt_twice(sweep: subprocess.Popen[str], run: Callable[[int], Any]) -> None:
+    """Presses Ctrl-C while job 0, which ignores signals, runs; and again after two more steps."""
+    until(lambda: len(run(0).steps) > 2)
+    sweep.send_signal(signal.SIGINT)
+    counted = len(run(0).steps)
+    until(lambda: len(run(0).steps) > counted + 2)
+    sweep.send_signal(signal.SIGINT)
+    end(sweep, 130)
 
 
 def until(happens: Callable[[], object], limit_s: float = 60) -> None:

@@ -2,3 +2,6 @@
 
 `template.py` is that process. `forks.py` is the launcher's side of it.
 """
+
+#: Most bytes of a message between them. A request has a command line and a few variables.
+MESSAGE_BYTES = 65536

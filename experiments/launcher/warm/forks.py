@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from experiments.launcher.job import Job
+from experiments.launcher.warm import MESSAGE_BYTES
 
 logger = logging.getLogger(__name__)
 
 #: Stands for the exit code of a job that ended after its template: nobody knows the code.
 LOST = 256
-
-_MESSAGE = 65536
 
 
 def can_fork(job: Job) -> bool:
@@ -188,7 +187,7 @@ class Template:
         while not self.ended and select.select([self._socket], [], [], None if wait else 0)[0]:
             wait = False
             try:
-                message = self._socket.recv(_MESSAGE)
+                message = self._socket.recv(MESSAGE_BYTES)
             except ConnectionResetError:  # it was killed before it read everything
                 continue
             if not message:

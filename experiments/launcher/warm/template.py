@@ -34,8 +34,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+from experiments.launcher.warm import MESSAGE_BYTES
+
 _LOOK_S = 0.05  # seconds between checks for jobs that have ended
-_MESSAGE = 65536  # bytes; a request has a command line and a few variables
 
 
 def main() -> None:
@@ -102,7 +103,7 @@ def serve(control: socket.socket) -> dict[str, Any] | None:
 
 def _fork(control: socket.socket, jobs: dict[int, int]) -> dict[str, Any] | None:
     """Forks for the next request. Returns it in the job, and None in the template."""
-    message, outputs, _, _ = socket.recv_fds(control, _MESSAGE, 2)
+    message, outputs, _, _ = socket.recv_fds(control, MESSAGE_BYTES, 2)
     request = json.loads(message)
     try:
         pid = os.fork()
@@ -126,7 +127,7 @@ def _fork(control: socket.socket, jobs: dict[int, int]) -> dict[str, Any] | None
 def _redirect(output: int, error: int) -> None:
     """Makes the files the standard output and error, and repeats there what the imports printed."""
     sys.stdout.flush()
-    said = os.pread(1, _MESSAGE, 0)
+    said = os.pread(1, MESSAGE_BYTES, 0)
     for file, standard in ((output, 1), (error, 2)):
         os.dup2(file, standard)
         os.close(file)

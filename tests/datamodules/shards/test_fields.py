@@ -93,7 +93,8 @@ def test_visuals_of_a_turn():
                 f"{name!r} of messages 0 names a.jpg")  # fmt: skip
     asked = {**ASKED[0], "clip": "b.mp4"}
     refused({"conversations": [asked, ASKED[1]], "video": "a.mp4"}, "'clip' of conversations 0")
-    to_conversation({"conversations": turns("Run main.ts", "x")})  # a turn's text is not a field
+    said = {"conversations": turns("Run main.ts", "x")}  # a turn's text is not a field
+    assert to_conversation(said) == said
 
 
 TAGGED = {
@@ -159,7 +160,7 @@ def test_answers_that_are_not_to_be_learnt(name, value):
         refused({field: said}, f"{name!r} of {field} 1", f"--ignore-field {name}")
         assert len(to_conversation({field: said}, [name])["conversations"]) == 4
         said[1][name], said[0][name] = None, value  # questions never have labels
-        to_conversation({field: said})
+        assert len(to_conversation({field: said})["conversations"]) == 4
 
 
 @pytest.mark.parametrize("name", ["kto_tag", "label"])
@@ -167,9 +168,10 @@ def test_bad_answers_are_not_learnt(name):
     """From LLaMA-Factory, ms-swift and TRL."""
     for entry in (TALK, {"messages": messages("a", "b")}, {"prompt": "a", "completion": "b"}):
         refused({**entry, name: False}, f"{name!r} is false", f"--ignore-field {name}")
-        to_conversation({**entry, name: False}, [name])
+        learnt = to_conversation(entry)["conversations"]
+        assert to_conversation({**entry, name: False}, [name])["conversations"] == learnt
         for value in (True, None, 0, "false"):  # a class label of some data set
-            to_conversation({**entry, name: value})
+            assert to_conversation({**entry, name: value})["conversations"] == learnt
 
 
 def test_an_ignored_mark_is_packed(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Values of the command line that build no object: one line that names the key."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -63,10 +64,12 @@ def test_a_wrong_value_is_one_line_with_its_key(word, line, compose, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_only_what_is_known_is_imported(compose, tmp_path):
+def test_only_what_is_known_is_imported(compose, tmp_path, monkeypatch):
     """A target outside is left to the builder, which decides whether it is allowed."""
-    (tmp_path / "spy.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "spy.py").write_text("class Call: pass")
+    monkeypatch.syspath_prepend(tmp_path)
     check_values(compose(["experiment=resume_probe", "+callbacks.x._target_=spy.Call"], tmp_path))
+    assert "spy" not in sys.modules
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from experiments.launcher.warm.forks import can_fork
 from tests.helpers.light_runs import (  # noqa: F401 - the fixtures
     ROOT,
     end,
+    interrupt_twice,
     read_until,
     run_fixture,
     start_fixture,
@@ -149,12 +150,7 @@ def test_a_signal_that_one_forked_job_gets_stops_the_multirun(start, run):
 
 def test_a_second_ctrl_c_kills_forked_jobs(start, run):
     sweep = start(CPU, "seed=0,1", "stubborn=true", "steps=1000")
-    until(lambda: len(run(0).steps) > 2)
-    sweep.send_signal(signal.SIGINT)
-    counted = len(run(0).steps)
-    until(lambda: len(run(0).steps) > counted + 2)
-    sweep.send_signal(signal.SIGINT)
-    end(sweep, 130)
+    interrupt_twice(sweep, run)
     assert gone(run(0).starts[0]["pid"])
     assert not run(1).starts
 

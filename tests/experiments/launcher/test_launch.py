@@ -23,6 +23,7 @@ from experiments.run.process import leave, requeue
 from tests.helpers.light_runs import (  # noqa: F401 - the fixtures
     ROOT,
     end,
+    interrupt_twice,
     launched_fixture,
     read_until,
     run_fixture,
@@ -184,12 +185,7 @@ def test_a_job_that_is_interrupted_while_it_starts_has_not_failed(start, run):
 
 def test_a_second_ctrl_c_kills(start, run):
     sweep = start("seed=0,1", "stubborn=true", "steps=1000")
-    until(lambda: len(run(0).steps) > 2)
-    sweep.send_signal(signal.SIGINT)
-    counted = len(run(0).steps)
-    until(lambda: len(run(0).steps) > counted + 2)
-    sweep.send_signal(signal.SIGINT)
-    end(sweep, 130)
+    interrupt_twice(sweep, run)
     (only,) = run(0).starts
     until(lambda: not Path(f"/proc/{only['pid']}").exists())
     assert not run(1).starts
