@@ -85,6 +85,8 @@ class Task(NamedTuple):
     option_ids: tuple[int, ...] = ()  # first token of the answer, for each option's letter
     pair: str = ""  # name of a group of questions that are scored together
     hallucinated: bool = False  # in a pair: this question asks about something not in the video
+    category: str = ""  # kind of question; a report shows each kind by itself
+    group: str = ""  # samples whose answers depend on one another, such as those about one video
 
 
 @dataclass
@@ -172,6 +174,19 @@ class VideoBatch:
             attention_mask=mask,
             labels=torch.full_like(self.labels, IGNORE_INDEX),
             **self._visuals_where(mask[self.input_ids == VISUAL_SLOT].tolist()),
+        )
+
+    def without_visuals(self) -> "VideoBatch":
+        """Returns the rows as plain text: without visuals and without their slots."""
+        kept = self.attention_mask & (self.input_ids != VISUAL_SLOT)
+        places = (~kept).int().argsort(dim=1, stable=True)  # the kept tokens first, in their order
+        places = places[:, : int(kept.sum(1).max())]
+        return replace(
+            self,
+            input_ids=torch.where(kept, self.input_ids, 0).gather(1, places),
+            attention_mask=kept.gather(1, places),
+            labels=torch.where(kept, self.labels, IGNORE_INDEX).gather(1, places),
+            **visual_fields([], self.pixels[:0]),
         )
 
     def _visuals_where(self, kept: Sequence[bool]) -> dict[str, Any]:

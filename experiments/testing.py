@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from lightning import LightningDataModule, Trainer
+from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig
 
+from datamodules.batch import VideoBatch
 from datamodules.common.spec import class_name
 from datamodules.preference import PreferenceDataModule
 from experiments.reporting.data import read_needle
@@ -61,11 +62,10 @@ def score_answers(
     model: VideoLanguageModel,
     datamodule: LightningDataModule,
     step: int,
-) -> dict[str, float]:
-    """Scores the answers to held-out questions and returns the scores by name.
+) -> None:
+    """Scores the answers to held-out questions, if scores are chosen and the data has any.
 
-    Writes scores.json, and logs the scores under val/. The result is empty if no scores are chosen
-    or the data has no held-out part.
+    Writes scores.json and the answers, and logs the scores under val/ and blind/.
 
     Args:
         step: number of steps that the model was trained for.
@@ -74,7 +74,7 @@ def score_answers(
         ValueError: the held-out data are pairs of answers.
     """
     if not config.scores or not config.data.get("val"):
-        return {}
+        return
     if isinstance(datamodule, PreferenceDataModule):
         raise ValueError(
             "data.val holds pairs of answers, which no score here can judge: choose needles "
@@ -89,7 +89,38 @@ def score_answers(
     book = ScoreBook(config.paths.run, Path(config.run).resolve().name, used, step)
     trainer.callbacks.append(book)  # pyright: ignore[reportAttributeAccessIssue]
     trainer.validate(module, datamodule=datamodule, verbose=False)
-    return {name: facts["value"] for name, facts in module.scored.items()}
+    if config.blind:
+        answer_blindly(trainer, module, datamodule)
+
+
+def score_last_weights(
+    config: DictConfig, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule
+) -> None:
+    """Scores the weights at the end of training, unless its last validation has done so.
+
+    If `config.blind`, the questions are then answered without frames.
+    """
+    if not isinstance(module, VideoLLMModule) or not module.score_by_name or config.trial:
+        return
+    if not config.data.get("val") or not trainer.limit_val_batches:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    if module.scored_at != trainer.global_step:
+        trainer.validate(module, datamodule=datamodule, verbose=False)
+    if config.blind:
+        answer_blindly(trainer, module, datamodule)
+
+
+def answer_blindly(
+    trainer: Trainer, module: VideoLLMModule, datamodule: LightningDataModule
+) -> None:
+    """Answers the questions of the last validation again, without frames: a score of guessing.
+
+    A score that is no better comes from the questions alone, not from the videos.
+    """
+    if not module.has_questions():
+        return
+    module.condition, module.see = "blind", VideoBatch.without_visuals
+    trainer.validate(module, datamodule=datamodule, verbose=False)
 
 
 def describe(config: DictConfig, model: VideoLanguageModel, step: int) -> dict[str, Any]:

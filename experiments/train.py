@@ -22,7 +22,7 @@ from experiments.run.compose import (
     share_steps,
     user_errors_in_one_line,
 )
-from experiments.testing import test_needles
+from experiments.testing import score_last_weights, test_needles
 from lightning_modules.checkpoint import weights
 
 
@@ -72,6 +72,7 @@ def main(config: DictConfig) -> float | None:
     score = None
     if config.test:
         score = test_needles(config, trainer, module.network, datamodule, steps)
+        score_last_weights(config, trainer, module, datamodule)
     samples, digest = module.step_loss.samples, weights.sha256(module.network)
     if OmegaConf.select(config, "callbacks.checkpoint"):  # a debugging run keeps nothing
         folder.finish(steps, score, samples=samples, weights_sha256=digest)

@@ -2,7 +2,7 @@
 
 {"conversations": [...], "question": {"options": ["red", "blue"], "answer": "B"}}
 {"conversations": [...], "question": {"answer": "no", "pair": "clip7", "hallucinated": true}}
-{"conversations": [...], "question": {"answer": ["a bike", "a bicycle"]}}
+{"conversations": [...], "question": {"answer": ["a bike", "a bicycle"], "category": "object"}}
 
 The field holds facts only. `lightning_modules.metrics` decides how to score them.
 """
@@ -15,7 +15,7 @@ from datamodules.batch import Task
 from datamodules.errors import BadSampleError
 from datamodules.sample.conversation import ConversationEncoder, Turn, check_text
 
-_FIELDS = {"answer", "options", "pair", "hallucinated"}
+_FIELDS = {"answer", "options", "pair", "hallucinated", "category", "group"}
 
 
 def read_task(entry: dict[str, Any], turns: Sequence[Turn]) -> Task | None:
@@ -37,9 +37,22 @@ def read_task(entry: dict[str, Any], turns: Sequence[Turn]) -> Task | None:
         )
     answers = _texts(facts, "answer")
     options = _texts(facts, "options") if "options" in facts else ()
-    task = Task(answers, options, (), facts.get("pair", ""), facts.get("hallucinated", False))
+    task = Task(
+        answers,
+        options,
+        pair=facts.get("pair", ""),
+        hallucinated=facts.get("hallucinated", False),
+        category=facts.get("category", ""),
+        group=facts.get("group") or facts.get("pair") or _file_of(entry),
+    )
     _check(task, facts)
     return task
+
+
+def _file_of(entry: dict[str, Any]) -> str:
+    """Returns the file name of the entry's visual; empty if there is none, or several."""
+    names = [name for word in ("video", "image") if isinstance(name := entry.get(word), str)]
+    return names[0] if len(names) == 1 else ""
 
 
 def encode_task(task: Task, conversation: ConversationEncoder) -> Task:
@@ -72,11 +85,12 @@ def _texts(facts: dict[str, Any], name: str) -> tuple[str, ...]:
 
 
 def _check(task: Task, facts: dict[str, Any]) -> None:
-    if not isinstance(task.pair, str) or not isinstance(task.hallucinated, bool):
-        raise BadSampleError(
-            "bad_question", "pair must be a text, and hallucinated must be true or false"
-        )
-    check_text(task.pair, "pair of question")
+    if not isinstance(task.hallucinated, bool):
+        raise BadSampleError("bad_question", "hallucinated must be true or false")
+    for name in ("pair", "category", "group"):
+        if not isinstance(value := getattr(task, name), str):
+            raise BadSampleError("bad_question", f"{name} must be a text")
+        check_text(value, f"{name} of question")
     if task.options and task.pair:
         raise BadSampleError("bad_question", "give options or a pair, not both")
     if task.options:

@@ -15,6 +15,7 @@ from experiments.run.files import read_yaml
 #: them.
 LEFTOVERS = (
     "done.json",  # first, so that a kill in between does not leave a run that looks finished
+    "answers",
     "checkpoints",
     "generations.jsonl",
     "logged.jsonl",

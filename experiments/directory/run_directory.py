@@ -5,7 +5,7 @@ config.yaml  command.txt  versions.json     settings of the run
 run.lock                                    held by the process that trains here
 checkpoints/last.ckpt  run_id               a resumed run starts from these
 metrics.csv  logged.jsonl  wandb/  …        logs
-needle.json  needle.png  scores.json        results
+needle.json  needle.png  scores.json  answers/   results
 done.json                                   written last
 """
 
@@ -137,7 +137,7 @@ class RunDirectory:
         metrics = {
             name: points[-1][1]
             for name, points in read_curves(self.path / "metrics.csv").items()
-            if name.startswith(("train/loss", "val/"))
+            if name.startswith(("train/loss", "val/", "blind/"))
         }
         done = {
             "steps": steps,

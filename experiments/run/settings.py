@@ -22,7 +22,7 @@ _NOT_RUNS = {".hydra", "checkpoints", "slurm", "wandb"}
 #: Sections that do not change what a run computes.
 _NO_FACTORS = (
     *("hydra", "paths", "logger", "callbacks"),
-    *("launcher", "print_config", "resume", "name", "run_name"),
+    *("launcher", "print_config", "resume", "blind", "name", "run_name"),
     *("expected", "expected_within"),
 )
 

@@ -2,12 +2,9 @@
 
 from string import ascii_uppercase
 
-from jaxtyping import Float, Int
-from torch import Tensor
-
 from datamodules.batch import Task
 from lightning_modules.metrics.answers import parse as parsing
-from lightning_modules.metrics.base import Answered, Score, Value
+from lightning_modules.metrics.base import Answered, Score
 
 
 class LikeliestLetter(Score):
@@ -17,7 +14,7 @@ class LikeliestLetter(Score):
     of an answer in the chat template. Nothing is generated, so nothing needs parsing.
     """
 
-    columns = 1
+    names = ("mc_likelihood",)
 
     def asks(self, task: Task | None) -> bool:
         return task is not None and bool(task.options)
@@ -27,9 +24,6 @@ class LikeliestLetter(Score):
         likeliest = answered.options.index(max(answered.options))
         return (float(ascii_uppercase[likeliest] == answered.task.answers[0]),)
 
-    def values(self, rows: Float[Tensor, "n c"], groups: Int[Tensor, " n"]) -> dict[str, Value]:
-        return {"mc_likelihood": Value(rows.mean().item(), len(rows))}
-
 
 class GeneratedLetter(Score):
     """Computes the share of questions whose greedily generated answer names the right letter.
@@ -38,7 +32,8 @@ class GeneratedLetter(Score):
     answers.
     """
 
-    columns = 2
+    names = ("mc_generated", "mc_unparsed")
+    lower_is_better = frozenset({"mc_unparsed"})
     parser = f"parse_letter {parsing.VERSION}"
 
     def __init__(self, max_new_tokens: int = 16) -> None:
@@ -50,11 +45,10 @@ class GeneratedLetter(Score):
 
     def row(self, answered: Answered) -> tuple[float, ...]:
         assert answered.task is not None
-        said = answered.said(self.max_new_tokens)
-        letter = parsing.parse_letter(said, len(answered.task.options))
+        letter = self.parse(answered)
         return float(letter == answered.task.answers[0]), float(letter is None)
 
-    def values(self, rows: Float[Tensor, "n c"], groups: Int[Tensor, " n"]) -> dict[str, Value]:
-        right, unparsed = rows.mean(0).tolist()
-        count = len(rows)
-        return {"mc_generated": Value(right, count), "mc_unparsed": Value(unparsed, count)}
+    def parse(self, answered: Answered) -> str | None:
+        assert answered.task is not None
+        said = answered.said(self.max_new_tokens)
+        return parsing.parse_letter(said, len(answered.task.options))

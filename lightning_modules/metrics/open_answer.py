@@ -1,11 +1,9 @@
 """Scores for free-form answers: word overlap with a right answer."""
 
-from jaxtyping import Float, Int
-from torch import Tensor
 from torchmetrics.functional.text import squad
 
 from datamodules.batch import Task
-from lightning_modules.metrics.base import Answered, Score, Value
+from lightning_modules.metrics.base import Answered, Score
 
 
 class OpenAnswer(Score):
@@ -14,7 +12,7 @@ class OpenAnswer(Score):
     Case, punctuation and articles are ignored (torchmetrics' own normalisation).
     """
 
-    columns = 2
+    names = ("open_exact", "open_f1")
     parser = "torchmetrics squad"
 
     def __init__(self, max_new_tokens: int = 32) -> None:
@@ -30,7 +28,3 @@ class OpenAnswer(Score):
         said = {"prediction_text": answered.said(self.max_new_tokens), "id": ""}
         percent = squad(said, {"answers": right, "id": ""})
         return percent["exact_match"].item() / 100, percent["f1"].item() / 100
-
-    def values(self, rows: Float[Tensor, "n c"], groups: Int[Tensor, " n"]) -> dict[str, Value]:
-        exact, f1 = rows.mean(0).tolist()
-        return {"open_exact": Value(exact, len(rows)), "open_f1": Value(f1, len(rows))}

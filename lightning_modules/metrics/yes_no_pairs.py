@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datamodules.batch import Task
 from lightning_modules.metrics.answers import parse as parsing
-from lightning_modules.metrics.base import Answered, Score, Value
+from lightning_modules.metrics.base import Answered, Score
 
 
 class YesNoPairs(Score):
@@ -28,7 +28,9 @@ class YesNoPairs(Score):
     basic question, so its two bias numbers differ from these.
     """
 
-    columns = 4  # hallucinated, yes is right, says yes, says no
+    names = ("hallucinated", "yes is right", "says yes", "says no")
+    lower_is_better = frozenset({"pair_false_yes", "pair_unparsed"})
+    undirected = frozenset({"pair_yes_bias"})
     parser = f"parse_yes_no {parsing.VERSION}"
 
     def __init__(self, max_new_tokens: int = 16) -> None:
@@ -40,31 +42,41 @@ class YesNoPairs(Score):
 
     def row(self, answered: Answered) -> tuple[float, ...]:
         assert answered.task is not None
-        task, said = answered.task, parsing.parse_yes_no(answered.said(self.max_new_tokens))
-        facts = (task.hallucinated, task.answers[0] == "yes", said is True, said is False)
+        task, said = answered.task, self.parse(answered)
+        facts = (task.hallucinated, task.answers[0] == "yes", said == "yes", said == "no")
         return tuple(map(float, facts))
 
-    def values(self, rows: Float[Tensor, "n c"], groups: Int[Tensor, " n"]) -> dict[str, Value]:
+    def parse(self, answered: Answered) -> str | None:
+        said = parsing.parse_yes_no(answered.said(self.max_new_tokens))
+        return None if said is None else "yes" if said else "no"
+
+    def terms(
+        self, rows: Float[Tensor, "n c"], groups: Int[Tensor, " n"]
+    ) -> dict[str, Float[Tensor, " n"]]:
         hallucinated, truth, yes, no = rows.bool().unbind(1)
         right = torch.where(truth, yes, no)
         return {
-            **_mean("pair_basic", right[~hallucinated]),
-            **_mean("pair_hallucinated", right[hallucinated]),
-            **_mean("pair_overall", _pairs(hallucinated, right, groups)),
-            "pair_yes_bias": Value((yes.double() - truth.double()).mean().item(), len(rows)),
-            **_mean("pair_false_yes", (yes & ~truth)[~right]),
-            **_mean("pair_unparsed", ~yes & ~no),
+            "pair_basic": _where(~hallucinated, right),
+            "pair_hallucinated": _where(hallucinated, right),
+            "pair_overall": _pairs(hallucinated, right, groups),
+            "pair_yes_bias": yes.double() - truth.double(),
+            "pair_false_yes": _where(~right, yes & ~truth),
+            "pair_unparsed": (~yes & ~no).double(),
         }
 
 
-def _mean(name: str, hits: Bool[Tensor, " n"]) -> dict[str, Value]:
-    return {name: Value(hits.double().mean().item(), len(hits))} if len(hits) else {}
+def _where(asked: Bool[Tensor, " n"], hits: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Returns 1 for a hit and 0 for none; NaN for samples that are not asked."""
+    return hits.double().masked_fill(~asked, torch.nan)
 
 
 def _pairs(
     hallucinated: Bool[Tensor, " n"], right: Bool[Tensor, " n"], groups: Int[Tensor, " n"]
-) -> Bool[Tensor, " p"]:
-    """Returns, for every pair with both kinds of questions, whether all answers are right."""
-    found = [groups == group for group in groups.unique()]
-    whole = [pair for pair in found if hallucinated[pair].any() and not hallucinated[pair].all()]
-    return torch.tensor([bool(right[pair].all()) for pair in whole], dtype=torch.bool)
+) -> Float[Tensor, " n"]:
+    """Returns, at the first sample of each pair with both kinds, whether all answers are right."""
+    terms = torch.full(right.shape, torch.nan, dtype=torch.double)
+    for group in groups.unique():
+        pair = groups == group
+        if hallucinated[pair].any() and not hallucinated[pair].all():
+            terms[pair.nonzero()[0]] = float(right[pair].all())
+    return terms

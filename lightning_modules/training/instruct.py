@@ -1,6 +1,6 @@
 """Instruction tuning: training steps, logging and checkpoints around a `VideoLanguageModel`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -9,10 +9,14 @@ from torch import Tensor, nn
 from datamodules.base import datamodule_of
 from datamodules.batch import VideoBatch
 from lightning_modules.metrics.answers.generate import read_answers
-from lightning_modules.metrics.base import Score
+from lightning_modules.metrics.base import FULL, Answered, Score
 from lightning_modules.metrics.distinct import DistinctMeans
 from lightning_modules.model import Output, VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.training.base import TrainingModule
+
+
+def _all_of_it(batch: VideoBatch) -> VideoBatch:
+    return batch
 
 
 class VideoLLMModule(TrainingModule[VideoLanguageModel]):
@@ -26,6 +30,10 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
 
     Attributes:
         in_bar: names of the numbers in the progress bar.
+        condition: name of what the model sees of a validation batch; `full` is all of it. Numbers
+            of other conditions are logged as `CONDITION/…` in place of `val/…`.
+        see: batch -> what the model sees of it.
+        scored_at: step of the last validation under the condition `full`.
     """
 
     in_bar: tuple[str, ...] = ("loss",)
@@ -44,6 +52,9 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         self.scores = nn.ModuleDict(scores)
         self.scored: dict[str, dict[str, Any]] = {}
         self.means = DistinctMeans()
+        self.condition = FULL
+        self.see: Callable[[VideoBatch], VideoBatch] = _all_of_it
+        self.scored_at: int | None = None
 
     def build(self) -> VideoLanguageModel:
         return VideoLanguageModel(VideoLanguageModelConfig(**self.spec))
@@ -69,31 +80,45 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
             effective = sums["effective"] / sums["pooled"]
             self.log("pooler/effective_tokens", effective, batch_size=1)
 
-    def validation_step(self, batch: VideoBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: VideoBatch, batch_idx: int) -> list[Answered]:
+        """Adds a batch to loss and scores. Returns the answers, which callbacks write down."""
+        batch = self.see(batch)
         output: Output = self.network(batch)
         self.means.update(batch.keys, output.counts, {"loss": output.losses})
-        scores = [score for score in self.scores.values() if isinstance(score, Score)]
-        if scores:
-            answers = read_answers(self.network, batch, output, scores, self._tokenizer)
-            for score in scores:
-                score.update(answers)
+        scores = list(self.score_by_name.values())
+        if not scores:
+            return []
+        answers = read_answers(self.network, batch, output, scores, self._tokenizer)
+        for score in scores:
+            score.update(answers)
+        return answers
+
+    @property
+    def score_by_name(self) -> dict[str, Score]:
+        return {name: score for name, score in self.scores.items() if isinstance(score, Score)}
+
+    def has_questions(self) -> bool:
+        """Returns whether the last validation had a sample with a question that a score judges."""
+        return any(s.terms_by_sample and not s.asks(None) for s in self.score_by_name.values())
 
     def _tokenizer(self) -> Any:
         return datamodule_of(self.trainer).tokenizer
 
     def on_validation_epoch_end(self) -> None:
+        prefix = "val" if self.condition == FULL else self.condition
         for name, value in self.means.compute().items():
             # Every rank computes the same number, from the samples of all ranks.
             options = {"prog_bar": name in self.in_bar, "reduce_fx": "max"}
-            self.log(f"val/{name}", value, sync_dist=True, **options)
+            self.log(f"{prefix}/{name}", value, sync_dist=True, **options)
         self.means.reset()
         self.scored = {}
-        for score in self.scores.values():
-            assert isinstance(score, Score)
+        for score in self.score_by_name.values():
             for name, (value, count) in score.compute().items():
-                self.scored[name] = {"value": value, "count": count, **score.facts()}
-                self.log(f"val/{name}", value, sync_dist=True, reduce_fx="max")
+                self.scored[name] = {"value": value, "count": count, **score.facts(name)}
+                self.log(f"{prefix}/{name}", value, sync_dist=True, reduce_fx="max")
             score.reset()
+        if self.condition == FULL:
+            self.scored_at = self.trainer.global_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stores the components' specs with the weights, as plain containers."""

@@ -1,6 +1,7 @@
 """Whole runs that score held-out questions: their files, any number of ranks, and again later."""
 
 import json
+import math
 import shutil
 import sys
 
@@ -21,6 +22,7 @@ PROBE = [
     "prepare.counts={train: [24], val: [6, 5]}",
     "+prepare.make={_target_: tests.helpers.questions.make_question, _partial_: true}",
     "prepare.num_frames=4",
+    "test=true",
     "data.stream={virtual_streams: 2, window: 4, num_workers: 0}",
     "trainer.max_epochs=1",
     "trainer.val_check_interval=1.0",
@@ -59,8 +61,9 @@ def read_scores(folder):
 
 
 def test_every_score_is_kept_with_what_it_depends_on(scored):
-    first, validation = read_scores(scored)
-    assert (first["step"], validation["step"]) == (1, 2)
+    first, validation, blind = read_scores(scored)
+    assert [v["condition"] for v in (first, validation, blind)] == ["full", "full", "blind"]
+    assert [v["step"] for v in (first, validation, blind)] == [1, 2, 2]
     rows = {row["name"]: row for row in validation["scores"]}
     assert rows.keys() == NAMES
     counts = {name: row["count"] for name, row in rows.items()}
@@ -69,6 +72,9 @@ def test_every_score_is_kept_with_what_it_depends_on(scored):
     assert rows["mc_generated"]["parser"].startswith("parse_letter ")
     assert rows["mc_generated"]["max_new_tokens"] == 16
     assert rows["mc_likelihood"]["parser"] is None
+    better = {name: rows[name]["higher_is_better"] for name in ("mc_unparsed", "pair_yes_bias")}
+    assert better == {"mc_unparsed": False, "pair_yes_bias": None}
+    assert rows["open_f1"]["higher_is_better"] is True
     assert validation["frames"]["sampler"] == {"name": "UniformSampler", "num_frames": 4}
     assert validation["frames"]["image_size"] == 32
     assert validation["samples"] == 11
@@ -86,9 +92,63 @@ def test_every_score_is_kept_with_what_it_depends_on(scored):
 def test_scores_are_among_the_metrics_of_a_run(scored):
     curves = read_curves(scored / "metrics.csv")
     metrics = json.loads((scored / "done.json").read_text())["metrics"]
-    for row in read_scores(scored)[1]["scores"]:
-        assert metrics[f"val/{row['name']}"] == pytest.approx(row["value"], rel=1e-5)
-        assert len(curves[f"val/{row['name']}"]) == 2
+    _, full, blind = read_scores(scored)
+    for prefix, validation, count in (("val", full, 2), ("blind", blind, 1)):
+        for row in validation["scores"]:
+            assert metrics[f"{prefix}/{row['name']}"] == pytest.approx(row["value"], rel=1e-5)
+            assert len(curves[f"{prefix}/{row['name']}"]) == count
+
+
+def read_answers(folder, name):
+    lines = (folder / "answers" / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_every_sample_has_a_line_that_its_scores_are_made_of(scored):
+    files = sorted(path.name for path in (scored / "answers").iterdir())
+    steps = ["step-00000001", "step-00000002", "step-00000002-blind"]
+    assert files == sorted(f"{step}.jsonl" for step in steps)
+    for step, validation in zip(steps, read_scores(scored), strict=True):
+        lines = read_answers(scored, step)
+        assert len({line["key"] for line in lines}) == len(lines) == 11
+        assert {line["condition"] for line in lines} == {validation["condition"]}
+        for row in validation["scores"]:
+            terms = [v for line in lines if (v := line["values"].get(row["name"])) is not None]
+            if row["name"] == "perplexity":  # it is no mean over samples, but its parts are there
+                total = sum(line["log_prob"] for line in lines)
+                value = math.exp(-total / sum(line["tokens"] for line in lines))
+                assert value == pytest.approx(row["value"], rel=1e-5)
+            else:
+                assert len(terms) == row["count"], row["name"]
+                assert sum(terms) / len(terms) == pytest.approx(row["value"]), row["name"]
+
+
+def test_a_line_says_what_was_asked_said_and_right(scored):
+    letters, basic, hallucinated, free = read_answers(scored, "step-00000002")[:4]
+    assert letters["key"] == "shard-000000.tar/001000000"
+    assert letters["prompt"].startswith("<|user|><visual>\nWhat color is shown?\nA. red")
+    assert (letters["frames"], len(letters["options"])) == ([4], 4)
+    assert letters["right"][0] in "ABCD"
+    likeliest = max(range(4), key=letters["option_log_probs"].__getitem__)
+    right = "ABCD"[likeliest] == letters["right"][0]
+    assert letters["values"]["mc_likelihood"] == float(right)
+    assert letters["parsed"].keys() == {"mc_generated"}
+    assert isinstance(letters["answer"], str)
+    assert basic["group"] == hallucinated["group"] == "clip 250000"
+    assert (basic["right"], hallucinated["right"]) == (["yes"], ["no"])
+    assert free["values"].keys() == {"open_exact", "open_f1"}
+    assert free["tokens"] >= 1
+
+
+def test_a_blind_model_sees_no_frames(scored):
+    full, blind = (read_answers(scored, f"step-00000002{end}") for end in ("", "-blind"))
+    assert [line["frames"] for line in full] == [[4]] * 11
+    assert [line["frames"] for line in blind] == [[]] * 11
+    assert [line["prompt"] for line in blind] == [
+        line["prompt"].replace("<visual>", "") for line in full
+    ]
+    assert [line["right"] for line in blind] == [line["right"] for line in full]
+    assert all(b["log_prob"] != f["log_prob"] for b, f in zip(blind, full, strict=True))
 
 
 def test_the_best_checkpoint_is_kept_by_a_score(scored):
@@ -96,7 +156,7 @@ def test_the_best_checkpoint_is_kept_by_a_score(scored):
         validation["step"]: row["value"]
         for validation in read_scores(scored)
         for row in validation["scores"]
-        if row["name"] == "perplexity"
+        if row["name"] == "perplexity" and validation["condition"] == "full"
     }
     best = read_checkpoint(scored / "checkpoints" / "best.ckpt")["global_step"]
     assert best == max(perplexity, key=perplexity.__getitem__) == 1, "training made it fall"
@@ -106,7 +166,28 @@ def test_steps_that_are_taken_again_replace_their_scores(tmp_path):
     book = ScoreBook(tmp_path, "run")
     for step, value in ((2, "a"), (4, "b"), (6, "c"), (4, "d"), (8, "e")):
         book.write({"step": step, "value": value})
+        book.write_answers(step, "full", [{"key": value}])
     assert [v["value"] for v in read_scores(tmp_path)] == ["a", "d", "e"]
+    for condition, value in (("blind", "f"), ("blind", "g"), ("other", "h")):
+        book.write({"step": 8, "condition": condition, "value": value})
+        book.write_answers(8, condition, [{"key": value}])
+    assert [v["value"] for v in read_scores(tmp_path)] == ["a", "d", "e", "g", "h"]
+    files = sorted(path.name for path in book.answers.iterdir())
+    names = ("2", "4", "8-blind", "8-other", "8")
+    assert files == [f"step-0000000{name}.jsonl" for name in names]
+    assert read_answers(tmp_path, "step-00000004")[0]["key"] == "d"
+    book.write({"step": 8, "condition": "full", "value": "i"})
+    book.write_answers(8, "full", [])
+    assert [v["value"] for v in read_scores(tmp_path)] == ["a", "d", "i"]
+    assert not list(book.answers.glob("*blind*")), "they were said by other weights"
+
+
+def test_keys_that_are_alike_without_their_folders_stay_whole(tmp_path):
+    book = ScoreBook(tmp_path, "run")
+    for keys in (["x/a.tar/1", "x/b.tar/1"], ["x/a.tar/1", "y/a.tar/1"]):
+        book.write_answers(1, "full", [{"key": key} for key in keys])
+        kept = [line["key"] for line in read_answers(tmp_path, "step-00000001")]
+        assert kept == (["a.tar/1", "b.tar/1"] if keys[1] == "x/b.tar/1" else keys)
 
 
 @pytest.mark.slow
@@ -129,6 +210,8 @@ def test_a_resumed_run_goes_on_with_its_scores(run, tmp_path, monkeypatch):
     run(again, *words)
     assert read_scores(again) == read_scores(whole)
     assert [validation["step"] for validation in read_scores(again)] == [2, 4]
+    for path in (whole / "answers").iterdir():
+        assert (again / "answers" / path.name).read_text() == path.read_text()
 
 
 def test_a_trained_model_is_scored_on_other_shards(scored, tmp_path, monkeypatch):
@@ -139,7 +222,9 @@ def test_a_trained_model_is_scored_on_other_shards(scored, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ropelab-evaluate", *words])
     evaluate.main()
-    (again,), before = read_scores(out), read_scores(scored)[1]
+    (again, blind), (_, before, blind_before) = read_scores(out), read_scores(scored)
+    for now, then in zip(blind["scores"], blind_before["scores"], strict=True):
+        assert now == {**then, "value": pytest.approx(then["value"], rel=1e-5)}
     assert again["scores"] == [
         {**row, "value": pytest.approx(row["value"], rel=1e-5)} for row in before["scores"]
     ]
@@ -147,7 +232,8 @@ def test_a_trained_model_is_scored_on_other_shards(scored, tmp_path, monkeypatch
     trained = json.loads((scored / "done.json").read_text())
     assert again["weights"] == {"from": str(scored), "sha256": trained["weights_sha256"]}
     metrics = json.loads((out / "done.json").read_text())["metrics"]
-    assert metrics.keys() == {f"val/{name}" for name in NAMES} | {"val/loss"}
+    names = {"loss", *NAMES}
+    assert metrics.keys() == {f"{prefix}/{name}" for prefix in ("val", "blind") for name in names}
 
 
 @pytest.mark.parametrize("trainer", ["ddp_sim", pytest.param("fsdp_sim", marks=pytest.mark.slow)])
@@ -161,7 +247,9 @@ def test_two_ranks_score_what_one_scores(trainer, compose, run_ranks, scored, tm
         torch.manual_seed(3)
         module = VideoLLMModule(plain(config.model), list, scores=build(config.scores, "scores"))
         assert module.network.encoder is not None  # built here, with this seed
-        engine = build(config.trainer, "trainer", logger=False, enable_checkpointing=False)
+        book = ScoreBook(tmp_path / f"{world}", "run")
+        options = {"logger": False, "enable_checkpointing": False, "callbacks": [book]}
+        engine = build(config.trainer, "trainer", **options)
         data = build(config.data, "data")
         engine.validate(module, datamodule=data, verbose=False)
         logged = {name: float(value) for name, value in engine.callback_metrics.items()}
@@ -169,6 +257,7 @@ def test_two_ranks_score_what_one_scores(trainer, compose, run_ranks, scored, tm
 
     alone, _ = validate(1)
     assert alone.keys() == NAMES
+    lines = read_answers(tmp_path / "1", "step-00000000")
     overrides = [f"trainer={trainer}", "trainer.devices=2"]
     for found, logged in run_ranks(2, lambda rank: validate(2, *overrides)):
         assert found.keys() == NAMES
@@ -177,6 +266,10 @@ def test_two_ranks_score_what_one_scores(trainer, compose, run_ranks, scored, tm
             exact = facts["value"] if name != "perplexity" else pytest.approx(facts["value"])
             assert found[name]["value"] == exact, name
             assert logged[f"val/{name}"] == pytest.approx(facts["value"]), name
+    shared = read_answers(tmp_path / "2", "step-00000000")
+    assert [{**line, "log_prob": 0, "option_log_probs": 0} for line in shared] == [
+        {**line, "log_prob": 0, "option_log_probs": 0} for line in lines
+    ]
 
 
 @pytest.mark.slow

@@ -249,6 +249,37 @@ def test_a_sample_that_comes_twice_counts_once():
     assert perplexity.compute()["perplexity"].value == pytest.approx(math.exp(2))
 
 
+def test_rows_are_kept_exactly_under_bf16():
+    """trainer.precision=bf16-true makes bfloat16 torch's default dtype."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = values([Answered("k", None, -1000.5, 1001)], [Perplexity()])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found["perplexity"].value == pytest.approx(math.exp(1000.5 / 1001), rel=1e-9)
+
+
+def test_a_blind_row_is_its_text_alone(network, questions, conversation):
+    """Rows of different lengths, one of them without a visual, give the logits of text rows."""
+    model = network("videorope")
+    (batch,) = batches(questions[:4], 4, conversation)
+    blind = batch.without_visuals()
+    assert len(batch.shapes) == 3
+    assert not blind.shapes
+    assert not blind.pixels.numel()
+    with torch.no_grad():
+        together = model(blind)
+        for row, sample in enumerate(questions[:4]):
+            kept = [n for n, token in enumerate(sample.text.input_ids) if token != VISUAL_SLOT]
+            for name in ("input_ids", "labels"):
+                whole = getattr(sample.text, name)
+                part = getattr(blind, name)[row][blind.attention_mask[row]]
+                assert part.tolist() == [whole[n] for n in kept]
+            alone = model(batch.select([row]).without_visuals())
+            hidden = together.hidden[row][: len(kept)]
+            torch.testing.assert_close(hidden, alone.hidden[0], rtol=1e-4, atol=1e-4)
+
+
 def test_ranks_reckon_what_one_reckons(run_ranks):
     """Samples of a pair are on different ranks. One rank has none of a kind, some are on both."""
     choice = Task(("A",), ("red", "blue"), (1, 2))
@@ -282,8 +313,15 @@ def test_what_a_sample_says_of_itself():
     assert read({"options": ["red", "blue"], "answer": "B"}) == Task(("B",), ("red", "blue"))
     assert read({"answer": ["a bike", "bicycle"]}) == Task(("a bike", "bicycle"))
     assert read({"answer": "no", "pair": "p", "hallucinated": True}) == Task(
-        ("no",), pair="p", hallucinated=True
+        ("no",), pair="p", hallucinated=True, group="p"
     )
+    facts = {"answer": "a bike", "category": "object", "group": "films"}
+    assert read(facts) == Task(("a bike",), category="object", group="films")
+    talk = [Turn("user", "what?"), Turn("assistant", "B")]
+    for names, group in (({"video": "a.mp4"}, "a.mp4"), ({"video": ["a.mp4", "b.mp4"]}, "")):
+        task = read_task({"question": {"answer": "B"}, **names}, talk)
+        assert task is not None
+        assert task.group == group, "questions about one video depend on one another"
     assert read("What is it?") is None, "a field of that name in someone's annotations"
     assert read_task({}, []) is None
 
@@ -303,6 +341,9 @@ def test_what_a_sample_says_of_itself():
         ({"answer": "yes", "hallucinated": True}, "must be given together"),
         ({"answer": "maybe", "pair": "p", "hallucinated": True}, "yes or no"),
         ({"answer": "yes", "pair": 3, "hallucinated": True}, "pair must be a text"),
+        ({"answer": "a bike", "category": ["x"]}, "category must be a text"),
+        ({"answer": "a bike", "group": 7}, "group must be a text"),
+        ({"answer": "yes", "pair": "p", "hallucinated": "no"}, "hallucinated must be true or"),
         ({"answer": "A", "options": ["a", "b"], "pair": "p", "hallucinated": True}, "not both"),
         ({"answer": "B", "choices": ["red", "blue"]}, "unknown field 'choices'"),
     ],
