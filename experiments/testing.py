@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from datamodules.batch import VideoBatch
 from datamodules.common.spec import class_name
 from datamodules.preference import PreferenceDataModule
-from experiments.reporting.data import read_needle
+from experiments.reporting.measured import read_needle
 from experiments.run.compose import build, plain
 from lightning_modules.callbacks.score_book import ScoreBook
 from lightning_modules.checkpoint import weights

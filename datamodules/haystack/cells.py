@@ -96,7 +96,7 @@ class NeedleGrid(Dataset):
         encode: Callable[[Sequence[Needle], int], VideoBatch],
     ):
         self._plan, self._encode = plan, encode
-        self._needles = _take_turns(needles, plan.needles)
+        self._needles = take_turns(needles, plan.needles)
         hay = torch.cat(clips)
         longest = max(plan.frames)
         if longest > len(hay):
@@ -142,7 +142,7 @@ class NeedleGrid(Dataset):
         return order
 
 
-def _take_turns(needles: Sequence[Needle], count: int) -> list[Needle]:
+def take_turns(needles: Sequence[Needle], count: int) -> list[Needle]:
     """Returns `count` needles, one from each question in turn.
 
     Raises:

@@ -4,42 +4,25 @@ import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiments.command.overrides import DELETED, show_value
+from experiments.reporting.measured import (
+    NEEDLES,
+    Measured,
+    Needle,
+    needles_measured,
+    read_answers,
+    read_needle,
+    read_scores,
+    scores_measured,
+)
 from experiments.run.files import inside, read_curves, read_yaml
 from experiments.run.settings import Settings, find_runs
-from lightning_modules.metrics.bootstrap import MeanInterval
+from lightning_modules.metrics.answers import FULL
 
 #: Stands for a value that a run does not have.
 ABSENT = "-"
-
-
-class Cell(NamedTuple):
-    """One square of a needle test: a question about one needle at one depth of one haystack."""
-
-    frames: int
-    depth: float
-    needle: int
-    correct: bool
-
-
-@dataclass(frozen=True)
-class Needle:
-    """The result of the needle test of one run."""
-
-    rotary: str
-    seed: int
-    step: int
-    train_frames: tuple[int, int]  # fewest and most frames of a training sample
-    cells: dict[str, list[Cell]]  # by condition: plain, periodic, single
-    blind: MeanInterval
-    ceiling: MeanInterval
-    majority: float  # score of always giving the most common answer
-    logit_change: float
-    changed_at: tuple[int, float]  # frames and depth of the frame that was changed
-    computed: int  # tokens run through the LLM, with the haystack's prefix shared
-    recomputed: int  # tokens if every cell had been run by itself
 
 
 @dataclass(frozen=True)
@@ -51,6 +34,9 @@ class Run:
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     needle: Needle | None = None
     generations: list[dict[str, str]] = field(default_factory=list)
+    measured: dict[str, Measured] = field(default_factory=dict)
+    #: What the model said to each sample of the last validation, by key.
+    said: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def value(self, key: str) -> str:
         """Returns a setting as text; `ABSENT` if the run has none."""
@@ -69,14 +55,22 @@ class Run:
         return max((points[-1][0] for points in self.curves.values()), default=0)
 
     @property
-    def status(self) -> str:
+    def scored_at(self) -> int | None:
+        """The training step at which the run was tested or scored last."""
         if self.needle:
-            return "tested"
+            return self.needle.step
+        return next((line["step"] for line in self.said.values()), None)
+
+    @property
+    def status(self) -> str:
+        if self.measured:
+            return f"{'tested' if self.needle else 'scored'} after step {self.scored_at}"
         if self.curves:
             return (
-                f"no needle.json: not tested yet, or stopped (last step logged: {self.last_step})"
+                "no needle.json and no answers: not tested yet, or stopped (last step logged: "
+                f"{self.last_step})"
             )
-        return "no metrics.csv and no needle.json: not started, or stopped before its first step"
+        return "no metrics.csv and no results: not started, or stopped before its first step"
 
 
 def load_runs(roots: list[Path]) -> list[Run]:
@@ -93,14 +87,19 @@ def load_run(folder: Path) -> Run:
     settings = Settings.read(folder)
     _ = settings.choices, settings.config  # a damaged file is an error here, not later
     command = file("command.txt")
+    needle, answers = read_needle(file("needle.json")), read_answers(folder)
+    measured = {NEEDLES: needles_measured(needle)} if needle else {}
+    measured |= scores_measured(answers, read_scores(file("scores.json")))
     return Run(
         folder=folder,
         settings=settings,
         command=command.read_text().strip() if command.is_file() else "",
         versions=_versions(file("versions.json")),
         curves=read_curves(file("metrics.csv")),
-        needle=read_needle(file("needle.json")),
+        needle=needle,
         generations=_generations(file("generations.jsonl")),
+        measured=measured,
+        said={line["key"]: line for line in answers.get(FULL, [])},
     )
 
 
@@ -121,42 +120,3 @@ def _generations(path: Path) -> list[dict[str, str]]:
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {number}: not a generated answer") from error
     return rows
-
-
-def read_needle(path: Path) -> Needle | None:
-    if not path.is_file():
-        return None
-    advice = "run ropelab-evaluate on this run again"
-    try:
-        return _parse_needle(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON; {advice}") from error
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}; {advice}") from error
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a result of a needle test ({error}); {advice}") from error
-
-
-def _parse_needle(raw: dict[str, Any]) -> Needle:
-    canaries = raw["canaries"]
-    sensitivity = canaries["sensitivity"]
-    low, high = raw["protocol"]["train_frames"]
-    return Needle(
-        rotary=raw["rotary"],
-        seed=raw["seed"],
-        step=raw["step"],
-        train_frames=(low, high),
-        cells={
-            condition: [
-                Cell(c["frames"], c["depth"], c["needle"], c["correct"]) for c in result["cells"]
-            ]
-            for condition, result in raw["conditions"].items()
-        },
-        blind=MeanInterval(canaries["blind"]["mean"], *canaries["blind"]["interval"]),
-        ceiling=MeanInterval(canaries["ceiling"]["mean"], *canaries["ceiling"]["interval"]),
-        majority=canaries["blind"]["majority"],
-        logit_change=sensitivity["max_logit_change"],
-        changed_at=(sensitivity["frames"], sensitivity["depth"]),
-        computed=raw["token_forwards"]["computed"],
-        recomputed=raw["token_forwards"]["recomputed"],
-    )

@@ -8,7 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
-from experiments.reporting.data import ABSENT, Cell, Needle, Run
+from experiments.reporting.data import ABSENT, Run
+from experiments.reporting.measured import NEEDLES, Cell, Needle
+from experiments.reporting.sentences import named
 from experiments.reporting.style import (
     COLOURS,
     HEATMAP,
@@ -21,12 +23,17 @@ from experiments.reporting.style import (
     smooth,
     to_svg,
 )
-from experiments.reporting.tables import CONDITIONS, Group, conditions_of, score
+from experiments.reporting.tables import CONDITIONS, Group, Ranking, columns_of, conditions_of
+from lightning_modules.metrics.bootstrap import bootstrap_interval
 
 
-def draw_all(groups: list[Group]) -> dict[str, str]:
+def draw_all(groups: list[Group], ranking: Ranking | None = None) -> dict[str, str]:
     """Returns the SVG text by name of every picture for which the runs have data."""
     pictures = {f"heatmap-{c}": heatmaps(groups, c) for c in conditions_of(groups)}
+    if ranking and ranking.with_best:
+        pictures["comparison"] = comparison(ranking)
+    if ranking and ranking.metric != NEEDLES and columns_of(groups, ranking.metric):
+        pictures["categories"] = categories(ranking)
     drawn = {name: plot.draw(groups) for name, plot in PLOTS.items()}
     return pictures | {name: svg for name, svg in drawn.items() if svg is not None}
 
@@ -53,6 +60,57 @@ def heatmaps(groups: list[Group], condition: str) -> str:
             ax.set_xlabel("frames of the haystack")
         bar = ScalarMappable(Normalize(0, 1), HEATMAP)
         figure.colorbar(bar, ax=axes, label="share found", shrink=0.9, aspect=14, pad=0.015)
+        return to_svg(figure)
+
+
+def comparison(ranking: Ranking) -> str:
+    """Draws the difference of the best setting and each other one, with both intervals."""
+    compared = ranking.with_best
+    with new_figure(1, 1, 8.6, 1.1 + 0.38 * len(compared)) as figure:
+        ax = figure.subplots()
+        colours = {row.group.label: line_style(row.group)["color"] for row in ranking.rows}
+        for place, one in enumerate(compared):
+            _, low, high = one.difference.over_samples
+            colour, mean = colours[one.second], one.difference.mean
+            if not one.difference.one_run:
+                _, least, most = one.difference.interval
+                ax.plot([least, most], [place, place], color=colour, lw=1.2, alpha=0.8)
+            ax.plot([low, high], [place, place], color=colour, lw=5, alpha=0.45)
+            runs = one.difference.by_run
+            ax.plot(runs, [place] * len(runs), "|", color=colour, ms=11, mew=1.6)
+            ax.plot(mean, place, "o", color=colour, ms=7)
+        ax.axvline(0, color="#3d4450", ls="--", lw=1.2)
+        names = [plain_text(fill(f"than {one.second}", 40)) for one in compared]
+        ax.set_yticks(range(len(compared)), names)
+        ax.set(ylim=(len(compared) - 0.5, -0.5))
+        better = plain_text(f"{compared[0].first} is better by, in {named(ranking.metric)}")
+        ax.set_xlabel(fill(better, 90))
+        return to_svg(figure)
+
+
+def categories(ranking: Ranking) -> str:
+    """Draws the mean of each setting by category, with its interval over clusters of samples."""
+    columns = list(dict.fromkeys(column for row in ranking.rows for column in row.scores))
+    rows = ranking.rows
+    with new_figure(1, 1, max(5.6, 1.6 + 0.28 * len(columns) * len(rows)), 3.7) as figure:
+        ax = figure.subplots()
+        for number, row in enumerate(rows):
+            shift = (number - (len(rows) - 1) / 2) * 0.8 / len(rows)
+            known = [n for n, column in enumerate(columns) if column in row.scores]
+            mean, low, high = np.array([row.scores[columns[n]].interval for n in known]).T
+            ax.errorbar(
+                np.array(known) + shift,
+                mean,
+                np.array([mean - low, high - mean]),
+                color=line_style(row.group)["color"],
+                fmt=MARKERS[row.group.index % len(MARKERS)],
+                ms=6,
+                lw=2,
+                label=plain_text(row.group.label),
+            )
+        ax.set_xticks(range(len(columns)), [plain_text(fill(c.title, 20)) for c in columns])
+        ax.set(ylabel=plain_text(named(ranking.metric)), xlim=(-0.5, len(columns) - 0.5))
+        draw_legend(figure, [ax])
         return to_svg(figure)
 
 
@@ -164,9 +222,13 @@ def accuracy_by_length(groups: list[Group]) -> str | None:
 
 def _accuracy_line(ax: Axes, group: Group, cells: list[Cell]) -> None:
     lengths = sorted({cell.frames for cell in cells})
-    intervals = [s.interval for n in lengths if (s := score([[c for c in cells if c.frames == n]]))]
-    if not intervals:
+    if not lengths:
         return
+    by_length = [[c for c in cells if c.frames == length] for length in lengths]
+    intervals = [
+        bootstrap_interval([c.correct for c in some], [c.needle for c in some])
+        for some in by_length
+    ]
     mean, low, high = np.array(intervals).T
     ax.fill_between(lengths, low, high, color=line_style(group)["color"], alpha=0.14, lw=0)
     marker = MARKERS[group.index % len(MARKERS)]

@@ -14,9 +14,9 @@ from datamodules.base import datamodule_of
 from datamodules.batch import PreferenceBatch, VideoBatch
 from datamodules.common.atomic import write_whole
 from lightning_modules.callbacks.samples import FirstBatch, without_folder
+from lightning_modules.metrics.answers import FULL
 from lightning_modules.metrics.answers.generate import GREEDY
 from lightning_modules.metrics.answers.lines import answer_lines, as_text, with_values
-from lightning_modules.metrics.base import FULL
 
 _PACKAGES = ("ropelab", "torch", "transformers", "torchmetrics")
 _COLUMNS = ["step", "condition", "name", "value", "count", "parser", "max_new_tokens"]

@@ -21,9 +21,6 @@ from torchmetrics.utilities import dim_zero_cat
 from datamodules.batch import Task
 from datamodules.common.digest import number
 
-#: Name of the condition under which the model sees the whole batch. Another is `blind`.
-FULL = "full"
-
 
 @dataclass(frozen=True)
 class Answered:

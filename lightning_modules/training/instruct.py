@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from datamodules.base import datamodule_of
 from datamodules.batch import VideoBatch
+from lightning_modules.metrics.answers import FULL
 from lightning_modules.metrics.answers.generate import read_answers
-from lightning_modules.metrics.base import FULL, Answered, Score
+from lightning_modules.metrics.base import Answered, Score
 from lightning_modules.metrics.distinct import DistinctMeans
 from lightning_modules.model import Output, VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.training.base import TrainingModule

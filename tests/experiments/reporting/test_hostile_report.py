@@ -10,6 +10,7 @@ from experiments import dashboard, runs
 from experiments.report import fenced, file_names, main, table_cell
 from experiments.reporting import tables as tables
 from experiments.reporting.data import load_run, load_runs
+from experiments.reporting.measured import NEEDLES
 from experiments.run.files import inside, printable
 from experiments.run.read import read_runs
 from tests.experiments.reporting.test_report import Page, fake_needle, write_run
@@ -133,7 +134,7 @@ def test_every_condition_is_shown_whatever_its_name(tmp_path):
     write_run(tmp_path / "0", "tad", 0, needle)
     groups = tables.group_runs(load_runs([tmp_path]), ["rotary"])
     assert list(tables.conditions_of(groups)) == ["plain", "periodic", "crowd"]
-    (row,) = tables.rank(groups)
+    (row,) = tables.rank(groups, ["rotary"], NEEDLES).rows
     assert row.scores[tables.Column("crowd", "beyond")].interval.mean == 1.0
     plain, periodic = (needle["conditions"][name]["cells"] for name in ("plain", "periodic"))
     found = sum(cell["correct"] for cell in (*plain, *periodic, *crowd))

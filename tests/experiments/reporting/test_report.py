@@ -9,27 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.report import main, write_report
+from experiments.report import choose, main, place, tell, write_report
 from experiments.reporting import tables as tables
-from experiments.reporting.data import Cell, Run, load_run, load_runs
+from experiments.reporting.data import Run, load_run, load_runs
+from experiments.reporting.measured import LOSS, NEEDLES, Answer, Cell
 from experiments.reporting.plots import cell_means
+from experiments.reporting.sentences import cautions
 from experiments.run.settings import factors
 from lightning_modules.metrics.bootstrap import bootstrap_interval
 
 TRAINED = (8, 24)
 FRAMES = (8, 16, 24, 48, 96, 192)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-NEEDLES = 6
+COUNT = 6  # needles
 #: log2 of the frames at which half of the needles are lost
 REACH = {"vanilla": 6.4, "tad": 5.6, "mrope": 7.0, "videorope": 8.2}
 
 
 def fake_cells(reach: float, rng: np.random.Generator) -> list[dict]:
-    hardness = rng.normal(0, 0.6, NEEDLES)
+    hardness = rng.normal(0, 0.6, COUNT)
     cells = []
     for frames in FRAMES:
         for depth in DEPTHS:
-            for needle in range(NEEDLES):
+            for needle in range(COUNT):
                 edge = 0.8 * abs(depth - 0.5)
                 margin = 1.8 * (reach + edge + hardness[needle] - np.log2(frames))
                 correct = bool(rng.random() < 0.1 + 0.9 / (1 + np.exp(-margin)))
@@ -60,7 +62,7 @@ def fake_needle(rotary: str, seed: int) -> dict:
         "protocol": {
             "train_frames": list(TRAINED),
             "period": 8,
-            "needles": NEEDLES,
+            "needles": COUNT,
             "depths": DEPTHS,
             "frames": FRAMES,
         },
@@ -112,6 +114,79 @@ def write_run(folder: Path, rotary: str, seed: int, needle: dict | None = None) 
                 }
                 file.write(json.dumps(row) + "\n")
     return folder
+
+
+def write_answers(
+    folder: Path, seed: int, odds: dict[str, float], conditions: tuple[str, ...] = ("full", "blind")
+) -> None:
+    """Writes answers to multiple choice: 20 videos, each with a question of every category.
+
+    Args:
+        odds: share of right answers by category.
+    """
+    validations = []
+    (folder / "answers").mkdir()
+    for condition in conditions:
+        lines = []
+        for video in range(20):
+            for category, chance in odds.items():
+                # The same for every run: some videos are harder.
+                hard = np.random.default_rng([video, *category.encode()]).normal(0, 0.15)
+                draw = np.random.default_rng(
+                    [seed, video, *folder.name.encode(), *category.encode()]
+                )
+                right = draw.random() < (0.25 if condition == "blind" else chance + hard)
+                said = "A" if right else "B"
+                lines.append(
+                    {
+                        "step": 120,
+                        "condition": condition,
+                        "key": f"shard-000000.tar/{video}-{category}",
+                        "category": category,
+                        "group": f"{video}.mp4",
+                        "prompt": f"Which {category}?",
+                        "frames": [8] if condition == "full" else [],
+                        "right": ["A"],
+                        "options": ["red", "blue"],
+                        "answer": said,
+                        "parsed": {"mc_generated": said},
+                        "values": {"mc_generated": float(right), "mc_unparsed": 0.0},
+                        "log_prob": -0.2 if right else -1.5,
+                        "tokens": 2,
+                        "option_log_probs": [-0.1, -2.0] if right else [-2.0, -0.1],
+                    }
+                )
+        end = "" if condition == "full" else f"-{condition}"
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "answers" / f"step-00000120{end}.jsonl").write_text(text)
+        facts = {"parser": "parse_letter 2", "max_new_tokens": 16}
+        scores = [
+            {"name": name, "value": 0.5, "count": 40, **facts, "higher_is_better": higher}
+            for name, higher in (("mc_generated", True), ("mc_unparsed", False))
+        ]
+        about = {"data": "d1", "frames": {"num_frames": 8}, "generation": {"do_sample": False}}
+        validations.append({"step": 120, "condition": condition, "scores": scores, **about})
+    (folder / "scores.json").write_text(json.dumps(validations))
+
+
+#: Share of right answers by setting: the scheme matters, the pooler does not.
+ODDS = {
+    ("videorope", "average_2x2"): {"colour": 0.9, "order": 0.8},
+    ("videorope", "prompt_guided_2x2"): {"colour": 0.9, "order": 0.8},
+    ("mrope", "average_2x2"): {"colour": 0.85, "order": 0.4},
+    ("mrope", "prompt_guided_2x2"): {"colour": 0.85, "order": 0.4},
+}
+
+
+def write_ablation(root: Path, seeds: tuple[int, ...] = (0, 1, 2)) -> Path:
+    """Writes an ablation of 2 schemes and 2 poolers with multiple-choice scores."""
+    for (rotary, pooler), odds in ODDS.items():
+        for seed in seeds:
+            folder = write_run(root / f"{rotary}-{pooler}-seed{seed}", rotary, seed)
+            words = [f"rotary={rotary}", f"pooler={pooler}", f"seed={seed}"]
+            (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(words))
+            write_answers(folder, seed, odds)
+    return root
 
 
 def write_sweep(root: Path) -> Path:
@@ -239,40 +314,234 @@ class TestAxes:
         assert varied(load_runs([tmp_path])) == []
 
 
+def ranked(root: Path, metric: str | None = None) -> tables.Ranking:
+    runs = load_runs([root])
+    axes = varied(runs)
+    ranking = choose(tables.group_runs(runs, axes), axes, metric)
+    assert ranking
+    return ranking
+
+
 class TestRanking:
     def test_scores_are_the_shares_counted_by_hand(self, sweep):
-        runs = load_runs([sweep])
-        rows = tables.rank(tables.group_runs(runs, ["rotary", "seed"]))
+        rows = ranked(sweep).rows
         assert [row.group.label for row in rows] == ["videorope", "mrope", "vanilla", "tad"]
         raw = [fake_needle("mrope", seed)["conditions"]["periodic"]["cells"] for seed in (0, 1)]
         beyond = [[c["correct"] for c in cells if c["frames"] > TRAINED[1]] for cells in raw]
         score = rows[1].scores[tables.Column("periodic", "beyond")]
         assert score.interval.mean == pytest.approx(np.mean(beyond))
         assert score.seeds == pytest.approx([np.mean(seed) for seed in beyond])
+        assert rows[0].beside == pytest.approx({"blind": 0.11, "ceiling": 0.99})
 
     def test_a_length_trained_on_is_not_beyond(self, sweep):
-        run = load_runs([sweep / "0"])[0]
-        within = tables.cells_of(run, tables.Column("plain", "within"))
-        assert {cell.frames for cell in within} == {8, 16, 24}
+        measured = load_runs([sweep / "0"])[0].measured[NEEDLES]
+        within = tables.in_column(measured.answers, tables.Column("plain", "within"))
+        assert {re.search(r"\d+ frames", answer.key)[0] for answer in within} == {
+            f"{n} frames" for n in (8, 16, 24)
+        }
 
-    def test_overlapping_intervals_are_called_equal(self, sweep):
-        rows = tables.rank(tables.group_runs(load_runs([sweep]), ["rotary", "seed"]))
-        assert "do not overlap" in tables.headline([rows[0], rows[-1]])
-        assert "cannot tell them apart" in tables.headline([rows[0], rows[0]])
-
-    def test_different_grids_are_pointed_out(self, sweep):
-        runs = load_runs([sweep])
-        assert not tables.cautions(runs)
-        needle = runs[0].needle
-        assert needle
-        needle.cells["plain"].append(Cell(999, 0.5, 0, True))
-        assert any("different grids" in note for note in tables.cautions(runs))
+    def test_different_grids_are_not_ranked(self, tmp_path):
+        needle = fake_needle("tad", 0)
+        write_run(tmp_path / "0", "tad", 0, needle)
+        other = fake_needle("mrope", 0)
+        other["conditions"]["plain"]["cells"][0]["frames"] = 999
+        write_run(tmp_path / "1", "mrope", 0, other)
+        ranking = ranked(tmp_path)
+        assert ranking.unlike == ["the runs have 360 cells, of which 359 are common"]
+        assert not ranking.comparisons
+        assert all(row.places is None for row in ranking.rows)
+        for path in write_report(load_runs([tmp_path]), tmp_path):
+            assert "not ranked, because" in path.read_text()
+            assert "Which is better?" not in path.read_text()
 
     def test_the_interval_draws_needles(self):
-        cells = [Cell(8, depth, needle, needle > 2) for depth in DEPTHS for needle in range(6)]
+        cells = [Answer(f"{d} {n}", float(n > 2), str(n)) for d in DEPTHS for n in range(6)]
         score = tables.score([cells, cells])
         assert score
         assert score.interval == pytest.approx(bootstrap_interval([0, 0, 0, 1, 1, 1]))
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory) -> Path:
+    return write_ablation(tmp_path_factory.mktemp("ablation"))
+
+
+class TestScores:
+    def test_an_ablation_is_ranked_by_its_scores(self, ablation):
+        ranking = ranked(ablation)
+        assert ranking.metric == "mc_generated"
+        best = [row.group.label for row in ranking.rows]
+        assert all("rotary=videorope" in label for label in best[:2])
+        row = ranking.rows[0]
+        lines = [
+            json.loads(line)
+            for run in row.group.runs
+            for line in (run.folder / "answers" / "step-00000120.jsonl").read_text().splitlines()
+        ]
+        by_hand = [line["values"]["mc_generated"] for line in lines]
+        assert row.overall.interval.mean == pytest.approx(np.mean(by_hand))
+        order = [line["values"]["mc_generated"] for line in lines if line["category"] == "order"]
+        assert row.scores[tables.Column("", "order")].interval.mean == pytest.approx(np.mean(order))
+        blind = row.beside["blind"]
+        over = row.over_null["blind"]
+        assert over.mean == pytest.approx(np.mean(by_hand) - blind)
+
+    def test_each_factor_is_averaged_over_the_others(self, ablation):
+        effects = ranked(ablation).effects
+        assert list(effects) == ["rotary", "pooler"]
+        (rotary,), (pooler,) = effects.values()
+        assert (rotary.first, rotary.second, rotary.sure) == ("videorope", "mrope", True)
+        assert not pooler.sure
+        means = {
+            scheme: np.mean(
+                [
+                    np.mean([a.value for a in run.measured["mc_generated"].answers])
+                    for run in load_runs([ablation])
+                    if run.value("rotary") == scheme
+                ]
+            )
+            for scheme in ("videorope", "mrope")
+        }
+        assert rotary.difference.mean == pytest.approx(means["videorope"] - means["mrope"])
+        assert len(rotary.difference.by_run) == 6
+
+    def test_the_headline_says_which_by_how_much_and_how_sure(self, ablation):
+        text = tell(load_runs([ablation]))
+        assert re.search(
+            r"rotary: videorope is better than mrope, by 0\.\d\d, interval \[\+0", text
+        )
+        assert "pooler: average_2x2 and prompt_guided_2x2 cannot be told apart" in text
+        assert "40 questions about 20 videos and 3 seeds" in text
+
+    def test_one_seed_never_makes_a_ranking(self, tmp_path):
+        ranking = ranked(write_ablation(tmp_path, seeds=(0,)))
+        everything = [
+            *ranking.comparisons,
+            *(c for found in ranking.effects.values() for c in found),
+        ]
+        assert everything
+        assert not any(c.sure for c in everything)
+        assert {place(row) for row in ranking.rows} == {"-"}
+        assert tell(load_runs([tmp_path])).startswith("One seed makes no ranking")
+        html, markdown = write_report(load_runs([tmp_path]), tmp_path)
+        assert "## Ranking" not in markdown.read_text()
+        assert "one seed" in html.read_text()
+
+    def test_another_metric_is_ranked_on_request_and_lower_may_be_better(self, ablation):
+        ranking = ranked(ablation, LOSS)
+        means = [row.overall.interval.mean for row in ranking.rows]
+        assert means == sorted(means)
+        assert ranking.with_best[0].difference.mean > 0
+        tokens = [a for a in ranking.example.answers if a.weight == 2.0]
+        assert len(tokens) == 40
+        with pytest.raises(ValueError, match="no run has a metric 'accuracy'; there are: mc_gen"):
+            ranked(ablation, "accuracy")
+
+    def test_runs_that_were_scored_in_other_ways_are_not_ranked(self, tmp_path):
+        write_ablation(tmp_path)
+        path = tmp_path / "mrope-average_2x2-seed0" / "scores.json"
+        scores = json.loads(path.read_text())
+        scores[0]["scores"][0]["parser"] = "parse_letter 1"
+        path.write_text(json.dumps(scores))
+        assert ranked(tmp_path).unlike == ["parser differs: parse_letter 1 | parse_letter 2"]
+        scores[0]["scores"][0]["parser"] = "parse_letter 2"
+        scores[0]["frames"] = {"num_frames": 4}
+        path.write_text(json.dumps(scores))
+        assert ranked(tmp_path).unlike == ['frames differs: {"num_frames": 4} | {"num_frames": 8}']
+        assert "not ranked" in tell(load_runs([tmp_path]))
+
+    def test_a_factor_may_change_what_a_model_reads(self, tmp_path):
+        for frames in (4, 8):
+            for seed in (0, 1):
+                folder = write_run(tmp_path / f"{frames}-{seed}", "videorope", seed)
+                words = [f"data.frames.sampler.num_frames={frames}", f"seed={seed}"]
+                (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(words))
+                write_answers(folder, seed, {"colour": 0.5})
+                path = folder / "scores.json"
+                path.write_text(
+                    path.read_text().replace('"num_frames": 8', f'"num_frames": {frames}')
+                )
+        assert not ranked(tmp_path).unlike
+
+    def test_a_model_no_better_than_blind_is_pointed_out(self, tmp_path):
+        for seed in (0, 1):
+            folder = write_run(tmp_path / str(seed), "tad", seed)
+            write_answers(folder, seed, {"colour": 0.25})
+        html, _ = write_report(load_runs([tmp_path]), tmp_path)
+        assert "tad: no better than without frames" in html.read_text()
+
+    def test_a_condition_that_is_not_known_is_shown(self, tmp_path):
+        folder = write_run(tmp_path / "0", "tad", 0)
+        write_answers(folder, 0, {"colour": 0.5}, ("full", "one_frame"))
+        for path in write_report(load_runs([tmp_path]), tmp_path):
+            assert "one_frame" in path.read_text()
+
+    def test_the_last_validation_counts(self, tmp_path):
+        folder = write_run(tmp_path / "0", "tad", 0)
+        write_answers(folder, 0, {"colour": 0.5})
+        earlier = folder / "answers" / "step-00000040.jsonl"
+        earlier.write_text((folder / "answers" / "step-00000120.jsonl").read_text()[:10])
+        assert load_run(folder).scored_at == 120
+
+    def test_the_widest_disagreements_are_shown_with_all_answers(self, ablation):
+        html, markdown = (
+            path.read_text() for path in write_report(load_runs([ablation]), ablation)
+        )
+        ranking = ranked(ablation)
+        by_sample: dict[str, dict[str, list[float]]] = {}
+        for row in ranking.rows:
+            for run in row.group.runs:
+                for answer in run.measured["mc_generated"].answers:
+                    said = by_sample.setdefault(answer.key, {})
+                    said.setdefault(row.group.label, []).append(answer.value)
+        spread = {
+            key: max(map(np.mean, said.values())) - min(map(np.mean, said.values()))
+            for key, said in by_sample.items()
+        }
+        widest = sorted(spread, key=lambda key: (-spread[key], key))[:8]
+        for text in (html, markdown):
+            places = [text.index(key) for key in widest]
+            assert places == sorted(places)
+        assert "A (3 x)" in html
+
+    def test_answers_are_written_for_a_judge(self, ablation, tmp_path, capsys):
+        run = ablation / "mrope-average_2x2-seed0"
+        for name in ("pred.json", "pred.jsonl"):
+            main([str(run), "--judge", str(tmp_path / name)])
+        lines = json.loads((tmp_path / "pred.json").read_text())
+        assert len(lines) == 40
+        assert lines[0].keys() == {"id", "question", "answer", "pred"}
+        assert lines[0]["answer"] == "A"
+        assert [json.loads(x) for x in (tmp_path / "pred.jsonl").read_text().splitlines()] == lines
+        with pytest.raises(SystemExit, match="--judge takes one run, but 12 are given"):
+            main([str(ablation), "--judge", str(tmp_path / "pred.json")])
+        with pytest.raises(SystemExit, match="has no generated answers"):
+            main([str(write_run(tmp_path / "x", "tad", 0)), "--judge", str(tmp_path / "pred.json")])
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("answers/step-00000120.jsonl", '{"key": 1}\n', "step-00000120.jsonl, line 1: not an"),
+            ("answers/step-00000120.jsonl", "[1]\n", "step-00000120.jsonl, line 1: not an answer"),
+            ("scores.json", '[{"step": 1}]', "scores.json is not a list of validations"),
+            ("scores.json", "{", "scores.json is not a list of validations"),
+        ],
+    )
+    def test_a_broken_file_is_one_line(self, tmp_path, name, content, message):
+        folder = write_run(tmp_path / "0", "tad", 0)
+        write_answers(folder, 0, {"colour": 0.5})
+        (folder / name).write_text(content)
+        with pytest.raises(SystemExit, match=message):
+            main([str(tmp_path)])
+
+    def test_a_link_out_of_the_answers_is_not_followed(self, tmp_path):
+        folder = write_run(tmp_path / "runs" / "0", "tad", 0)
+        write_answers(folder, 0, {"colour": 0.5})
+        path = folder / "answers" / "step-00000120.jsonl"
+        path.rename(tmp_path / "secret")
+        path.symlink_to(tmp_path / "secret")
+        with pytest.raises(SystemExit, match="is a link to"):
+            main([str(folder)])
 
 
 class TestHeatmap:
@@ -300,7 +569,7 @@ class TestCanaries:
         assert run.needle
         assert all(canary.passes(good.needle) for canary in tables.CANARIES)
         assert [c.name for c in tables.CANARIES if not c.passes(run.needle)] == [name]
-        assert any(f"canary “{name}” fails" in note for note in tables.cautions([run]))
+        assert any(f"canary “{name}” fails" in note for note in cautions([run], None))
 
 
 class TestPage:
@@ -315,9 +584,9 @@ class TestPage:
 
     def test_both_forms_say_the_same(self, page, sweep):
         html, markdown, _ = page
-        rows = tables.rank(tables.group_runs(load_runs([sweep]), ["rotary", "seed"]))
+        rows = ranked(sweep).rows
         for text in (unescape(html), markdown):
-            assert tables.headline(rows) in text
+            assert tell(load_runs([sweep])) in text
             assert "Ablation of rotary: 4 settings, 2 seeds" in text
             assert "ropelab-train -m experiment=vniah_d_tiny" in text
             for row in rows:
@@ -328,7 +597,7 @@ class TestPage:
     def test_the_pictures_of_the_markdown_exist(self, page):
         _, markdown, output = page
         names = re.findall(r"\]\((.+?)\)", markdown)
-        assert len(names) == 4
+        assert len(names) == 5
         assert all((output / name).is_file() for name in names)
 
     def test_tables_of_the_markdown_are_whole(self, page):
@@ -355,9 +624,9 @@ class TestPage:
     def test_one_run_is_enough(self, tmp_path, capsys, tested):
         write_run(tmp_path / "run", "tad", 0, fake_needle("tad", 0) if tested else None)
         main([str(tmp_path / "run"), "--output", str(tmp_path / "out")])
-        html, markdown = (Path(line) for line in capsys.readouterr().out.splitlines())
+        _, html, markdown = (Path(line) for line in capsys.readouterr().out.splitlines())
         assert "<h1>tad</h1>" in html.read_text()
-        assert ("## Ranking" in markdown.read_text()) == tested
+        assert ("## Scores" in markdown.read_text()) == tested
 
     def test_what_a_model_says_cannot_change_the_page(self, tmp_path):
         folder = write_run(tmp_path / "run", "tad", 0, fake_needle("tad", 0))

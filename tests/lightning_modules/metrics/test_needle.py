@@ -9,7 +9,7 @@ import torch
 from hydra.utils import instantiate
 
 from datamodules.batch import IGNORE_INDEX, Visual
-from experiments.reporting.data import read_needle
+from experiments.reporting.measured import read_needle
 from experiments.reporting.tables import LEAST_LOGIT_CHANGE
 from experiments.run.compose import plain
 from lightning_modules.metrics.needle.prefix import PrefixCache
