@@ -15,7 +15,7 @@ from datamodules.batch import Task
 from datamodules.errors import BadSampleError
 from datamodules.sample.conversation import ConversationEncoder, Turn, check_text
 
-_FIELDS = {"answer", "options", "pair", "hallucinated"}
+_FIELDS = {"answer", "options", "pair", "hallucinated", "category", "group"}
 
 
 def read_task(entry: dict[str, Any], turns: Sequence[Turn]) -> Task | None:
