@@ -3,6 +3,7 @@
 ropelab-shards pack --videos videos/ --annotations train.json --output shards/ --reencode 336
 ropelab-shards verify shards/ --json
 ropelab-shards measure shards/ --tokenizer Qwen/Qwen2-7B
+ropelab-shards example my_videos/
 ropelab-shards demo data/vniah
 """
 
@@ -26,6 +27,7 @@ from datamodules.errors import BadSampleError
 from datamodules.shards.annotations.files import read_annotations
 from datamodules.shards.annotations.media import Media
 from datamodules.shards.demo import write_demo
+from datamodules.shards.example import write_example
 from datamodules.shards.measure import counts_stay_current, measure_shard
 from datamodules.shards.pack import (
     BadItem,
@@ -97,6 +99,11 @@ def measure(options: argparse.Namespace) -> Outcome:
 
 def demo(options: argparse.Namespace) -> None:
     for path in write_demo(options.output):
+        print(path)
+
+
+def example(options: argparse.Namespace) -> None:
+    for path in write_example(options.output):
         print(path)
 
 
@@ -202,6 +209,10 @@ def _parser() -> argparse.ArgumentParser:
     reader.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     reader.add_argument("--workers", type=_positive, default=workers, help="processes")
     reader.set_defaults(run=measure)
+
+    writer = commands.add_parser("example", help="videos and annotations to try `pack` with")
+    writer.add_argument("output", type=Path, metavar="DIR", help="a new folder for the videos")
+    writer.set_defaults(run=example)
 
     writer = commands.add_parser("demo", help="haystacks and needles from installed packages")
     writer.add_argument("output", type=Path, metavar="DIR", help="folder for the shards")

