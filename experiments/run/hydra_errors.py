@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from experiments import CONFIG_DIR
-from experiments.command.old_words import NEW_WORDS
+from experiments.command.old_words import NEW_WORDS, without_plus
 from experiments.private.hydra import report_first, root_of
 from experiments.run.process import fail, process_rank
 
@@ -33,6 +33,7 @@ def hydra_errors_in_one_line(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the result of `hydra.main`. `HYDRA_FULL_ERROR=1` still shows tracebacks."""
 
     def guarded(*arguments: Any) -> Any:
+        sys.argv[1:] = without_plus(sys.argv[1:])
         with report_first(_in_one_line):
             return main(*arguments)
 

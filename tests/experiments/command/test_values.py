@@ -47,7 +47,7 @@ def test_every_recipe_and_trial_passes(recipe, compose, tmp_path):
         ),
         ("trainer.max_epochs=abc", "trainer.max_epochs=abc must be a whole number or null"),
         ("trainer.max_epochs=0", "trainer.max_epochs=0 would train nothing"),
-        ("+trainer.max_steps=0", "trainer.max_steps=0 would train nothing"),
+        ("trainer.max_steps=0", "trainer.max_steps=0 would train nothing"),
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1 must be 0 or more"),
         ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps=0 must be 1 or more"),
         ("trainer.val_check_interval=0", "trainer.val_check_interval=0 must be more than 0"),

@@ -18,8 +18,6 @@ SAID = {
     "it with +optm.lr=3",
     "optim.optimizer.lrr=3": "optim.optimizer.lrr=3 sets a key that is not there: did you mean "
     "optim.optimizer.lr, or add it with +optim.optimizer.lrr=3",
-    "trainer.max_steps=6": "trainer.max_steps=6 sets a key that is not there: add it with "
-    "+trainer.max_steps=6",
     "rotery=mrope": "rotery=mrope sets a key that is not there: add it with +rotery=mrope",
     "rotary=foo": "In 'train': Could not find 'rotary/foo' Available options in 'rotary': hope "
     "mrope tad vanilla videorope vrope",
