@@ -79,7 +79,7 @@ REFUSED = [
     ("module.packing=512", "module.packing=null, this run has 512"),
     ("rotary=mrope", "model.rotary._target_=.*VideoRope, this run has .*MRope"),
     ("init=runs/other", r"init=null, this run has runs/other"),
-    ("data.gird=1", "data.gird=null, this run has 1"),
+    ("data.gird=1", "data.gird: .* has no argument gird: did you mean data.grid?"),
     ("optim.optimizer.lr=abc", "optim.optimizer.lr=abc must be a number"),
     ("trainer.max_steps=1", "trained up to step 2, but trainer.max_steps=1 is below"),
 ]
@@ -88,7 +88,7 @@ REFUSED = [
 REFUSED_LATER = [
     ("callbacks.x._target_=lightning.no.Such", "callbacks.x._target_=null"),
     ("callbacks.checkpoint.every_n_steps=0", "callbacks.checkpoint: every_n_steps=0 must be 1"),
-    ("trainer.enable_foo=1", "trainer: .*enable_foo"),
+    ("trainer.enable_foo=1", "trainer.enable_foo: Trainer has no argument enable_foo"),
     ("trainer.accumulate_grad_batches=3", "trainer.accumulate_grad_batches is 3"),
     ("trainer.devices=0", "trainer: .*devices=0"),
     ("tuning.checkpointing=[foo]", "tuning.checkpointing names foo"),
