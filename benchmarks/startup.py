@@ -71,7 +71,7 @@ def first_step(start: Callable[..., Any], folder: Path, environment: dict[str, s
         f"paths.data={folder.parent}",
         f"hydra.run.dir={folder}/run",
     ]
-    words += ["+trainer.max_steps=1", "test=false", *(f"data.{word}" for word in SMALL)]
+    words += ["trainer.max_steps=1", "test=false", *(f"data.{word}" for word in SMALL)]
     words += ["+callbacks.clock._target_=startup.Clock", f"+callbacks.clock.path={folder}/clock"]
     with (folder / "log").open("w") as output:
         began = time.time()

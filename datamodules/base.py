@@ -198,7 +198,7 @@ class StepsDataModule(VideoDataModule):
                 f"trainer.val_check_interval={interval // per_step} optimizer steps is longer than "
                 f"an epoch, which has {mine // per_step}: set it to {mine // per_step} or less, to "
                 "1.0 for the end of each epoch, or count across epochs with "
-                "+trainer.check_val_every_n_epoch=null"
+                "trainer.check_val_every_n_epoch=null"
             )
 
     def _samples_before(self, epoch: int, micro_batches: int) -> int:

@@ -20,7 +20,9 @@ from omegaconf import DictConfig
 from torch import nn
 
 from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launchers and `run_name`
+from experiments.checks.keys import check_keys
 from experiments.checks.replay import read_replay
+from experiments.checks.which_run import check_run
 from experiments.command.values import check_values
 from experiments.directory.run_directory import RunDirectory
 from experiments.run import process
@@ -44,6 +46,8 @@ def main() -> None:
     if not asking and not any(word.startswith("run=") for word in typed):
         sys.exit("error: which run? ropelab-evaluate run=FOLDER")
     try:
+        if not asking:
+            check_run(Path([w for w in typed if w.startswith("run=")][-1][4:].strip("'\"")))
         replay = read_replay(typed)
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -56,6 +60,7 @@ def main() -> None:
     def evaluate(config: DictConfig) -> float | None:
         # 1. The trained model. Of the classes that its directory names, only allowed ones are built
         replay.check(config)
+        check_keys(config, replay.typed)
         check_values(config)
         run = Path(config.run)
         stage = build(config.module, "module")(model=plain(config.model))

@@ -17,6 +17,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launchers and `run_name`
+from experiments.checks.keys import check_keys
 from experiments.command.values import check_values
 from experiments.planning.forecast import GIB, Forecast, forecast, is_sharded
 from experiments.run import process
@@ -32,6 +33,7 @@ _KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "tempo
 @user_errors_in_one_line
 def plan(config: DictConfig) -> None:
     # 1. A forecast for each world size: builds the recipe and its model, and takes one step
+    check_keys(config)
     check_values(config)
     device = config.device
     usable = (1 - config.headroom) * device.memory_gib

@@ -23,6 +23,7 @@ from datamodules.common.atomic import write_whole
 from datamodules.preference import RawPairs, with_reference
 from datamodules.shards.pack import write_shard
 from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launchers and `run_name`
+from experiments.checks.keys import check_keys
 from experiments.command.values import check_values
 from experiments.evaluate import load
 from experiments.run import process
@@ -37,6 +38,7 @@ from lightning_modules.training.preference.module import model_settings
 @user_errors_in_one_line
 def main(config: DictConfig) -> None:
     process.run_alone("ropelab-reference")
+    check_keys(config)
     check_values(config)
     print_config(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)

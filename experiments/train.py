@@ -9,6 +9,7 @@ import lightning
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launchers and `run_name`
+from experiments.checks.keys import check_keys
 from experiments.checks.place import AfterFirstStep, check_place
 from experiments.command.values import check_values
 from experiments.directory.run_directory import RunDirectory
@@ -30,6 +31,7 @@ from lightning_modules.checkpoint import weights
 @user_errors_in_one_line
 def main(config: DictConfig) -> float | None:
     # 1. The run directory and the seed. A finished run ends here. Nothing is written before step 5.
+    check_keys(config)
     check_values(config)
     folder = RunDirectory(config)
     if done := folder.finished():

@@ -1,11 +1,14 @@
 """Every option of every group composes, and its classes can be built."""
 
+import inspect
 import re
 import subprocess
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import hydra
+import lightning
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
@@ -15,6 +18,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 import experiments.command.names  # noqa: F401 - registers the resolvers
 from experiments import CONFIG_DIR
+from experiments.command.old_words import NEW_KEYS, without_plus
 from experiments.run.compose import build, build_all, plain
 from lightning_modules.training.instruct import VideoLLMModule
 
@@ -217,3 +221,23 @@ def test_a_file_of_a_package_is_found_or_how_to_get_it_is_said():
     ):
         with pytest.raises(InterpolationResolutionError, match=says):
             _ = OmegaConf.create({"a": f"${{installed:{missing}}}"}).a
+
+
+def test_the_trainers_keys_have_lightnings_defaults():
+    """Except those that the file sets on purpose."""
+    file = OmegaConf.load(CONFIG_DIR / "trainer" / "default.yaml")
+    ours: Any = OmegaConf.to_container(file, resolve=False)
+    lightnings = {k: p.default for k, p in inspect.signature(lightning.Trainer).parameters.items()}
+    chosen = {"_target_", "default_root_dir", "devices", "max_epochs", "precision"}
+    chosen |= {"gradient_clip_val", "log_every_n_steps", "num_sanity_val_steps"}
+    assert {k: v for k, v in ours.items() if k not in chosen} == {
+        k: lightnings[k] for k in ours if k not in chosen
+    }
+    assert {f"trainer.{k}": ours[k] for k in ours if f"trainer.{k}" in NEW_KEYS} == NEW_KEYS
+
+
+@pytest.mark.parametrize("plus", ["", "+"])
+@pytest.mark.parametrize("key", ["max_steps", "limit_val_batches", "check_val_every_n_epoch"])
+def test_a_flag_of_the_trainer_needs_no_plus_but_may_have_one(key, plus, compose, tmp_path):
+    config = compose(without_plus([f"{plus}trainer.{key}=7"]), tmp_path)
+    assert config.trainer[key] == 7

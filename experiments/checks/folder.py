@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.checks.keys import check_keys
+from experiments.private.hydra import combinations
 from experiments.run.files import check_files, printable
+from experiments.run.made import make
 from experiments.run.process import fail, process_rank
 
 
@@ -22,11 +27,21 @@ class MakeFolder(Callback):
         _make(config, "run", "hydra.run.dir=…, or another folder for all runs with paths.runs=…")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _check_first_job(config)
         if config.hydra.sweeper._target_.endswith(".ListingSweeper"):
             return  # a dry run writes nothing
         _make(
             config, "sweep", "hydra.sweep.dir=…, or another folder for all runs with paths.runs=…"
         )
+
+
+def _check_first_job(config: DictConfig) -> None:
+    """Checks the keys of a sweep's first job. Later, frozen configs have no interpolations left."""
+    words = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    try:
+        check_keys(hydra.compose(config.hydra.job.config_name, combinations(words)[0]))
+    except ValueError as error:
+        fail(f"error: {error}", process_rank())
 
 
 def _make(config: DictConfig, kind: str, ways_out: str) -> None:
@@ -39,7 +54,7 @@ def _make(config: DictConfig, kind: str, ways_out: str) -> None:
     finally:
         HydraConfig.instance().cfg = before
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make(folder)
         if kind == "run":
             check_files(folder)  # before Hydra opens its log there
         return

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.stream.reading.source import REPLAYED
 from experiments.checks.trust import flat, refusal, targets, writes_files
+from experiments.command.old_words import without_plus
 from experiments.run.compose import plain
 from experiments.run.files import inside, printable, read_yaml
 
@@ -148,6 +149,7 @@ def read_replay(typed: Sequence[str]) -> Replay:
     Raises:
         ValueError: several runs, damaged files, or words that a run directory may not contain.
     """
+    typed = without_plus(typed)
     if any(word in ("-m", "--multirun") for word in typed):
         raise ValueError("one run at a time; call ropelab-evaluate once for each run=")
     folders = [word.partition("=")[2].strip("'\"") for word in typed if word.startswith("run=")]
@@ -187,7 +189,7 @@ def _read(run: Path) -> tuple[list[str], str, str]:
         raise ValueError(f"{damaged} ({type(error).__name__})") from None
     except ValueError as error:
         raise ValueError(f"{damaged}: {printable(str(error))}") from None
-    return words, cwd, data
+    return without_plus(words), cwd, data
 
 
 def _is_left_out(word: str, left_out: Sequence[str], run: Path) -> bool:

@@ -14,6 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.command.nearest import dotted, nearest
+
 #: Packages of targets whose annotations are read. No other target is imported here.
 _READ = ("datamodules.", "lightning.", "lightning_modules.", "torch.optim.")
 
@@ -30,6 +32,12 @@ _TOP: dict[str, Any] = {
     "test": bool,
     "trial": bool,
 }
+
+#: Most arguments of a target that a message lists.
+_FEW = 12
+
+#: Keys of a node that Hydra reads itself.
+_OF_HYDRA = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
 #: Sections that others interpolate. They are checked first, so that errors name the user's key.
 _FIRST = ("optim", "tuning", "model")
@@ -62,7 +70,8 @@ def check_values(config: DictConfig) -> None:
     """Checks every value against the annotation of the argument that receives it.
 
     Raises:
-        ValueError: a value has the wrong type or is out of range. The message names its key.
+        ValueError: a value has the wrong type or is out of range, or no argument receives it. The
+            message names its key.
     """
     for key, hint in _TOP.items():
         if key in config:
@@ -74,7 +83,7 @@ def check_values(config: DictConfig) -> None:
         raise ValueError(f"seed={config.seed} must be from 0 to {_MOST_SEED}")
     for section in sorted(map(str, config), key=lambda name: name not in _FIRST):
         if OmegaConf.is_config(config[section]):
-            _check_node(OmegaConf.to_container(config[section], resolve=True), section)
+            _check_node(OmegaConf.to_container(config[section], resolve=True), section, config)
     for key, least in _LEAST.items():
         value = OmegaConf.select(config, key)
         if isinstance(value, (int, float)) and value < least:
@@ -88,16 +97,19 @@ def _or_more(least: float) -> str:
     return f"{least} or more" if least in (0, 1) else "more than 0"
 
 
-def _check_node(node: Any, key: str) -> None:
+def _check_node(node: Any, key: str, config: DictConfig) -> None:
     if isinstance(node, dict):
-        hints = _hints(node.get("_target_"))
+        target: Any = node.get("_target_")
+        hints, taken = _hints(target), _arguments(target)
         for name, value in node.items():
+            if taken is not None and name not in taken and name not in _OF_HYDRA:
+                raise ValueError(_describe_unknown(f"{key}.{name}", target, taken, config))
             if name in hints:
                 _check(value, hints[name], f"{key}.{name}")
-            _check_node(value, f"{key}.{name}")
+            _check_node(value, f"{key}.{name}", config)
     elif isinstance(node, list):
         for number, child in enumerate(node):
-            _check_node(child, f"{key}.{number}")
+            _check_node(child, f"{key}.{number}", config)
 
 
 def _check(value: Any, hint: Any, key: str) -> None:
@@ -106,14 +118,58 @@ def _check(value: Any, hint: Any, key: str) -> None:
         raise ValueError(f"{key}={shown} must be {describe(hint)}")
 
 
+def _describe_unknown(key: str, target: str, taken: Collection[str], config: DictConfig) -> str:
+    """Returns the message for an argument that a target does not take, with the nearest key."""
+    section, _, name = key.rpartition(".")
+    told = f"{key}: {target.rpartition('.')[2]} has no argument {name}"
+    known = [f"{section}.{other}" for other in sorted(taken)]
+    everywhere = dotted(OmegaConf.to_container(config, resolve=False))
+    real = [other for other in everywhere if not other.startswith(f"{section}.")]
+    if found := nearest(key, known) or nearest(key, real):
+        return f"{told}: did you mean {found}?"
+    few = f" ({section} takes {', '.join(sorted(taken))})" if len(taken) <= _FEW else ""
+    return f"{told}: leave it out{few}"
+
+
+def _arguments(target: Any) -> set[str] | None:
+    """Returns the names of the arguments that a target takes, or None if it takes any, or unread.
+
+    A class that passes `**options` on takes those of its base classes, too.
+    """
+    found = _read(target)
+    if found is None:
+        return None
+    names: set[str] = set()
+    for owner in found.__mro__ if inspect.isclass(found) else [found]:
+        if owner is object:
+            return None
+        if inspect.isclass(owner) and "__init__" not in vars(owner):
+            continue
+        try:
+            call = inspect.signature(owner.__init__ if inspect.isclass(owner) else owner)
+        except (TypeError, ValueError):
+            return None
+        names |= set(call.parameters)
+        if not any(p.kind is p.VAR_KEYWORD for p in call.parameters.values()):
+            return names - {"self"}
+    return None
+
+
+def _read(target: Any) -> Any:
+    """Returns the class or function of a target, or None if it is not read here."""
+    if not isinstance(target, str) or not target.startswith(_READ):
+        return None
+    try:
+        return get_object(target)
+    except Exception:
+        return None  # no such target: `instantiate` reports that better
+
+
 def _hints(target: Any) -> dict[str, Any]:
     """Returns annotations of a target's arguments, also of those that its base classes take."""
-    if not isinstance(target, str) or not target.startswith(_READ):
+    found = _read(target)
+    if found is None:
         return {}
-    try:
-        found = get_object(target)
-    except Exception:
-        return {}  # no such target: `instantiate` reports that better
     hints: dict[str, Any] = {}
     for owner in reversed(found.__mro__) if inspect.isclass(found) else [found]:
         try:

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from experiments.command.old_words import NEW_KEYS
+
 #: Sections that make the weights. The error names the first difference, so a section comes before
 #: the sections that interpolate it.
 _SECTIONS = (
@@ -145,7 +147,10 @@ def _among(key: str, patterns: Sequence[str]) -> bool:
 
 
 def _leaves_of(config: dict[str, Any], sections: tuple[str, ...]) -> dict[str, Any]:
-    """Returns values by dotted key. Leaves out null and empty values, which equal a missing key."""
+    """Returns values by dotted key. Leaves out values that have the effect of a missing key.
+
+    These are null, empty lists, and the defaults in `NEW_KEYS`.
+    """
     found: dict[str, Any] = {}
     for section in sections:
         node: Any = config
@@ -154,6 +159,7 @@ def _leaves_of(config: dict[str, Any], sections: tuple[str, ...]) -> dict[str, A
         if section == "callbacks" and isinstance(node, dict):
             node = {name: child for name, child in node.items() if not _watches(child)}
         found |= dict(_leaves(_movable(node, config), section))
+    found = {k: v for k, v in found.items() if not (k in NEW_KEYS and v == NEW_KEYS[k])}
     return found | {key: _real(found[key]) for key in ("init", "module.init") if key in found}
 
 

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, NoReturn
 
 import rich
@@ -24,6 +25,7 @@ from datamodules.base import VideoDataModule
 from datamodules.batch import data_rank
 from datamodules.errors import BadSampleError
 from experiments.run import process
+from experiments.run.made import remove_unused
 from lightning_modules.callbacks.memory import is_out_of_memory
 from lightning_modules.checkpoint.preemption import Preempted, signals
 from lightning_modules.loggers.wandb import finish_wandb
@@ -128,7 +130,7 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
         warnings.filterwarnings("ignore", r"The `srun` command is available")
         # A run without validation data is intended.
         warnings.filterwarnings("ignore", r"Total length of `list` across ranks is zero")
-        failed = 1
+        failed, kept = 1, True
         try:
             with signals.listen():
                 score = main(config)
@@ -143,6 +145,7 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
                 # A scheduler signals all processes of a job. The W&B process may exit first.
                 logger.warning("after %s: %r", signals.received, error)
                 _leave(signals.received)
+            kept = False
             if not isinstance(error, _USER_ERRORS) and not is_out_of_memory(error):
                 raise
             logger.debug("where it came from", exc_info=True)
@@ -157,6 +160,9 @@ def user_errors_in_one_line(main: Callable[[DictConfig], Any]) -> Callable[[Dict
         finally:
             if wandb.run is not None:
                 _finish_wandb(failed)
+            if not kept and not rank_zero_only.rank:
+                folder = Path(HydraConfig.get().runtime.output_dir)
+                remove_unused(folder, HydraConfig.get().job.config_name == "evaluate")
 
     return guarded
 

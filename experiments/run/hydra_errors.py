@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,26 +13,36 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from experiments import CONFIG_DIR
-from experiments.command.old_words import NEW_WORDS
+from experiments.command.nearest import ALIKE, dotted, nearest
+from experiments.command.old_words import NEW_WORDS, without_plus
 from experiments.private.hydra import report_first, root_of
 from experiments.run.process import fail, process_rank
 
-_UNKNOWN = re.compile(r"Could not override '(?P<key>.*)'\.\nTo append to your config use \+(.*)")
+_UNKNOWN = re.compile(
+    r"Could not override '(?P<key>.*)'\.\nTo append to your config use \+(?P<word>.*)"
+)
+_THERE = re.compile(
+    r"Could not append to config\. An item is already at '(?P<key>.*)'\.\n"
+    r".*\nOr add a second .*: '\+(?P<word>\+.*)'"
+)
 _NO_OPTION = re.compile(
-    r".*Could not find '(?P<group>.*)/(?P<option>[^/]*)'\n\nAvailable options in .*:\n"
-    r"(?P<known>.*)\nConfig search path:.*",
+    r"(?:In '(?P<where>[^']*)': )?Could not find '(?P<group>.*)/(?P<option>[^/]*)'\n\n"
+    r"Available options in .*:\n(?P<known>.*)\nConfig search path:.*",
     re.DOTALL,
 )
 _NO_TINY = re.compile(r".*Could not load 'scale/tiny/(?P<recipe>.*)'\.\n.*", re.DOTALL)
 
-#: Least similarity of two keys, and of their last parts, for a spelling suggestion. 1 is equal.
-_ALIKE = 0.75
+_NO_FILE = re.compile(
+    r"(?:In '(?P<where>[^']*)': )?Could not load '(?P<group>[^']*)/(?P<option>[^/']*)'\.\n.*",
+    re.DOTALL,
+)
 
 
 def hydra_errors_in_one_line(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the result of `hydra.main`. `HYDRA_FULL_ERROR=1` still shows tracebacks."""
 
     def guarded(*arguments: Any) -> Any:
+        sys.argv[1:] = without_plus(sys.argv[1:])
         with report_first(_in_one_line):
             return main(*arguments)
 
@@ -71,15 +81,33 @@ def describe(error: CompactHydraException) -> str:
     cause = error.__cause__
     unknown = _UNKNOWN.fullmatch(text)
     if unknown and isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
-        key, word = unknown.groups()
-        known = list(_keys_beside(cause))
-        nearest = _nearest(key, known)
-        meant = f"did you mean {nearest}, or " if nearest else ""
-        return f"error: {word} sets a key that is not there: {meant}add it with +{word}"
+        return f"error: {_describe_key(unknown['key'], unknown['word'], _root_beside(cause))}"
+    if there := _THERE.match(text):
+        return f"error: {there['word']}: {there['key']} is there already: write {there['word'][1:]}"
     if isinstance(cause, OmegaConfBaseException):
         text = f"{text}: {str(cause).strip().splitlines()[0]}"
     text = text.partition("\nConfig search path:")[0]  # ropelab-train --info searchpath shows it
     return f"error: {' '.join(text.split())}"
+
+
+def _describe_key(key: str, word: str, root: dict[Any, Any]) -> str:
+    """Returns the message for a key that is not there.
+
+    It suggests `+` only for arguments of an object; nothing would read any other key.
+    """
+    groups = [path.name for path in CONFIG_DIR.iterdir() if path.is_dir()]
+    found = nearest(key, [*dotted(root), *(groups if "." not in key else [])])
+    if found in groups:
+        found = f"{found}{word[len(key) :]}"
+    told = f"{word} sets a key that is not there"
+    if found:
+        told += f": did you mean {found}?"
+    section: Any = root
+    for part in key.split(".")[:-1]:
+        section = section.get(part) if isinstance(section, dict) else None
+    if isinstance(section, dict) and (target := section.get("_target_")):
+        return f"{told}{'' if found else ':'} +{word} adds it, if {target} has this argument"
+    return told if found else f"{told}: ropelab-train --cfg job shows every key"
 
 
 def _describe_option(text: str) -> str | None:
@@ -89,10 +117,7 @@ def _describe_option(text: str) -> str | None:
         word = f"{group}={option}"
         if word in NEW_WORDS:
             return f"error: {word} is now {NEW_WORDS[word]}"
-        if nearest := get_close_matches(option, known, 1, _ALIKE):
-            others = ", ".join(known)
-            return f"error: {word} is not there: did you mean {group}={nearest[0]}? ({others})"
-        return None
+        return f"error: {_describe_choice(word, option, known, missing['where'])}"
     if missing := _NO_TINY.fullmatch(text):
         recipes = sorted(path.stem for path in (CONFIG_DIR / "scale" / "tiny").glob("*.yaml"))
         recipe = missing["recipe"].replace("None", "null")
@@ -100,28 +125,32 @@ def _describe_option(text: str) -> str | None:
             f"error: experiment={recipe} has no scale=tiny: leave it out, or choose a recipe that "
             f"has it ({', '.join(recipes)})"
         )
+    if missing := _NO_FILE.fullmatch(text):
+        group, option = missing["group"], missing["option"]
+        known = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+        if known:
+            word = f"{group}={option}"
+            return f"error: {_describe_choice(word, option, known, missing['where'])}"
     return None
 
 
-def _nearest(key: str, known: list[str]) -> str | None:
-    """Returns the known key with the most similar spelling, else one with the same last part."""
-    last = key.rpartition(".")[2]
-    ends = {other: other.rpartition(".")[2] for other in known}
-    same_end = [other for other, end in ends.items() if end == last]
-    like_end = [other for other, end in ends.items() if get_close_matches(last, [end], 1, _ALIKE)]
-    found = get_close_matches(key, like_end, 1, _ALIKE) or get_close_matches(key, same_end, 1, 0.0)
-    return found[0] if found else None
+def _describe_choice(word: str, option: str, known: Sequence[str], where: str | None) -> str:
+    """Returns the message for an option that is not there, with the nearest one and all others.
+
+    Args:
+        where: name of the file that chooses it, as Hydra tells it.
+    """
+    chosen_in = f" (in {where}.yaml)" if where and where.startswith("experiment/") else ""
+    others = ", ".join(known)
+    if like := get_close_matches(option, known, 1, ALIKE):
+        meant = f"{word.partition('=')[0]}={like[0]}"
+        return f"{word}{chosen_in} is not there: did you mean {meant}? ({others})"
+    return f"{word}{chosen_in} is not there: choose one of {others}"
 
 
-def _keys_beside(error: OmegaConfBaseException) -> Iterator[str]:
-    """Yields the dotted keys of the config in which a key was not found."""
-    if error.parent_node is not None:
-        root = OmegaConf.to_container(root_of(error.parent_node), throw_on_missing=False)
-        yield from (key for key in _keys(root) if key.partition(".")[0] != "hydra")
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(node, dict):
-        for name, child in node.items():
-            yield f"{prefix}{name}"
-            yield from _keys(child, f"{prefix}{name}.")
+def _root_beside(error: OmegaConfBaseException) -> dict[Any, Any]:
+    """Returns the config in which a key was not found."""
+    if error.parent_node is None:
+        return {}
+    root: Any = OmegaConf.to_container(root_of(error.parent_node), throw_on_missing=False)
+    return root

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from experiments.command.old_words import NEW_KEYS
 from experiments.command.overrides import DELETED, read_overrides, show_value
 from experiments.run.files import FROZEN, inside, read_yaml
 
@@ -159,9 +160,9 @@ def _differing(runs: Sequence[Settings], keys: Iterable[str]) -> dict[str, list[
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
-    """Yields the dotted key of every leaf of a config."""
+    """Yields the dotted key of every leaf of a config, except values that equal a missing key."""
     if isinstance(node, dict):
         for key, child in node.items():
             yield from _leaves(child, f"{prefix}.{key}" if prefix else str(key))
-    else:
+    elif node is not None and not (prefix in NEW_KEYS and node == NEW_KEYS[prefix]):
         yield prefix

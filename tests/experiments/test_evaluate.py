@@ -79,9 +79,34 @@ def test_a_saved_model_is_tested_as_it_is(trained, run_evaluate, tmp_path_factor
 
 
 def test_a_folder_without_a_checkpoint_is_one_line(run_evaluate, tmp_path):
+    (tmp_path / "run").mkdir()
     with pytest.raises(SystemExit, match=r"error: no checkpoint in .*run=") as caught:
-        run_evaluate(tmp_path / "run", "print_config=false")
+        run_evaluate(tmp_path / "run")
     assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_wrong_run_creates_nothing(run_evaluate, trained):
+    with pytest.raises(
+        SystemExit, match=r"^error: run=\S+rnu does not exist: did you mean run=\S+"
+    ):
+        run_evaluate(trained.parent / "rnu")
+    assert not (trained.parent / "rnu").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("data.grid.frames=[0]", "frames"),  # refused by the data
+        ("+optim.lr=5", "did you mean optim.optimizer.lr"),
+        ("paths.data=nowhere", "nowhere"),  # noticed only when the test begins
+    ],
+)
+def test_a_failed_evaluation_leaves_no_folder(word, line, trained, run_evaluate):
+    before = set(trained.rglob("*"))
+    with pytest.raises(SystemExit, match=f"^error: .*{line}"):
+        run_evaluate(trained, word)
+    assert {path for path in trained.rglob("*") if "run.lock" not in path.name} <= before
 
 
 def test_a_checkpoint_names_only_stages_of_this_package(trained, tmp_path):

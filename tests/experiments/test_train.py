@@ -180,7 +180,7 @@ def test_starting_anew_forgets_the_earlier_run(whole, run_train, tmp_path):
 
 
 def test_fewer_steps_than_a_checkpoint_takes_still_leave_one(run_train, tmp_path):
-    run_train(tmp_path, "callbacks.checkpoint.every_n_steps=1000", "+trainer.max_steps=3")
+    run_train(tmp_path, "callbacks.checkpoint.every_n_steps=1000", "trainer.max_steps=3")
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 
 
@@ -190,7 +190,7 @@ def test_more_max_steps_go_on_within_the_epoch(run_train, tmp_path):
     words = ["optim.scheduler.name=constant", "test=false"]
     for folder, ends in (("whole", [5]), ("cut", [2, 5])):
         for steps in ends:
-            run_train(tmp_path / folder, *words, f"+trainer.max_steps={steps}")
+            run_train(tmp_path / folder, *words, f"trainer.max_steps={steps}")
     cut, undisturbed = tmp_path / "cut", tmp_path / "whole"
     assert metrics(cut) == metrics(undisturbed)
     torch.testing.assert_close(weights(cut), weights(undisturbed), rtol=0, atol=0)

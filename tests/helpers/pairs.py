@@ -41,8 +41,8 @@ TINY = [
     "trainer.log_every_n_steps=1",
     "callbacks.progress=null",
     "callbacks.generations=null",
-    "+trainer.enable_progress_bar=false",
-    "+trainer.enable_model_summary=false",
+    "trainer.enable_progress_bar=false",
+    "trainer.enable_model_summary=false",
     "print_config=false",
     "logger=csv",
 ]

@@ -4,7 +4,7 @@ QUIET = [
     "trainer.log_every_n_steps=1",
     "callbacks.progress=null",
     "callbacks.summary=null",
-    "+trainer.enable_progress_bar=false",
-    "+trainer.enable_model_summary=false",
+    "trainer.enable_progress_bar=false",
+    "trainer.enable_model_summary=false",
     "print_config=false",
 ]

@@ -255,8 +255,8 @@ def test_a_training_that_is_stopped_inside_an_epoch_goes_on(compose, tmp_path, m
         "trainer.val_check_interval=null",
         "callbacks.checkpoint.every_n_steps=2",
         "callbacks.progress=null",
-        "+trainer.enable_progress_bar=false",
-        "+trainer.enable_model_summary=false",
+        "trainer.enable_progress_bar=false",
+        "trainer.enable_model_summary=false",
     ]
 
     def run(folder):

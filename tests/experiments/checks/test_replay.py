@@ -215,6 +215,11 @@ def test_a_rank_is_told_the_words_of_the_run_once(replay, hostile):
     assert first.words == ["name=y", "paths.data='/theirs/data'"]
 
 
+def test_a_word_of_an_older_training_still_applies(replay):
+    words = ["+trainer.max_steps=3", "+trainer.limit_val_batches=1"]
+    assert replay(*words).words[:2] == ["trainer.max_steps=3", "+trainer.limit_val_batches=1"]
+
+
 def test_what_belongs_to_the_training_alone_is_left_out(replay):
     words = ["hydra.run.dir=x", "hydra/launcher=y", "+launcher=slurm", "debug=fast", "resume=false"]
     words += ["paths.run=x", "++paths.runs=y", "trust=[os]", "+run=z", "init=../w", "test=false"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from experiments import CONFIG_DIR
+from experiments.checks.keys import check_keys
 from experiments.command.values import check_values, describe, fits
 
 RECIPES = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
@@ -17,7 +18,9 @@ RECIPES = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_and_trial_passes(recipe, compose, tmp_path):
     for words in ([], ["trainer=fsdp"], ["trainer=ddp_sim", "debug=overfit", "logger=csv"]):
-        check_values(compose([f"experiment={recipe}", *words], tmp_path))
+        config = compose([f"experiment={recipe}", *words], tmp_path)
+        check_keys(config)
+        check_values(config)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,7 @@ def test_every_recipe_and_trial_passes(recipe, compose, tmp_path):
         ),
         ("trainer.max_epochs=abc", "trainer.max_epochs=abc must be a whole number or null"),
         ("trainer.max_epochs=0", "trainer.max_epochs=0 would train nothing"),
-        ("+trainer.max_steps=0", "trainer.max_steps=0 would train nothing"),
+        ("trainer.max_steps=0", "trainer.max_steps=0 would train nothing"),
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1 must be 0 or more"),
         ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps=0 must be 1 or more"),
         ("trainer.val_check_interval=0", "trainer.val_check_interval=0 must be more than 0"),
@@ -55,6 +58,18 @@ def test_every_recipe_and_trial_passes(recipe, compose, tmp_path):
         ("data.stream.num_workers=-1", "data.stream.num_workers=-1 must be 0 or more"),
         ("module.packing=abc", "module.packing=abc must be a whole number or null"),
         ("model.rotary.sections=abc", "model.rotary.sections=abc must be a list"),
+        (
+            "+optim.optimizer.lrr=5",
+            "optim.optimizer.lrr: AdamW has no argument lrr: did you mean optim.optimizer.lr?",
+        ),
+        (
+            "+trainer.batch_size=5",
+            "trainer.batch_size: Trainer has no argument batch_size: did you mean data.batch_size?",
+        ),
+        (
+            "+tuning.rank=5",
+            "tuning.rank: Tuning has no argument rank: leave it out (tuning takes checkpointing, ",
+        ),
     ],
 )
 def test_a_wrong_value_is_one_line_with_its_key(word, line, compose, tmp_path):
@@ -62,6 +77,24 @@ def test_a_wrong_value_is_one_line_with_its_key(word, line, compose, tmp_path):
         check_values(compose(["experiment=resume_probe", word], tmp_path))
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "+trainer.plugins=[]",
+        "+optim.optimizer.amsgrad=true",
+        "+callbacks.generations.count=3",
+        "+callbacks.mine={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss}",
+        "+callbacks.throughput.known.x=1e12",
+        "+logger.wandb.entity=me",  # passed on to wandb.init
+        "+model.llm.config.rms_norm_eps=1e-5",
+    ],
+)
+def test_an_argument_that_an_option_leaves_out_may_be_added(word, compose, tmp_path):
+    config = compose(["experiment=resume_probe", word], tmp_path)
+    check_keys(config)
+    check_values(config)
 
 
 def test_only_what_is_known_is_imported(compose, tmp_path, monkeypatch):

@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 from datamodules.shards.synthetic import make_pair, prepare_shards
 from experiments.directory import run_directory as rundir
 from experiments.directory.kept import give_back, set_aside
-from experiments.directory.made_of import compare
+from experiments.directory.made_of import compare, compare_all
 from experiments.directory.run_directory import find_original
+from experiments.run.settings import Settings, factors
 
 #: Two steps of four samples each, and no test.
 SHORT = ["data.training.samples=8", "test=false"]
@@ -74,11 +75,11 @@ REFUSED = [
     ("data.conversation.max_length=99", "data.conversation.max_length=2048, this run has 99"),
     ("trainer.precision=64-true", "trainer.precision=32-true, this run has 64-true"),
     ("trainer.gradient_clip_val=2.0", "trainer.gradient_clip_val=1, this run has 2:"),
-    ("+trainer.limit_train_batches=1", "trainer.limit_train_batches=null, this run has 1"),
+    ("trainer.limit_train_batches=1", "trainer.limit_train_batches=null, this run has 1"),
     ("module.packing=512", "module.packing=null, this run has 512"),
     ("rotary=mrope", "model.rotary._target_=.*VideoRope, this run has .*MRope"),
     ("init=runs/other", r"init=null, this run has runs/other"),
-    ("data.gird=1", "data.gird=null, this run has 1"),
+    ("data.gird=1", "data.gird: .* has no argument gird: did you mean data.grid?"),
     ("optim.optimizer.lr=abc", "optim.optimizer.lr=abc must be a number"),
     ("trainer.max_steps=1", "trained up to step 2, but trainer.max_steps=1 is below"),
 ]
@@ -87,7 +88,7 @@ REFUSED = [
 REFUSED_LATER = [
     ("callbacks.x._target_=lightning.no.Such", "callbacks.x._target_=null"),
     ("callbacks.checkpoint.every_n_steps=0", "callbacks.checkpoint: every_n_steps=0 must be 1"),
-    ("trainer.enable_foo=1", "trainer: .*enable_foo"),
+    ("trainer.enable_foo=1", "trainer.enable_foo: Trainer has no argument enable_foo"),
     ("trainer.accumulate_grad_batches=3", "trainer.accumulate_grad_batches is 3"),
     ("trainer.devices=0", "trainer: .*devices=0"),
     ("tuning.checkpointing=[foo]", "tuning.checkpointing names foo"),
@@ -98,8 +99,8 @@ REFUSED_LATER = [
 
 def refuse(run, folder: Path, word: str, line: str) -> None:
     before = contents(folder)
-    known = ("data.gird", "callbacks.x", "trainer.enable_foo", "trainer.max_steps", "logger.y")
-    plus = "+" if word.startswith((*known, "trainer.limit")) else ""
+    known = ("data.gird", "callbacks.x", "trainer.enable_foo", "logger.y")
+    plus = "+" if word.startswith(known) else ""
     with pytest.raises(SystemExit, match=f"error: .*{line}") as caught:
         run(folder, plus + word)
     assert "\n" not in str(caught.value)
@@ -141,8 +142,8 @@ def test_the_same_shards_elsewhere_are_the_same(killed, run, tmp_path, needle_sh
     "words",
     [
         ["trainer.log_every_n_steps=2", "callbacks.checkpoint.every_n_steps=1", "data.audit=true"],
-        ["+trainer.max_steps=2", "tuning.checkpointing=[llm]", "optim.optimizer.fused=false"],
-        ["+trainer.val_check_interval=1.0", "callbacks.generations=null", "name=other", "tags=[x]"],
+        ["trainer.max_steps=2", "tuning.checkpointing=[llm]", "optim.optimizer.fused=false"],
+        ["trainer.val_check_interval=1.0", "callbacks.generations=null", "name=other", "tags=[x]"],
     ],
 )
 def test_how_a_run_is_computed_and_watched_may_change(words, killed, made, run):
@@ -531,6 +532,24 @@ def test_one_folder_of_initial_weights_however_it_is_written(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert compare(config(init="w"), config(init=str(tmp_path / "w"))) == ({}, {})
     assert "init" in compare(config(init="w"), config(init="v"))[0]
+
+
+def test_a_run_made_before_the_trainer_had_all_its_keys_is_the_same_run(compose, tmp_path):
+    """No key that is new in configs/trainer, with its default, makes an old directory another."""
+    now: Any = OmegaConf.to_container(compose(["experiment=resume_probe"], tmp_path), resolve=True)
+    before = ("_target_", "default_root_dir", "accelerator", "devices", "max_epochs", "precision")
+    before += ("gradient_clip_val", "log_every_n_steps", "num_sanity_val_steps")
+    before += ("accumulate_grad_batches",)
+    then = now | {"trainer": {key: now["trainer"][key] for key in before}}
+    then["trainer"]["val_check_interval"] = 0.5
+    assert compare(then, now) == ({}, {})
+    assert compare_all({"run": "x", **then}, {"run": "x", **now}) == {}
+    runs = [Settings(tmp_path, {}), Settings(tmp_path, {})]
+    for run, config in zip(runs, (then, now), strict=True):
+        run.__dict__.update(config=config, choices={})
+    assert factors(runs) == {}
+    longer = now | {"trainer": now["trainer"] | {"max_steps": 9}}
+    assert compare(then, longer)[1] == {"trainer.max_steps": (None, 9)}
 
 
 def test_callbacks_that_may_change_weights_are_compared():

@@ -207,7 +207,7 @@ def test_a_killed_launcher_leaves_its_forked_jobs_to_the_next(start, run):
 def test_a_forked_training_has_the_numbers_of_one_of_its_own(tiny, tmp_path):
     """It is the second job: nothing of the first one may be left in it."""
     program = [sys.executable, "-m", "experiments.start"]
-    words = [*tiny, "logger=csv", "test=false", "+trainer.max_steps=3"]
+    words = [*tiny, "logger=csv", "test=false", "trainer.max_steps=3"]
     sweep = [*program, "-m", *words, "seed=0,1", "run_name=s${seed}", "paths.runs=runs"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for command in (sweep, [*program, *words, "seed=1", "hydra.run.dir=alone"]):

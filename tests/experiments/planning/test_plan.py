@@ -202,7 +202,7 @@ def test_a_hub_id_is_planned_without_its_weights(planned, compose, tmp_path):
     [
         (["data.global_batch_size=8"], 3, "legal batch sizes for 3 ranks|legal global batch"),
         (["tokens=10"], 1, "8 frames are 32 tokens, but tokens=10"),
-        (["+trainer.strategy={_target_: x, tensor_parallel_size: 2}"], 2, "no tensor parallelism"),
+        (["trainer.strategy={_target_: x, tensor_parallel_size: 2}"], 2, "no tensor parallelism"),
     ],
 )
 def test_what_cannot_be_is_refused(overrides, ranks, says, planned):

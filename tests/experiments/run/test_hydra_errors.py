@@ -14,15 +14,18 @@ from experiments.run.hydra_errors import describe
 ROOT = Path(__file__).parents[3]
 
 SAID = {
-    "optm.lr=3": "optm.lr=3 sets a key that is not there: did you mean optim.optimizer.lr, or add "
-    "it with +optm.lr=3",
+    "optm.lr=3": "optm.lr=3 sets a key that is not there: did you mean optim.optimizer.lr?",
     "optim.optimizer.lrr=3": "optim.optimizer.lrr=3 sets a key that is not there: did you mean "
-    "optim.optimizer.lr, or add it with +optim.optimizer.lrr=3",
-    "trainer.max_steps=6": "trainer.max_steps=6 sets a key that is not there: add it with "
-    "+trainer.max_steps=6",
-    "rotery=mrope": "rotery=mrope sets a key that is not there: add it with +rotery=mrope",
-    "rotary=foo": "In 'train': Could not find 'rotary/foo' Available options in 'rotary': hope "
-    "mrope tad vanilla videorope vrope",
+    "optim.optimizer.lr? +optim.optimizer.lrr=3 adds it, if torch.optim.AdamW has this argument",
+    "trainer.plugins=3": "trainer.plugins=3 sets a key that is not there: +trainer.plugins=3 adds "
+    "it, if lightning.Trainer has this argument",
+    "rotery=mrope": "rotery=mrope sets a key that is not there: did you mean rotary=mrope?",
+    "xyz=3": "xyz=3 sets a key that is not there: ropelab-train --cfg job shows every key",
+    "rotary=foo": "rotary=foo is not there: choose one of hope, mrope, tad, vanilla, videorope, "
+    "vrope",
+    "scores=[mc,perplexty]": "scores=perplexty is not there: did you mean scores=perplexity? "
+    "(default, hallucer, mc, none, open, perplexity)",
+    "data/sampler=x": "data/sampler=x is not there: choose one of fps, uniform",
     "rotary=videorop": "rotary=videorop is not there: did you mean rotary=videorope? (hope, mrope, "
     "tad, vanilla, videorope, vrope)",
     "tiles=null": "tiles=null: a group takes one of its options; leave tiles=null out, or write "
@@ -31,8 +34,7 @@ SAID = {
     "that has it (clip_context, ppllava_dpo, ppllava_vicuna7b_image_video, "
     "ppllava_vicuna7b_multi_image, ppllava_vicuna7b_video, videorope_qwen2_7b)",
     "data=preference_tiny": "data=preference_tiny is now data=tiny",
-    "+seed=2": "Could not append to config. An item is already at 'seed'. Either remove + prefix: "
-    "'seed=2' Or add a second + to add or override 'seed': '++seed=2'",
+    "+seed=2": "+seed=2: seed is there already: write seed=2",
     "hydra.job.num=x": "Error merging override hydra.job.num=x: Value 'x' of type 'str' could not "
     "be converted to Integer",
 }

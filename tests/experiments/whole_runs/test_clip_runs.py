@@ -19,8 +19,8 @@ QUIET = [
     "logger=csv",
     "print_config=false",
     "callbacks.progress=null",
-    "+trainer.enable_progress_bar=false",
-    "+trainer.enable_model_summary=false",
+    "trainer.enable_progress_bar=false",
+    "trainer.enable_model_summary=false",
 ]
 RUN = [
     *SMALL,

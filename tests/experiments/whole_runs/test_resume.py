@@ -21,7 +21,7 @@ STEPS = 60
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
     """Starts `ropelab-train experiment=resume_probe` as its own process group."""
     command = [sys.executable, "-m", "experiments.train", "experiment=resume_probe"]
-    quiet = ["print_config=false", "callbacks.progress=null", "+trainer.enable_progress_bar=false"]
+    quiet = ["print_config=false", "callbacks.progress=null", "trainer.enable_progress_bar=false"]
     # Not the W&B process of other tests, in which the id of a killed run would stay in use.
     env = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     return subprocess.Popen(

@@ -13,7 +13,7 @@ from tests.experiments.test_train import metrics
 
 #: Twelve steps of four micro-batches of one sample.
 FOUR = [
-    "+trainer.limit_val_batches=1",
+    "trainer.limit_val_batches=1",
     "data.batch_size=1",
     "callbacks.generations=null",
     "callbacks.best=null",
@@ -45,10 +45,10 @@ def validations(folder):
 @pytest.mark.parametrize(
     ("words", "steps", "samples"),
     [
-        (["+trainer.limit_train_batches=8"], 2, 8),
-        (["+trainer.limit_train_batches=0.3", "trainer.max_epochs=2"], 6, 24),
-        (["+trainer.overfit_batches=2", "trainer.max_epochs=3"], 6, 6),
-        (["+trainer.max_steps=5"], 5, 20),
+        (["trainer.limit_train_batches=8"], 2, 8),
+        (["trainer.limit_train_batches=0.3", "trainer.max_epochs=2"], 6, 24),
+        (["trainer.overfit_batches=2", "trainer.max_epochs=3"], 6, 6),
+        (["trainer.max_steps=5"], 5, 20),
     ],
     ids=["limit", "share", "overfit", "max_steps"],
 )
@@ -67,30 +67,30 @@ def trainer_of(compose, tiny, tmp_path, *words):
 
 def test_a_limit_within_a_step_is_refused_in_one_line(compose, tiny, tmp_path):
     with pytest.raises(ValueError, match=r"limit_train_batches=10 .* set it to 8 or 12, ") as found:
-        trainer_of(compose, tiny, tmp_path, "+trainer.limit_train_batches=10")
+        trainer_of(compose, tiny, tmp_path, "trainer.limit_train_batches=10")
     assert "\n" not in str(found.value)
     with pytest.raises(ValueError, match=r"4 micro-batches on each of 1 ranks: set it to 4, or "):
-        trainer_of(compose, tiny, tmp_path, "+trainer.limit_train_batches=3")
+        trainer_of(compose, tiny, tmp_path, "trainer.limit_train_batches=3")
 
 
 @pytest.mark.parametrize(
     ("words", "steps"),
     [
-        (["+trainer.val_check_interval=3"], [2, 5, 8, 11]),
-        (["+trainer.val_check_interval=0.4"], [3, 7, 11]),
-        (["+trainer.val_check_interval=3", "data.batch_size=4"], [2, 5, 8, 11]),
+        (["trainer.val_check_interval=3"], [2, 5, 8, 11]),
+        (["trainer.val_check_interval=0.4"], [3, 7, 11]),
+        (["trainer.val_check_interval=3", "data.batch_size=4"], [2, 5, 8, 11]),
         (
             [
-                "+trainer.val_check_interval=5",
-                "+trainer.check_val_every_n_epoch=null",
+                "trainer.val_check_interval=5",
+                "trainer.check_val_every_n_epoch=null",
                 "trainer.max_epochs=2",
             ],
             [4, 9, 14, 19],
         ),
         (
             [
-                "+trainer.val_check_interval=6",
-                "+trainer.check_val_every_n_epoch=2",
+                "trainer.val_check_interval=6",
+                "trainer.check_val_every_n_epoch=2",
                 "trainer.max_epochs=2",
             ],
             [17, 23],
@@ -104,20 +104,20 @@ def test_an_interval_of_validation_counts_steps(words, steps, run, tmp_path):
 
 
 def test_two_ranks_validate_after_the_same_steps(run_train, run_ranks, tmp_path):
-    words = ["+trainer.val_check_interval=3", "trainer=ddp_sim", "+trainer.max_steps=7"]
+    words = ["trainer.val_check_interval=3", "trainer=ddp_sim", "trainer.max_steps=7"]
     run_ranks(2, lambda rank: run_train(tmp_path, *FOUR, *words))
     assert validations(tmp_path) == [2, 5]
 
 
 def test_an_interval_longer_than_an_epoch_is_refused_in_steps(run):
     with pytest.raises(SystemExit, match=r"=13 optimizer steps .* has 12: set it to 12 or less"):
-        run("+trainer.val_check_interval=13")
+        run("trainer.val_check_interval=13")
 
 
 @pytest.mark.parametrize("dies_at", [6, 7])
 def test_a_resumed_run_validates_after_the_same_steps(dies_at, run, tmp_path, monkeypatch):
     """Also if the checkpoint is at the step after which validation runs."""
-    words = ["+trainer.val_check_interval=3", "callbacks.checkpoint.every_n_steps=3"]
+    words = ["trainer.val_check_interval=3", "callbacks.checkpoint.every_n_steps=3"]
     step = VideoLLMModule.training_step
 
     def dying(self, batch, batch_idx):
@@ -166,10 +166,10 @@ def test_any_schedule_of_pytorch_is_followed_from_its_start(make):
 
 def test_an_extended_run_follows_the_schedule_of_its_new_length(run, tmp_path):
     words = ["optim.scheduler.name=linear", "optim.scheduler.warmup=0.25"]
-    run("+trainer.max_steps=6", *words)
-    done = run("+trainer.max_steps=12", *words)
+    run("trainer.max_steps=6", *words)
+    done = run("trainer.max_steps=12", *words)
     assert (done["steps"], done["samples"]) == (12, 48)
-    run("+trainer.max_steps=12", *words, folder=tmp_path / "whole")
+    run("trainer.max_steps=12", *words, folder=tmp_path / "whole")
     rates, whole = (dict(column(tmp_path / name, "lr-AdamW")) for name in ("run", "whole"))
     assert rates[5] < whole[5], "the first training had a schedule for its own end"
     assert [rates[step] for step in range(6, 12)] == [whole[step] for step in range(6, 12)]

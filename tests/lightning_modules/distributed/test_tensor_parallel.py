@@ -143,7 +143,7 @@ LORA = ["tuning=lora", "tuning.lora.rank=4", "tuning.lora.dropout=0.0", "tuning.
 )
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by torch.compile
 def test_what_is_tuned_how_is_the_same_in_split_layers(words, tolerance, fit, run_ranks, tmp_path):
-    clip = ["+trainer.gradient_clip_algorithm=norm"]
+    clip = ["trainer.gradient_clip_algorithm=norm"]
     exact = tolerance == 1e-5
 
     def run(rank):
