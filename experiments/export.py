@@ -68,10 +68,7 @@ def export(
     """
     if out.exists():
         raise ValueError(f"{out} already exists: name another folder, or remove it")
-    config_file = inside(run, "config.yaml")
-    if not config_file.is_file():
-        raise ValueError(f"{run} is not a run directory: it has no config.yaml")
-    config = read_yaml(config_file)
+    config = read_config(run)
     processor = Processor(config["data"]["frames"], config["data"]["conversation"])
     model, steps = load(run, None, checkpoint)
     if dtype:
@@ -90,6 +87,18 @@ def export(
     write_whole(partial / "README.md", model_card(run, config, model, steps))
     partial.rename(out)
     return model
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """Returns the config of a run.
+
+    Raises:
+        ValueError: `run` is not a run directory.
+    """
+    config_file = inside(run, "config.yaml")
+    if not config_file.is_file():
+        raise ValueError(f"{run} is not a run directory: it has no config.yaml")
+    return read_yaml(config_file)
 
 
 def model_card(run: Path, config: dict[str, Any], model: VideoLanguageModel, steps: int) -> str:

@@ -224,7 +224,8 @@ class VideoLanguageModel(PreTrainedModel):
     def generate(self, batch: VideoBatch, **options: Any) -> Int[Tensor, "b l"]:
         """Returns the new token ids for each row; labels are not read.
 
-        `options` go to transformers' `GenerationMixin.generate`: `max_new_tokens`, `num_beams`, …
+        `options` go to transformers' `GenerationMixin.generate`: `max_new_tokens`, `num_beams`,
+        `streamer`, … A streamer gets an empty prompt, because the LLM reads embeddings.
         """
         encoded = self.encoder(split_tiles(batch.visuals))
         inputs = self.compose(batch, encoded, padding_side="left")

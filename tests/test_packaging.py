@@ -43,7 +43,7 @@ def test_only_the_packages_are_installed(tmp_path):
 
 
 #: Each needs ten seconds of imports, the same as those of ropelab-train.
-HEAVY = {f"ropelab-{name}" for name in ("evaluate", "export", "import", "plan", "reference")}
+HEAVY = {f"ropelab-{name}" for name in ("ask", "evaluate", "export", "import", "plan", "reference")}
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,15 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 #: For tokenizers without a template: the template of Vicuna and LLaVA v1 without the system
 #: prompt, as in PPLLaVA. `default_template` adds the tokens that start a text (`<s>`). The
@@ -62,7 +68,9 @@ def load_tokenizer(source: str | None) -> PreTrainedTokenizerFast:
     if source is None:
         return tiny_tokenizer()
     # Without this setting, transformers asks in the terminal whether to run a tokenizer's code.
-    code = {"trust_remote_code": False}
+    code: dict[str, Any] = {"trust_remote_code": False}
+    if _needs_no_config(Path(source)):
+        code["config"] = PreTrainedConfig()
     try:
         if source.endswith(".gguf"):
             file = Path(source).expanduser()
@@ -79,6 +87,20 @@ def load_tokenizer(source: str | None) -> PreTrainedTokenizerFast:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = default_template(tokenizer)
     return tokenizer
+
+
+def _needs_no_config(folder: Path) -> bool:
+    """Returns whether the folder names the tokenizer's class, beside a model of unknown type.
+
+    transformers also looks for the class in the config of the model. It warns if it does not know
+    the model's type, as that of an exported model.
+    """
+    try:
+        model = json.loads((folder / "config.json").read_text())
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+        return model["model_type"] not in CONFIG_MAPPING and "tokenizer_class" in tokenizer
+    except (OSError, ValueError, KeyError, TypeError):  # transformers says what is wrong
+        return False
 
 
 def default_template(tokenizer: PreTrainedTokenizerFast) -> str:
