@@ -1,24 +1,21 @@
-"""Resolvers of the configs: `${run_name:...}`, `${installed:...}`, `${device_flops:}` and
-`${full_or_tiny:...}`.
+"""Names of run directories, and small resolvers of the configs: `${installed:...}`,
+`${device_flops:}` and `${full_or_tiny:...}`.
 """
 
 import re
 from collections.abc import Collection, Mapping
-from contextvars import ContextVar
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.common.digest import digest
 from experiments import CONFIG_DIR
-from experiments.command.overrides import read_overrides, show_value
+from experiments.command.overrides import show_value
 
 _LONGEST_NAME = 150  # file systems allow 255 bytes, and W&B adds its own text
+_LONGEST_CONSTANTS = 60  # the folder of a sweep is read beside the names of its runs
 _HASH_LENGTH = 12
 
 # Texts that can be read back from a name: see `name_run`.
@@ -46,17 +43,50 @@ def name_run(
         settings: value by overridden key, or option by group.
         groups: all config groups.
     """
+    begins = rotary is None or _OPTION.fullmatch(rotary) is not None
+    parts = [*([rotary] if rotary else []), f"seed{show_value(seed)}"]
+    unique = begins and isinstance(seed, int)
+    return _name(parts, unique, settings, groups, [rotary, seed], _LONGEST_NAME)
+
+
+def name_constants(settings: Mapping[str, Any], groups: Collection[str]) -> str:
+    """Returns the name of a sweep's folder: `with-optim.optimizer.lr_0.002-tuning_lora`.
+
+    Two sets of constants never share a name, and no run has such a name.
+
+    Args:
+        settings: value by overridden key, or option by group, of what all jobs share.
+        groups: all config groups.
+    """
+    return _name(["with"], True, settings, groups, ["with"], _LONGEST_CONSTANTS)
+
+
+def _name(
+    parts: list[str],
+    unique: bool,
+    settings: Mapping[str, Any],
+    groups: Collection[str],
+    before: list[Any],
+    longest: int,
+) -> str:
+    """Joins `parts` and one word a setting. Appends a hash if the name could be ambiguous.
+
+    Args:
+        parts: first parts of the name.
+        unique: whether these parts can be read back.
+        settings: value by key.
+        groups: all config groups.
+        before: what `parts` show, for the hash.
+        longest: length of a name.
+    """
     words = [_word(key, value, groups) for key, value in sorted(settings.items())]
-    unique = all(reads_back for _, reads_back in words)
-    unique = unique and isinstance(seed, int)
-    unique = unique and (rotary is None or _OPTION.fullmatch(rotary) is not None)
-    parts = [*([rotary] if rotary else []), f"seed{show_value(seed)}", *(word for word, _ in words)]
-    name = "-".join(parts)
+    unique = unique and all(reads_back for _, reads_back in words)
+    name = "-".join([*parts, *(word for word, _ in words)])
     name = re.sub(r"[^\w.+-]+", "_", name, flags=re.ASCII).strip("_")
-    if unique and len(name) <= _LONGEST_NAME and not _HASHED.search(name):
+    if unique and len(name) <= longest and not _HASHED.search(name):
         return name
-    exact = show_value([rotary, seed, *([k, _kind(v), v] for k, v in sorted(settings.items()))])
-    return f"{name[: _LONGEST_NAME - _HASH_LENGTH - 1]}-{digest(exact, length=_HASH_LENGTH)}"
+    exact = show_value([*before, *([k, _kind(v), v] for k, v in sorted(settings.items()))])
+    return f"{name[: longest - _HASH_LENGTH - 1]}-{digest(exact, length=_HASH_LENGTH)}"
 
 
 def _kind(value: Any) -> str:
@@ -74,43 +104,6 @@ def _word(key: str, value: Any, groups: Collection[str]) -> tuple[str, bool]:
     number = value is None or isinstance(value, (bool, int, float))
     text = isinstance(value, str) and show_value(value) == value and _STRING.fullmatch(value)
     return word, _KEY.fullmatch(key) is not None and not like_a_group and bool(number or text)
-
-
-def _name_this_run(rotary: str | None, seed: int, *, _root_: DictConfig) -> str:
-    """Returns the name of the run that Hydra is composing or running."""
-    hydra = HydraConfig.get()
-    unnamed = hydra.job.config.override_dirname.exclude_keys
-    typed: Any = OmegaConf.to_container(hydra.overrides.task)  # interpolations stay as typed
-    settings = {
-        key: _resolved(key, value, _root_)
-        for key, value in read_overrides(typed).items()
-        if key not in unnamed
-    }
-    return name_run(rotary, seed, settings, _find_groups() | set(hydra.runtime.choices))
-
-
-def _resolved(key: str, value: Any, root: DictConfig) -> Any:
-    """Resolves a value with interpolations, unless they need the run name itself."""
-    if "${" not in str(value) or _naming.get():
-        return value
-    token = _naming.set(True)
-    try:
-        node = OmegaConf.select(root, key)
-        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    except OmegaConfBaseException:
-        return value
-    finally:
-        _naming.reset(token)
-
-
-_naming: ContextVar[bool] = ContextVar("naming", default=False)
-
-
-@cache
-def _find_groups() -> frozenset[str]:
-    """Returns the config groups of this package. Some are missing in some compositions."""
-    folders = (path for path in CONFIG_DIR.rglob("*") if path.is_dir())
-    return frozenset(str(folder.relative_to(CONFIG_DIR)) for folder in folders)
 
 
 def find_installed(package: str, name: str) -> str:
@@ -144,5 +137,4 @@ def full_or_tiny(full: str, tiny: str, *, _root_: DictConfig) -> str:
 
 OmegaConf.register_new_resolver("full_or_tiny", full_or_tiny, replace=True)
 OmegaConf.register_new_resolver("device_flops", device_flops, replace=True, use_cache=True)
-OmegaConf.register_new_resolver("run_name", _name_this_run, replace=True)
 OmegaConf.register_new_resolver("installed", find_installed, replace=True)

@@ -2,7 +2,8 @@
 
 from hydra.core.plugins import Plugins
 
-from experiments.command import names  # noqa: F401 - registers `${run_name:…}` and its like
+from experiments.command import names  # noqa: F401 - registers resolvers of the configs
+from experiments.directory import location  # noqa: F401 - registers `${run_name:}`
 from experiments.launcher.listing import ListingSweeper, take_dry_run  # noqa: F401 - for programs
 from experiments.launcher.local import LocalLauncher
 from experiments.launcher.slurm import SlurmLauncher

@@ -13,6 +13,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from experiments.directory import location
 from experiments.directory.former import check_former, read_former
 from experiments.directory.made_of import Differences
 from experiments.launcher.job import Job, compose
@@ -108,14 +109,15 @@ class ProcessLauncher(Launcher):
             single: whether the only job runs in `hydra.run.dir`, as without a multirun.
         """
         shared = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
+        fixed = location.shared_by_jobs(self.config)
         jobs = []
         for number, overrides in enumerate(job_overrides, start=first):
             own = [word for word in overrides if word not in shared]
             name = "" if single else f"#{number} {' '.join(own)}".rstrip()
             key = "hydra.run.dir" if single else None
-            jobs.append(
-                compose(self.hydra_context, self.config, list(overrides), number, name, key)
-            )
+            with location.sharing(fixed):
+                job = compose(self.hydra_context, self.config, list(overrides), number, name, key)
+            jobs.append(job)
         self._check_folders(jobs)
         return jobs
 

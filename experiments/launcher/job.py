@@ -140,6 +140,8 @@ def compose(
         folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute()
         if folder_key is not None:
             folder = Path(OmegaConf.select(config, folder_key)).absolute()
+        if "run_name" in config:
+            config.run_name = config.run_name  # it depends on the sweep, so it is resolved here
     with read_write(config.hydra.runtime):
         config.hydra.runtime.output_dir = str(folder)
     return Job(name, folder, config)

@@ -214,23 +214,23 @@ def test_how_a_setting_is_typed_does_not_matter(name_of):
         ["value=2e-3"], ["value=0.002"], ["value=2.0e-3"], ["++value=2e-3"],
         ["value=1", "value=2e-3"], ["seed=0", "value=2E-3"],
     ):  # fmt: skip
-        assert name_of(*words) == "light-seed0-value_0.002", words
+        assert name_of(*words) == "seed0-value_0.002", words
     several = ["value=2e-3", "+a={b: 1}", "stubborn=False", "launcher=local_parallel"]
-    assert name_of(*several) == "light-seed0-a.b_1-stubborn_false-value_0.002"
+    assert name_of(*several) == "seed0-a.b_1-stubborn_false-value_0.002"
     several = ["stubborn=false", "+a.b=1", "launcher=slurm", "value=0.002"]
-    assert name_of(*several) == "light-seed0-a.b_1-stubborn_false-value_0.002"
+    assert name_of(*several) == "seed0-a.b_1-stubborn_false-value_0.002"
     assert HASHED.search(name_of("stubborn='false'"))
 
 
 def test_interpolations_count_as_what_they_stand_for(name_of, monkeypatch):
     monkeypatch.setenv("VALUE", "x")
-    assert name_of("value=${oc.env:VALUE}") == name_of("value=x") == "light-seed0-value_x"
+    assert name_of("value=${oc.env:VALUE}") == name_of("value=x") == "seed0-value_x"
     assert HASHED.search(name_of("value='of ${run_name}'"))
 
 
 def test_words_that_change_nothing_are_not_in_the_name(name_of):
     words = ["name=other", "launcher=slurm", "paths={runs: x}", "resume=false"]
-    assert name_of(*words) == "light-seed0"
+    assert name_of(*words) == "seed0"
 
 
 def test_names_of_ropelab_train(compose, tmp_path):
