@@ -21,7 +21,7 @@ from experiments.run.files import FROZEN
 #: stands for any keys.
 _READ: dict[str, tuple[str, ...]] = {
     "": (
-        *("name", "seed", "tags", "job_type", "run_name", "trial", "resume", "test"),
+        *("name", "seed", "tags", "job_type", "run_name", "trial", "resume", "test", "blind"),
         *("print_config", "init", "init_allow", "expected", "expected_within", "prepare", "paths"),
         *("data", "model", "module", "tuning", "optim", "scores", "trainer", "callbacks", "logger"),
         *("run", "trust", "output", "sizes", "device", "ranks", "mfu", "headroom", "samples"),

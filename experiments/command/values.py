@@ -30,6 +30,7 @@ _TOP: dict[str, Any] = {
     "seed": int,
     "tags": list[str],
     "test": bool,
+    "blind": bool,
     "trial": bool,
 }
 

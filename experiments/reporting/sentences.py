@@ -60,10 +60,13 @@ def _best(ranking: Ranking) -> str:
             f"{best} is better in {metric} than {rest}{first.second}: {_by(ranking, first)}, "
             f"interval {_interval(first)}, with {_counts(ranking)}."
         )
-    names = _list([best, *(c.second for c in unsure)])
+    names, first = _list([best, *(c.second for c in unsure)]), unsure[0]
     text = f"{names} cannot be told apart in {metric} with {_counts(ranking)}: "
-    text += f"{best} is ahead of {unsure[0].second} by {_size(unsure[0])}, "
-    text += f"interval {_interval(unsure[0])}. {needed(unsure[0], _units(ranking)[0])}"
+    if first.difference.mean == 0.0:
+        text += f"{best} and {first.second} have the same mean, interval {_interval(first)}."
+    else:
+        text += f"{best} is ahead of {first.second} by {_size(first)}, "
+        text += f"interval {_interval(first)}. {needed(first, _units(ranking)[0])}"
     if sure:
         text += f" {best} is better than {_list([c.second for c in sure])}."
     return text
@@ -75,7 +78,7 @@ def needed(comparison: Comparison, unit: str) -> str:
     samples, runs = difference.needed()
     now = len(difference.by_run)
     if not isfinite(samples):
-        return "They are equal, so no number of questions would do."
+        return "They have the same mean."
     if runs > _MOST_SEEDS:
         return f"It is far smaller than the difference of two seeds: {runs} seeds would be needed."
     count = max(samples, difference.samples) if runs > now else samples

@@ -217,11 +217,11 @@ def _row(group: Group, metric: str, columns: list[Column]) -> Row:
     names = dict.fromkeys(name for measured in scored for name in measured.beside)
     beside = {name: [m.beside[name].mean for m in scored if name in m.beside] for name in names}
     nulls = dict.fromkeys(name for measured in scored for name in measured.nulls)
-    over_null = {
-        name: compare([against(m, m.nulls[name]) for m in scored if name in m.nulls])
-        for name in nulls
-        if scored[0].higher_is_better is not None
-    }
+    over_null = {}
+    for name in nulls if scored[0].higher_is_better is not None else ():
+        pairs = [against(m, m.nulls[name]) for m in scored if name in m.nulls]
+        if all(one.answers for one, _ in pairs):  # none: they were asked about other samples
+            over_null[name] = compare(pairs)
     means = {name: sum(values) / len(values) for name, values in beside.items()}
     return Row(group, overall, {c: s for c, s in parts.items() if s}, means, over_null)
 

@@ -2,16 +2,23 @@
 
 import json
 import re
+from base64 import b64decode
 from html import unescape
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from datamodules.shards.demo import COLOURS, write_demo
+from datamodules.shards.pack import write_shard
+from datamodules.shards.synthetic import encode_video
 from experiments.report import choose, main, place, tell, write_report
 from experiments.reporting import tables as tables
 from experiments.reporting.data import Run, load_run, load_runs
+from experiments.reporting.disagreements import disagreements
 from experiments.reporting.measured import LOSS, NEEDLES, Answer, Cell
 from experiments.reporting.plots import cell_means
 from experiments.reporting.sentences import cautions
@@ -503,6 +510,58 @@ class TestScores:
             places = [text.index(key) for key in widest]
             assert places == sorted(places)
         assert "A (3 x)" in html
+
+    def test_frames_of_a_disagreement_have_the_colours_of_the_video(self, tmp_path):
+        """Red and blue videos are red and blue on the page."""
+        samples = []
+        for name, colour in (("red", (230, 20, 20)), ("blue", (20, 20, 230))):
+            video = encode_video([Image.new("RGB", (64, 48), colour)] * 4)
+            samples.append((name, {"mp4": video, "json": b"{}"}))
+        write_shard(tmp_path / "val" / "shard-000000.tar", samples)
+        for seed in (0, 1):
+            folder = write_run(tmp_path / "runs" / str(seed), "tad", seed)
+            write_answers(folder, seed, {"colour": 0.5})
+            path = folder / "answers" / "step-00000120.jsonl"
+            lines = [json.loads(line) for line in path.read_text().splitlines()][:2]
+            named = [{**x, "key": f"shard-000000.tar/{n}"} for x, n in zip(lines, ("red", "blue"))]  # noqa: B905
+            path.write_text("".join(json.dumps(line) + "\n" for line in named))
+            config = folder / "config.yaml"
+            config.write_text(f"{config.read_text()}data: {{val: {tmp_path / 'val'}}}\n")
+        runs = load_runs([tmp_path / "runs"])
+        groups = tables.group_runs(runs, ["seed"])
+        found = disagreements(tables.rank(groups, ["seed"], "mc_generated"), groups)
+        assert {one.key.rpartition("/")[2] for one in found} == {"red", "blue"}
+        for one in found:
+            data = b64decode(one.frames.removeprefix("data:image/jpeg;base64,"))
+            picture = Image.open(BytesIO(data)).convert("RGB")
+            assert picture.size == (4 * 96, 96)
+            red, _, blue = picture.getpixel((200, 48))
+            assert (red > 180 > 80 > blue) if one.key.endswith("red") else (blue > 180 > 80 > red)
+
+    def test_a_needle_of_a_disagreement_is_the_one_that_was_asked_for(self, tmp_path):
+        """Needles are taken from each question in turn, as the test itself takes them."""
+        write_demo(tmp_path / "data")
+        folder = write_run(tmp_path / "run", "tad", 0, fake_needle("tad", 0))
+        shards = f"{{needles: {{test: {tmp_path / 'data' / 'needles-test.tar'}}}}}"
+        config = folder / "config.yaml"
+        config.write_text(f"{config.read_text()}data: {{shards: {shards}, grid: {{needles: 6}}}}\n")
+        groups = tables.group_runs(load_runs([folder]), [])
+        found = disagreements(tables.rank(groups, [], NEEDLES), groups)
+        assert len(found) == 8
+        for one in found:
+            colour = list(COLOURS)[int(one.key.rpartition(" ")[2])]
+            assert one.prompt.startswith(f"Which digit is on the {colour} card?")
+            assert one.right.startswith(colour)
+            assert one.frames
+
+    def test_shards_of_a_run_are_never_fetched_or_executed(self, tmp_path):
+        folder = write_run(tmp_path / "run", "tad", 0)
+        write_answers(folder, 0, {"colour": 0.5})
+        config = folder / "config.yaml"
+        mark = tmp_path / "executed"
+        config.write_text(f"{config.read_text()}data: {{val: 'pipe:touch {mark}'}}\n")
+        write_report(load_runs([folder]), tmp_path)
+        assert not mark.exists()
 
     def test_answers_are_written_for_a_judge(self, ablation, tmp_path, capsys):
         run = ablation / "mrope-average_2x2-seed0"
