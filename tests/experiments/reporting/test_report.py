@@ -534,7 +534,7 @@ class TestScores:
         for one in found:
             data = b64decode(one.frames.removeprefix("data:image/jpeg;base64,"))
             picture = Image.open(BytesIO(data)).convert("RGB")
-            assert picture.size == (4 * 96, 96)
+            assert picture.size == (6 * 96, 96)
             red, _, blue = picture.getpixel((200, 48))
             assert (red > 180 > 80 > blue) if one.key.endswith("red") else (blue > 180 > 80 > red)
 
