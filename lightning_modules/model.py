@@ -143,6 +143,11 @@ class VideoLanguageModel(PreTrainedModel):
                 "the pooler needs a prompt, but the encoder has no text tower to read it: choose "
                 "pooler=average or none, or an encoder with a text tower (encoder=clip_large_336)"
             )
+        if config.tiles and not self.pooler.regular:
+            raise ValueError(
+                "the tokens of the pooler have no rows and columns, by which the padding of images "
+                "in tiles is cut off: leave out tiles=llava_next, or choose pooler=average or none"
+            )
         self._check_pooler()
         self.llm.replace_rotary(lambda original: RotaryEmbedding(self.rotary, original))
         self.projector = Projector(self.pooler.width(self.encoder.width), self.llm.width)

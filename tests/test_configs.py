@@ -20,7 +20,9 @@ import experiments.command.names  # noqa: F401 - registers the resolvers
 from experiments import CONFIG_DIR
 from experiments.command.old_words import NEW_KEYS, without_plus
 from experiments.run.compose import build, build_all, plain
+from lightning_modules import spec
 from lightning_modules.training.instruct import VideoLLMModule
+from tests.helpers.grids import fitting_side
 
 STAGES = ("encoder", "pooler", "rotary", "llm")
 PROGRAMS = {path.stem for path in CONFIG_DIR.glob("*.yaml")}
@@ -94,8 +96,9 @@ def test_every_option_composes_and_names_what_exists(group, name, compose, tmp_p
 def test_every_stage_fits_the_tiny_ones(group, name, compose, tmp_path):
     """A component with a `source` would load it, so it is only composed."""
     config = compose([f"{group}={name}"], tmp_path)
-    if group == "pooler" and config.model.pooler.get("kernel", [1, 1, 1])[1] == 3:
-        image = ["model.encoder.image_size=96"]  # 6 x 6 patches
+    if group == "pooler":
+        side = fitting_side(spec.build(plain(config.model.pooler)))
+        image = [f"model.encoder.image_size={16 * side}"]  # patches of 16 x 16 pixels
         config = compose([f"{group}={name}", *image], tmp_path)
     VideoLLMModule(plain(config.model), optimizer=list).check()
 

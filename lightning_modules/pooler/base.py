@@ -14,19 +14,26 @@ from lightning_modules.tokens import VisualTokens
 class Pooler(nn.Module, ABC):
     """Makes fewer tokens of one visual.
 
-    A token stands at the centre of the patches that it was made of, on the extent of the visual.
-    The centre must not depend on the prompt, and never on weights of a mean.
+    A token stands at the centre of the patches that it was made of, on the extent of the visual. A
+    prompt may choose which patches are kept. But it must not move a token that is made of the same
+    patches, as weights of a mean would.
 
-    The projector's second layer, which is linear, runs after the pooler. So a pooler that computes
-    means must use weights that sum to 1.
+    The projector's second layer, which is linear, runs after the pooler. So each token must be a
+    weighted sum of results of `expand`, with weights that sum to 1. A patch that is kept alone has
+    the weight 1. All else (a maximum, layers of the pooler's own) is done before `expand`.
 
     Attributes:
-        uses_prompt: whether `forward` needs the relevance of every token to a prompt.
+        uses_prompt: whether `forward` needs the relevance of every token to a prompt. The features
+            must then depend on it for autograd, with a gradient of 0 at least: DDP waits for the
+            gradients of the text tower.
+        regular: whether the tokens stand on a grid of time steps, rows and columns. Images in tiles
+            need it, because the padding of their plane is cut off after pooling.
         last_effective_tokens: for logs: the effective number of patches per new token in the latest
             forward; None if all patches have equal weight.
     """
 
     uses_prompt: bool = False
+    regular: bool = True
     last_effective_tokens: Float[Tensor, ""] | None = None
 
     @staticmethod
@@ -61,6 +68,8 @@ class Pooler(nn.Module, ABC):
         expand: Callable[[Tensor], Tensor] | None = None,
     ) -> VisualTokens:
         """Pools `expand(features)`; `expand` maps each patch alone, and None pools the features.
+
+        The new tokens are in reading order: `layout.number` does not decrease.
 
         `relevance` is the cosine of each patch and the prompt. Without gradients, `expand` runs on
         a few frames at a time, so that its whole result is never in memory. With gradients, its

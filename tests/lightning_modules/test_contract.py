@@ -6,31 +6,23 @@ from functools import cache
 import pytest
 import torch
 
-from datamodules.batch import Grid, Visual, VisualInfo
+from datamodules.batch import Visual, VisualInfo
 from experiments import CONFIG_DIR
 from experiments.run.compose import plain
 from lightning_modules.pooler.base import Pooler
+from lightning_modules.projector import Projector
 from lightning_modules.rotary.base import RotaryScheme
 from lightning_modules.spec import build
 from lightning_modules.tokens import Layout, VisualTokens
+from tests.helpers.grids import grids_of
 
 
 def options(component):
     return sorted(path.stem for path in (CONFIG_DIR / component).glob("*.yaml"))
 
 
-#: Grids that every pooler reads: the encoder's own, one frame, an odd number of frames, one patch.
-GRIDS = {
-    "large": [Grid(4, 24, 24), Grid(1, 24, 24), Grid(5, 24, 24)],
-    "tiny": [Grid(4, 4, 4), Grid(1, 4, 4), Grid(5, 4, 4)],
-    "any": [Grid(3, 5, 7), Grid(1, 1, 1)],
-}
-
-
-def grids_of(option):
-    if option == "none":
-        return [grid for grids in GRIDS.values() for grid in grids]
-    return GRIDS["tiny" if "2x2" in option else "large"]
+#: Wide features, so that each patch of a window is the largest one of some channel.
+WIDTH = 256
 
 
 @pytest.fixture(scope="module")
@@ -63,102 +55,172 @@ def draw(grid, width=6):
     return VisualTokens.on_grid(features, seconds=seconds)
 
 
-def relevance_of(pooler, tokens):
+def relevance_of(pooler, tokens, seed=1):
+    """Returns random cosines, as close to each other as real ones."""
     if not pooler.uses_prompt:
         return None
-    return torch.rand(len(tokens), generator=torch.Generator().manual_seed(1))
+    return torch.rand(len(tokens), generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+def some(count, most):
+    """Returns at most `most` numbers below `count`, with the first and the last one."""
+    return sorted({round(n) for n in torch.linspace(0, count - 1, most).tolist()})
+
+
+def shares_of(tokens, pooled, number):
+    """Returns the share of each patch in the place of a token. The gradient tells the patches.
+
+    A token stands at the mean of the patches that it depends on. Interpolation, whose weights do
+    not depend on features, may stand at the weighted mean.
+    """
+    token = pooled.features[number].sum()
+    (reached,) = torch.autograd.grad(token, tokens.features, retain_graph=True)
+    weights = reached.abs().sum(1)
+    equal = (weights > 0).float()
+    shares = [each / each.sum() for each in (equal, weights)]
+    stands = pooled.layout.coordinates[number]
+    for share in shares:
+        if torch.allclose(share @ tokens.layout.coordinates, stands, atol=1e-4):
+            return share
+    middle = (shares[0] @ tokens.layout.coordinates).tolist()
+    raise AssertionError(f"token {number} stands at {stands.tolist()}, its patches at {middle}")
 
 
 @pytest.mark.parametrize("option", options("pooler"))
 class TestPooler:
     def test_extent_is_the_grid_that_the_tokens_fill(self, option, make):
         pooler = make("pooler", option)
-        for grid in grids_of(option):
+        for grid in grids_of(pooler):
             tokens = draw(grid)
             pooled = pooler(tokens, relevance_of(pooler, tokens))
             assert isinstance(pooler, Pooler)
             assert pooled.grid == pooler.extent(grid)
             assert len(pooled) == len(pooled.layout) == pooled.grid.size
             assert pooled.layout.extent == grid
-            assert pooler.width(6) == 6 == pooled.features.shape[1]
+            assert pooled.features.shape[1] == pooler.width(6)
 
-    def test_weights_of_a_mean_sum_to_1(self, option, make):
-        """The projector's second layer runs after the pooler, which is correct only for means."""
+    def test_the_rest_of_the_layout_is_handed_on(self, option, make):
         pooler = make("pooler", option)
-        for grid in grids_of(option):
+        tokens = draw(grids_of(pooler)[0])
+        known = replace(tokens.layout, draw=0.25, continues=True)
+        tokens = replace(tokens, layout=known)
+        layout = pooler(tokens, relevance_of(pooler, tokens)).layout
+        assert (layout.seconds, layout.draw, layout.continues) == (known.seconds, 0.25, True)
+
+    def test_the_second_linear_may_run_after_the_pooler(self, option, make):
+        """The projector's shortcut: `contract(pool(expand(x))) = pool(contract(expand(x)))`."""
+        pooler = make("pooler", option)
+        projector = Projector(pooler.width(6), 8)
+        for grid in grids_of(pooler):
+            tokens = draw(grid)
+            relevance = relevance_of(pooler, tokens)
+            after = projector.contract(pooler(tokens, relevance, projector.expand).features)
+            before = pooler(tokens, relevance, lambda x: projector.contract(projector.expand(x)))
+            torch.testing.assert_close(after, before.features)
+            with torch.no_grad():  # in chunks
+                chunks = pooler(tokens, relevance, projector.expand).features
+            torch.testing.assert_close(projector.contract(chunks), before.features)
+
+    def test_tokens_of_equal_patches_are_equal_to_them(self, option, make):
+        """The weights of a mean sum to 1. Layers that are trained may change the features."""
+        pooler = make("pooler", option)
+        if any(weights.requires_grad for weights in pooler.parameters()):
+            return
+        for grid in grids_of(pooler):
             tokens = draw(grid)
             ones = replace(tokens, features=torch.ones_like(tokens.features))
             pooled = pooler(ones, relevance_of(pooler, tokens))
             torch.testing.assert_close(pooled.features, torch.ones_like(pooled.features))
 
-    def test_a_token_stands_at_the_middle_of_what_it_was_made_of(self, option, make):
-        """A token's place is the mean of the patches that its gradient reaches."""
+    def test_a_token_stands_at_the_centre_of_what_it_was_made_of(self, option, make):
+        """Also with another prompt: it may choose patches, but it moves no token."""
         pooler = make("pooler", option)
-        for grid in grids_of(option):
-            tokens = draw(grid)
-            patches = tokens.features.requires_grad_()
-            pooled = pooler(tokens, relevance_of(pooler, tokens))
-            for number in {0, len(pooled) // 2, len(pooled) - 1}:
-                (reached,) = torch.autograd.grad(
-                    pooled.features[number].sum(), patches, retain_graph=True
-                )
-                members = tokens.layout.coordinates[reached.abs().sum(1) > 0]
-                middle = (members.amin(0) + members.amax(0)) / 2
-                torch.testing.assert_close(pooled.layout.coordinates[number], middle)
+        for grid in grids_of(pooler):
+            tokens = draw(grid, WIDTH)
+            tokens.features.requires_grad_()
+            for seed in (1, 2):
+                pooled = pooler(tokens, relevance_of(pooler, tokens, seed))
+                for number in some(len(pooled), 8):
+                    shares_of(tokens, pooled, number)
+
+    def test_a_prompt_does_not_move_a_token_of_the_same_patches(self, option, make):
+        pooler = make("pooler", option)
+        if not pooler.uses_prompt:
+            return
+        tokens = draw(grids_of(pooler)[0])
+        relevance = relevance_of(pooler, tokens)
+        # The order of the patches stays, so that the same ones are kept; their weights change.
+        places = [pooler(tokens, relevance * scale).layout.coordinates for scale in (1.0, 0.5)]
+        assert torch.equal(*places)
+
+    def test_the_features_depend_on_the_prompt_for_autograd(self, option, make):
+        """With a gradient of 0 at least; without one, DDP waits for ever."""
+        pooler = make("pooler", option)
+        if not pooler.uses_prompt:
+            return
+        tokens = draw(grids_of(pooler)[0])
+        relevance = relevance_of(pooler, tokens).requires_grad_()
+        pooler(tokens, relevance).features.sum().backward()
+        assert relevance.grad is not None
+
+    def test_half_precision_is_kept(self, option, make):
+        pooler = make("pooler", option).to(torch.bfloat16)
+        tokens = draw(grids_of(pooler)[0])
+        half = replace(tokens, features=tokens.features.bfloat16())
+        pooled = pooler(half, relevance_of(pooler, tokens))
+        assert pooled.features.dtype == torch.bfloat16
+        assert pooled.layout.coordinates.dtype == torch.float32
 
     def test_coordinates_lie_on_the_extent_in_reading_order(self, option, make):
         pooler = make("pooler", option)
-        for grid in grids_of(option):
+        for grid in grids_of(pooler):
             tokens = draw(grid)
             layout = pooler(tokens, relevance_of(pooler, tokens)).layout
             assert (layout.coordinates >= 0).all()
             assert (layout.coordinates <= torch.tensor(grid) - 1).all()
+            assert (layout.number.diff() >= 0).all()
+            if not pooler.regular:
+                continue
             by_grid = layout.coordinates.view(*pooler.extent(grid), 3)
             for axis in range(3):
-                assert (by_grid.diff(dim=axis)[..., axis] > 0).all()
-
-    def test_a_prompt_does_not_move_a_token(self, option, make):
-        pooler = make("pooler", option)
-        tokens = draw(grids_of(option)[0])
-        other = relevance_of(pooler, tokens)
-        first, second = (
-            pooler(tokens, weights).layout.coordinates
-            for weights in (other, None if other is None else 1 - other)
-        )
-        assert torch.equal(first, second)
+                steps = by_grid.diff(dim=axis)
+                assert (steps[..., axis] > 0).all()
+                others = [other for other in range(3) if other != axis]
+                assert (steps[..., others] == 0).all()
 
     def test_reindex_numbers_the_reduced_grid(self, option, make):
         pooler = make("pooler", option)
-        for grid in grids_of(option):
+        for grid in grids_of(pooler):
             tokens = draw(grid)
             pooled = pooler(tokens, relevance_of(pooler, tokens))
             again = pooled.reindex()
             assert again.features is pooled.features
             assert again.layout.extent == pooled.grid
             assert torch.equal(again.layout.number, torch.arange(len(pooled)).float())
-            # Time is not renumbered: a reduced step has the time of the middle of its window.
-            torch.testing.assert_close(
-                again.layout.shown_at,
-                pooled.layout.shown_at - pooled.layout.shown_at[0],
-            )
+            # Time is not renumbered: a reduced step has the time of its first token, which in a
+            # window is the middle of the window.
+            first = slice(None, None, pooled.grid.h * pooled.grid.w)
+            shown = pooled.layout.shown_at
+            torch.testing.assert_close(again.layout.shown_at[first], (shown - shown[0])[first])
 
 
 @pytest.mark.parametrize("rotary", options("rotary"))
 @pytest.mark.parametrize("option", options("pooler"))
 def test_keep_is_the_positions_of_the_patches(option, rotary, make):
-    """A pooled token has the mean position of its window, and text does not move."""
+    """A pooled token has the mean position of its patches, and text does not move."""
     pooler, scheme = make("pooler", option), make("rotary", rotary)
     assert isinstance(scheme, RotaryScheme)
-    for grid in grids_of(option):
-        tokens = draw(grid)
+    for grid in grids_of(pooler)[:3]:
+        tokens = draw(grid, WIDTH)
+        tokens.features.requires_grad_()
+        pooled = pooler(tokens, relevance_of(pooler, tokens))
         before, after = scheme.place(tokens.layout, 7.0)
-        # The axes become features, so the pooler itself takes the mean of each window's positions.
-        axes = replace(tokens, features=before.mT)
-        alike = None if not pooler.uses_prompt else torch.zeros(len(tokens))
-        kept, after_kept = scheme.place(pooler(tokens, alike).layout, 7.0)
-        torch.testing.assert_close(kept, pooler(axes, alike).features.mT, rtol=1e-5, atol=1e-4)
+        kept, after_kept = scheme.place(pooled.layout, 7.0)
+        for number in some(len(pooled), 3):
+            share = shares_of(tokens, pooled, number)
+            torch.testing.assert_close(kept[:, number], before @ share, rtol=1e-5, atol=1e-4)
         assert after_kept == after
-        reindexed = scheme.place(pooler(tokens, alike).reindex().layout, 7.0)
+        reindexed = scheme.place(pooled.reindex().layout, 7.0)
         plain_grid = scheme.place(Layout.full(pooler.extent(grid)), 7.0)
         assert torch.equal(reindexed[0], plain_grid[0])
         assert reindexed[1] == plain_grid[1]

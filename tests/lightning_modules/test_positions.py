@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from datamodules.batch import IGNORE_INDEX, Tiles, VisualInfo
+from lightning_modules.pooler.average import AveragePooler
 from lightning_modules.splice.tiles import split_tiles
 from tests.helpers.mixed import POOLERS, ROTARY, make_tiled_model, mixed_batch, rows_of
 from tests.helpers.visuals import outline
@@ -95,6 +96,14 @@ def test_padding_of_tiles_moves_nothing(rotary):
 def test_another_word_is_refused():
     with pytest.raises(ValueError, match=r"model\.positions is 'kept'; take reindex or keep"):
         make_tiled_model(positions="kept")
+
+
+def test_tiles_need_tokens_in_rows_and_columns(monkeypatch):
+    """A pooler whose tokens have none would lose the wrong ones with the padding."""
+    monkeypatch.setattr(AveragePooler, "regular", False)
+    with pytest.raises(ValueError, match="no rows and columns, by which"):
+        make_tiled_model(pooler="average")
+    make_tiled_model(pooler="average", tiles=None)
 
 
 def test_a_training_step_with_kept_positions_reaches_every_weight():
