@@ -1,15 +1,14 @@
 """Exit codes, signals and requeues of processes, and checks of how many processes were started."""
 
 import logging
-import math
 import os
-import re
 import signal
-import subprocess
 import sys
 import time
 from types import FrameType
 from typing import NoReturn
+
+from datamodules.common import slurm
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ def leave(reason: str, rank: int) -> int:
     """
     for number in _SIGNALS:  # SLURM signals a requeued job again, and this process ends anyway
         signal.signal(number, signal.SIG_IGN)
-    job = _slurm_job()
+    job = slurm.this_job()
     if job and rank == 0:
         logger.warning("%s: %s", reason, requeue(job))
     return exit_code(os.EX_TEMPFAIL, rank)
@@ -76,29 +75,16 @@ def _leave_at_once(number: int, frame: FrameType | None) -> None:
 
 def requeue(job: str) -> str:
     """Requeues the running batch job `job` if allowed, and returns a line about the result."""
-    shown = _scontrol("show", "job", "-o", job)
-    field = dict(re.findall(r"(\w+)=(\S*)", shown.stdout))
-    # A preempted job is RUNNING until its grace time ends. A job that was cancelled or requeued by
-    # somebody else is COMPLETING. So is a job at its time limit: its run time equals the limit.
-    ending = field.get("JobState", "RUNNING") not in ("RUNNING", "SUSPENDED", "STOPPED", "TIMEOUT")
-    if ending and _seconds(field["RunTime"]) < _seconds(field["TimeLimit"]):
+    field = slurm.show_job(job)
+    if slurm.is_cancelled(field):
         return f"job {job} was cancelled and is not requeued"
     if field.get("BatchFlag") == "0":
         return f"job {job} is interactive: run the same command again to go on"
-    asked = _scontrol("requeue", job)
+    asked = slurm.scontrol("requeue", job)
     if asked.returncode:
-        why = asked.stderr.strip() or shown.stderr.strip()
+        why = asked.stderr.strip()
         return f"job {job} was not requeued ({why}): submit it again with --requeue"
     return f"job {job} is requeued"
-
-
-def _seconds(duration: str) -> float:
-    """Converts `[days-]hours:minutes:seconds` to seconds. Other text (UNLIMITED) is infinity."""
-    parts = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", duration)
-    if parts is None:
-        return math.inf
-    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def process_rank() -> int:
@@ -146,18 +132,3 @@ def run_alone(program: str) -> None:
     if (tasks := launched_tasks()) > 1:
         line = f"error: {program} is one process, {tasks} were started: leave torchrun or srun out"
         fail(line, process_rank())
-
-
-def _slurm_job() -> str | None:
-    """Returns the SLURM job of this process; in an array, the one task and not the whole array."""
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return os.environ.get("SLURM_JOB_ID")
-
-
-def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ["scontrol", *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return subprocess.CompletedProcess(command, 1, "", str(error))

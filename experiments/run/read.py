@@ -13,6 +13,9 @@ from experiments.run import lock
 from experiments.run.files import inside
 from experiments.run.settings import CONFIG_FILE, FROZEN_FILE, Settings, find_runs
 
+#: States that a run writes when it ends before its end, with a reason.
+ENDED_EARLY = ("stopped", "cancelled", "preempted", "failed")
+
 #: Longest time in seconds without a heartbeat for a live run on a file system without locks.
 _SILENCE_S = 60
 
@@ -22,7 +25,8 @@ class RunState:
     """The state of one run directory.
 
     `state` is one of: done, running, stale (a process holds the lock but writes no heartbeat),
-    queued, stopped (by a signal, a kill or the loss of its node), failed, damaged, not started.
+    queued, stopped (by Ctrl-C, a kill or the loss of its node), cancelled (by the user), preempted
+    (by the scheduler), failed, damaged, not started. `reason` says more about how it ended.
     """
 
     folder: Path
@@ -53,11 +57,11 @@ def _read(folder: Path, jobs: set[str] | None, stale_after_s: float) -> RunState
         status, done = _json(inside(folder, "status.json")), _json(inside(folder, "done.json"))
         if done:
             step, last_sign = done["steps"], (folder / "done.json").stat().st_mtime
-            metrics, state = {**status.get("metrics", {}), **done["metrics"]}, "done"
+            metrics, state, reason = {**status.get("metrics", {}), **done["metrics"]}, "done", ""
         else:
             step, last_sign = status.get("step"), status.get("time")
             metrics = status.get("metrics", {})
-            state = _unfinished(folder, status, jobs, stale_after_s)
+            state, reason = _unfinished(folder, status, jobs, stale_after_s)
     except (ValueError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         return RunState(folder, "damaged", Settings(folder, {}, strict=False), reason=reason)
@@ -70,25 +74,27 @@ def _read(folder: Path, jobs: set[str] | None, stale_after_s: float) -> RunState
         metrics=metrics,
         last_sign=last_sign,
         starts=status.get("starts", 0),
-        reason=status.get("reason", "") if state in ("failed", "stopped") else "",
+        reason=reason,
     )
 
 
 def _unfinished(
     folder: Path, status: dict[str, Any], jobs: set[str] | None, stale_after_s: float
-) -> str:
+) -> tuple[str, str]:
+    """Returns the state of a run without `done.json`, and the reason why it ended."""
     age = time.time() - status.get("time", (folder / _mark(folder)).stat().st_mtime)
     if lock.holder(folder) is not None:
-        return "running" if age < stale_after_s else "stale"
-    if status.get("state") in ("failed", "stopped"):
-        last = status["state"]
+        return ("running" if age < stale_after_s else "stale"), ""
+    last, reason = "not started", ""
+    if status.get("state") in ENDED_EARLY:
+        last, reason = status["state"], status.get("reason", "")
     elif status and not (folder / "run.lock").is_file() and age < _SILENCE_S:
-        return "running"
-    else:
-        last = "stopped" if (folder / "config.yaml").is_file() else "not started"
+        return "running", ""
+    elif (folder / "config.yaml").is_file():
+        last, reason = "stopped", "killed" if status else "no step"
     job = _json(inside(folder, "slurm.json")).get("job_id")
     queued = last == "not started" if jobs is None else job in jobs
-    return "queued" if job and queued else last
+    return ("queued", "") if job and queued else (last, reason)
 
 
 def _mark(folder: Path) -> str:

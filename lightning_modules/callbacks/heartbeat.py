@@ -10,6 +10,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from datamodules.common.atomic import write_whole
+from lightning_modules.checkpoint.preemption import Preempted, signals, way_to_end
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ class Heartbeat(Callback):
 
     Its fields:
 
-    - `state`: `training`, `validating`, `testing`, `trained`, `tested`, `stopped` or `failed`; the
-      last two have a `reason`.
+    - `state`: `training`, `validating`, `testing`, `trained`, `tested`; or how the run ended before
+      its end, with a `reason`: `stopped` (Ctrl-C), `cancelled`, `preempted` or `failed`.
     - `step`, `total_steps`: optimizer steps; `total_steps` is null for endless training.
     - `time`: time of writing, in seconds since 1970.
     - `starts`: how often the run was started.
@@ -71,10 +72,9 @@ class Heartbeat(Callback):
             before = read_status(self.path)
             self._starts, self._wall_before = before.get("starts", 0), before.get("wall_s", 0.0)
             self._total, self._step = before.get("total_steps"), before.get("step", 0)
-        failed = isinstance(exception, Exception)
-        lines = str(exception).strip().splitlines()
-        reason = ": ".join([type(exception).__name__, *lines[:1]])
-        self._beat(trainer, "failed" if failed else "stopped", now=True, reason=reason)
+        if trainer.is_global_zero:
+            state, reason = _how_it_ended(exception)
+            self._beat(trainer, state, now=True, reason=reason)
 
     def _beat(self, trainer: Trainer, state: str, *, now: bool = False, **more: Any) -> None:
         if not trainer.is_global_zero or not (now or self._due()):
@@ -98,6 +98,19 @@ class Heartbeat(Callback):
 
     def _due(self) -> bool:
         return time.monotonic() - self._written >= self.every_s
+
+
+def _how_it_ended(exception: BaseException) -> tuple[str, str]:
+    """Returns the state of a run that an exception ended, and the reason."""
+    # A signal may break something first, such as a connection: then the signal is the reason.
+    signal = exception.reason if isinstance(exception, Preempted) else signals.received
+    if isinstance(exception, KeyboardInterrupt) or signal == "SIGINT":
+        return "stopped", "Ctrl-C"
+    if signal is not None:
+        return way_to_end(signal), signal
+    lines = str(exception).strip().splitlines()
+    reason = ": ".join([type(exception).__name__, *lines[:1]])
+    return "failed" if isinstance(exception, Exception) else "stopped", reason
 
 
 def read_status(path: Path) -> dict[str, Any]:

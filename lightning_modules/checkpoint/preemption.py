@@ -1,7 +1,7 @@
 """Handles requests to stop: signals, the time limit and Ctrl-C."""
 
+import math
 import os
-import re
 import signal
 import threading
 import time
@@ -14,6 +14,7 @@ import torch
 from lightning import Trainer
 from torch.distributed import ReduceOp
 
+from datamodules.common import slurm
 from lightning_modules.private.lightning import install_no_signal_handlers
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -150,6 +151,22 @@ def agree(trainer: Trainer, reason: str | None) -> str | None:
     return _REASONS[int(highest) - 1] if int(highest) else None
 
 
+def way_to_end(reason: str) -> str:
+    """Returns how a run ended that was stopped for `reason`.
+
+    - `stopped`: Ctrl-C.
+    - `cancelled`: somebody ended it for good: `scancel`, or SIGTERM outside of a batch job.
+    - `preempted`: the scheduler needs the machine or the time is over; a batch job is requeued.
+    """
+    if reason == "SIGINT":
+        return "stopped"
+    if reason != "SIGTERM":
+        return "preempted"
+    job = slurm.this_job()
+    cancelled = job is None or slurm.is_cancelled(slurm.show_job(job))
+    return "cancelled" if cancelled else "preempted"
+
+
 def stops_at(walltime: str | float | int | None, margin_s: float | int) -> float | None:
     """Returns the time to stop before the time limit, in seconds since 1970; None: no limit known.
 
@@ -175,11 +192,9 @@ def _end(walltime: str | float | int | None) -> float | None:
         end = os.environ.get("SLURM_JOB_END_TIME")
         return float(end) if end else None
     if isinstance(walltime, str):
-        parts = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", walltime)
-        if parts is None:
-            raise ValueError(f"walltime={walltime} is not a duration: write it as 24:00:00")
-        days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
-        walltime = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        given, walltime = walltime, slurm.seconds(walltime)
+        if walltime == math.inf:
+            raise ValueError(f"walltime={given} is not a duration: write it as 24:00:00")
     if walltime <= 0:
         raise ValueError(f"walltime={walltime} must be more than 0: write it as 24:00:00")
     return _STARTED + walltime

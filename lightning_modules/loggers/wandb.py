@@ -2,8 +2,10 @@
 
 import logging
 import secrets
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ TRAINER_STEP = "trainer/global_step"
 
 #: Values that come with every row, but are no reason to log a row.
 _BESIDE = {"epoch"}
+
+#: Stop signals that W&B's own process does not need. It hears SIGTERM in any case.
+_STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 _MODES = ("online", "offline", "disabled", "shared")
 
@@ -110,13 +115,8 @@ class ResumableWandbLogger(WandbLogger):
         row = Row(step, time.time(), numbers, tables, list(others))
         self._journal.append(row)
         self._note(row)
-        try:
+        with _stopped_with_the_job():
             self._send(self._count - 1, _as_logged(row) | others, numbers.keys() != metrics.keys())
-        except OSError as error:
-            # A scheduler also stops W&B's own process. The resumed run logs the lost rows.
-            if signals.received is None:
-                raise
-            logger.warning("the W&B process has already exited: %r", error)
 
     def finalize(self, status: str) -> None:
         super().finalize(status)
@@ -146,7 +146,8 @@ class ResumableWandbLogger(WandbLogger):
             ValueError: W&B refuses the API key, or there is none.
         """
         try:
-            return wandb.init(**self._options)
+            with _no_stop_signals():
+                return wandb.init(**self._options)
         except (UsageError, AuthenticationError) as error:
             raise ValueError(
                 f"W&B refuses this run ({str(error).splitlines()[0]}): set WANDB_API_KEY, or keep "
@@ -156,7 +157,8 @@ class ResumableWandbLogger(WandbLogger):
             reason = str(error).splitlines()[0]
             logger.warning("W&B is not there, so this run is kept here, offline: %s", reason)
             wandb.teardown()  # the failed start still holds the id
-            return wandb.init(**{**self._options, "mode": "offline"})
+            with _no_stop_signals():
+                return wandb.init(**{**self._options, "mode": "offline"})
 
     def _go_on(self, run: Any) -> None:
         """Logs the rows of the journal that W&B lacks."""
@@ -172,6 +174,20 @@ class ResumableWandbLogger(WandbLogger):
             self._stored |= {k: max(row.step, self._stored.get(k, -1)) for k in row.restored()}
 
 
+@contextmanager
+def _no_stop_signals() -> Iterator[None]:
+    """Processes that start inside this context never receive SIGUSR1 and SIGUSR2.
+
+    A scheduler sends them to all processes of a job before it stops them. W&B's own process would
+    end at once, although the run still logs.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def finish_wandb(exit_code: int, preempted: bool = False) -> None:
     """Ends the W&B run of this process, if there is one.
 
@@ -179,9 +195,26 @@ def finish_wandb(exit_code: int, preempted: bool = False) -> None:
         exit_code: exit code of the program.
         preempted: W&B shows the run as preempted, not as failed, until it is resumed.
     """
-    if wandb.run is not None and preempted:
-        wandb.run.mark_preempting()
-    wandb.finish(exit_code=exit_code)
+    with _stopped_with_the_job():
+        if wandb.run is not None and preempted:
+            wandb.run.mark_preempting()
+        wandb.finish(exit_code=exit_code)
+
+
+@contextmanager
+def _stopped_with_the_job() -> Iterator[None]:
+    """Ignores all errors of W&B inside the context, once a stop signal has come.
+
+    A scheduler sends SIGTERM also to W&B's own process. The resumed run logs the lost rows.
+    """
+    try:
+        yield
+    except Exception as error:  # W&B has no common class for errors of its process
+        if signals.received is None:
+            raise
+        logger.debug("the W&B process has already exited: %r", error)
+        with suppress(Exception):
+            wandb.teardown()  # otherwise it tries again at the exit, with a traceback
 
 
 def _check(mode: str | None, best: dict[str, str], init_timeout: int, finish_timeout: int) -> None:

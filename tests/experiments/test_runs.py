@@ -1,6 +1,7 @@
 """ropelab-runs: states of run directories, from files of real runs."""
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from experiments.run.read import RunState, read_runs
 from experiments.run.settings import factors
 from experiments.runs import as_age, main, make_table, what_is_missing
 from lightning_modules.callbacks.heartbeat import Heartbeat
+from lightning_modules.checkpoint.preemption import Preempted, signals
 
 
 def make_run(
@@ -91,24 +93,38 @@ def test_every_state_is_told_apart(tmp_path, hold, monkeypatch):
     for name in ("running", "stale", "starting"):
         hold(tmp_path / name)
     make_run(tmp_path / "killed", status={"state": "training"})
-    make_run(tmp_path / "preempted", status={"state": "stopped", "reason": "Preempted: SIGTERM"})
+    make_run(tmp_path / "preempted", status={"state": "preempted", "reason": "walltime"})
+    make_run(tmp_path / "cancelled", status={"state": "cancelled", "reason": "SIGTERM"})
+    make_run(tmp_path / "interrupted", status={"state": "stopped", "reason": "Ctrl-C"})
     make_run(tmp_path / "failed", status={"state": "failed", "reason": "ValueError: no shards"})
     make_run(tmp_path / "before_fit")
     (make_run(tmp_path / "damaged") / "done.json").write_text('{"steps": 6')
     freeze(tmp_path / "frozen")
     (freeze(tmp_path / "submitted") / "slurm.json").write_text('{"job_id": "12_3"}')
-    assert states(tmp_path) == {
+    runs = read_runs([tmp_path])
+    assert {run.folder.name: run.state for run in runs} == {
         "before_fit": "stopped",
+        "cancelled": "cancelled",
         "damaged": "damaged",
         "done": "done",
         "failed": "failed",
         "frozen": "not started",
+        "interrupted": "stopped",
         "killed": "stopped",
-        "preempted": "stopped",
+        "preempted": "preempted",
         "running": "running",
         "stale": "stale",
         "starting": "running",
         "submitted": "queued",
+    }
+    reasons = {run.folder.name: run.reason for run in runs if run.reason}
+    assert {name: text for name, text in reasons.items() if name != "damaged"} == {
+        "before_fit": "no step",
+        "cancelled": "SIGTERM",
+        "failed": "ValueError: no shards",
+        "interrupted": "Ctrl-C",
+        "killed": "killed",
+        "preempted": "walltime",
     }
 
 
@@ -120,7 +136,7 @@ def test_the_queue_is_asked_where_there_is_one(tmp_path, monkeypatch):
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
     runs = tmp_path / "runs"
-    waits = make_run(runs / "waits", status={"state": "stopped", "reason": "Preempted"})
+    waits = make_run(runs / "waits", status={"state": "preempted", "reason": "SIGTERM"})
     (waits / "slurm.json").write_text('{"job_id": "12_3"}')
     (freeze(runs / "cancelled") / "slurm.json").write_text('{"job_id": "12_4"}')
     assert states(runs) == {"waits": "queued", "cancelled": "not started"}
@@ -149,13 +165,13 @@ def test_the_last_lines_say_what_a_sweep_lacks(tmp_path):
     make_run(tmp_path / "whole" / "b", done={})
     make_run(tmp_path / "single" / "a", done={})
     assert what_is_missing(read_runs([tmp_path])) == [
-        "sweep: 2 of 3 still to run: b, c; the same command runs them",
+        "sweep: 1 of 3 done, 2 to go: the same command runs them",
         "whole: 2 of 2 done",
     ]
 
 
 def test_the_table_shows_it_and_json_holds_it(tmp_path, capsys):
-    beat = {"state": "stopped", "reason": "Preempted: SIGTERM", "time": time.time() - 400}
+    beat = {"state": "stopped", "reason": "Ctrl-C", "time": time.time() - 400}
     metrics = {"val/loss": 2.5, "train/loss": 3.0}
     make_run(tmp_path / "a", "rotary=tad", status=beat | {"starts": 3, "metrics": metrics})
     make_run(
@@ -163,14 +179,11 @@ def test_the_table_shows_it_and_json_holds_it(tmp_path, capsys):
     )
     runs = read_runs([tmp_path])
     console = Console(width=140, record=True, file=io.StringIO())
-    console.print(make_table(runs, varied(runs), "val/loss"))
-    title, head, first, second = console.export_text().splitlines()
-    assert title.strip() == str(tmp_path)
-    assert head.split() == ["run", "rotary", "state", "step", "val/loss", "last", "sign", "resumes"]
-    assert first.split() == [
-        *["a", "tad", "stopped", "(Preempted:", "SIGTERM)", "5/60", "2.5", "7", "min", "2"]
-    ]
-    assert second.split()[1:] == ["videorope", "done", "60/60", "3.5", "0", "s", "-"]
+    console.print(make_table(runs, varied(runs), "val/loss", 140))
+    head, first, second = console.export_text().splitlines()
+    assert head.split() == ["rotary", "state", "step", "val/loss", "last", "sign", "resumes", "run"]
+    assert first.split() == [*["tad", "stopped", "(Ctrl-C)", "5/60", "2.5", "7", "min", "2", "a"]]
+    assert second.split() == ["videorope", "done", "60/60", "3.5", "0", "s", "-", "b"]
 
     assert main([str(tmp_path), "--json"]) == 0
     first, second = json.loads(capsys.readouterr().out)
@@ -180,6 +193,61 @@ def test_the_table_shows_it_and_json_holds_it(tmp_path, capsys):
 
     assert main([str(tmp_path), "--metric", "val/los"]) == 2
     assert "no run has a metric 'val/los'; there are: score, train/loss" in capsys.readouterr().err
+
+
+def shown(folder: Path, width: int, monkeypatch, capsys) -> list[str]:
+    """Returns the lines that ropelab-runs prints in a terminal of this width."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main([str(folder)]) == 0
+    return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_sweep_fits_80_columns_with_one_line_a_run(tmp_path, monkeypatch, capsys):
+    statuses = [None, {"state": "stopped", "reason": "Ctrl-C"}, {"state": "preempted"}]
+    folder = tmp_path / "sweep" / "with-optim.optimizer.lr_0.002-trainer.max_epochs_3"
+    made = itertools.product(("mrope", "videorope"), ("average_2x2", "prompt_guided_2x2"), range(3))
+    for number, (rotary, pooler, seed) in enumerate(made):
+        words = [f"rotary={rotary}", f"pooler={pooler}", f"seed={seed}", "optim.lr=2e-3"]
+        name = f"{rotary}-seed{seed}-pooler_{pooler}"
+        if number < 9:
+            make_run(folder / name, *words, done={"metrics": {"score": 0.5}}, rotary=rotary)
+        else:
+            freeze(folder / name, *words)
+            (folder / name / "config.yaml").touch()
+            if status := statuses[number - 9]:
+                beat = {"step": 5, "total_steps": 60, "time": time.time(), "metrics": {}}
+                (folder / name / "status.json").write_text(json.dumps(beat | status))
+    lines = shown(tmp_path, 80, monkeypatch, capsys)
+    _, head, *rows, last = lines
+    assert max(map(len, lines)) <= 80
+    assert head.split() == ["rotary", "pooler", "seed", "state", "step", "score", "last", "sign"]
+    assert len(rows) == 12
+    cells = ["videorope", "prompt_guided_2x2", "1", "stopped", "(Ctrl-C)", "5/60", "-", "0", "s"]
+    assert rows[10].split() == cells
+    assert last == ("with-optim.o…ax_epochs_3: 9 of 12 done, 3 to go: the same command runs them")
+    wide = shown(tmp_path, 160, monkeypatch, capsys)
+    assert wide[1].split()[-1] == "run"
+    assert wide[2].endswith("mrope-seed0-pooler_average_2x2")
+
+
+def test_where_factors_do_not_fit_their_middle_is_cut(tmp_path, monkeypatch, capsys):
+    for n in range(3):
+        keys = (f"some.key{k}={'x' * 30}{n}" for k in range(4))
+        make_run(tmp_path / "sweep" / str(n), *(f"+{key}" for key in keys))
+    lines = shown(tmp_path, 80, monkeypatch, capsys)
+    assert max(map(len, lines)) <= 80
+    assert len(lines) == 2 + 3 + 1
+    assert lines[2].split()[0] == "xxxxxx…xxxxx0"
+    assert lines[2].split()[4:6] == ["stopped", "(no"]
+
+
+def test_runs_that_no_factor_tells_apart_have_their_directories(tmp_path, monkeypatch, capsys):
+    for name in ("a", "b"):
+        make_run(tmp_path / "sweep" / name, "seed=0", status={"state": "failed", "reason": "E: x"})
+    lines = shown(tmp_path, 80, monkeypatch, capsys)
+    assert [line.split()[0] for line in lines[1:4]] == ["run", "a", "b"]
+    missing = "sweep: 0 of 2 done, 2 to go: the same command runs them"
+    assert lines[4:] == ["a: failed, E: x", "b: failed, E: x", missing]
 
 
 class Beating(LightningModule):
@@ -247,9 +315,16 @@ class TestHeartbeat:
         [
             (ValueError("no\nshards"), "failed", "ValueError: no"),
             (SystemExit(75), "stopped", "SystemExit: 75"),
+            (Preempted("SIGTERM"), "cancelled", "SIGTERM"),
+            (Preempted("SIGUSR1"), "preempted", "SIGUSR1"),
+            (Preempted("walltime"), "preempted", "walltime"),
+            (Preempted("SIGINT"), "stopped", "Ctrl-C"),
         ],
     )
-    def test_how_a_run_ended_is_told(self, error, state, reason, tmp_path):
+    def test_how_a_run_ended_is_told(self, error, state, reason, tmp_path, monkeypatch):
+        for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
+            monkeypatch.delenv(name, raising=False)
+
         def act():
             raise error
 
@@ -260,6 +335,30 @@ class TestHeartbeat:
             status = self.status(tmp_path)
             assert (status["state"], status["reason"]) == (state, reason)
             assert (status["step"], status["starts"]) == (5, starts)
+
+    @pytest.mark.parametrize(
+        ("shown", "state"), [("RUNNING", "preempted"), ("COMPLETING", "cancelled")]
+    )
+    def test_slurm_knows_whether_sigterm_came_from_the_user(
+        self, shown, state, tmp_path, monkeypatch
+    ):
+        """W&B's process may be stopped first, and its error come before the step has ended."""
+        said = f"JobState={shown} RunTime=00:01:00 TimeLimit=01:00:00"
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setattr(
+            "datamodules.common.slurm.scontrol",
+            lambda *_: subprocess.CompletedProcess([], 0, said, ""),
+        )
+
+        def act():
+            monkeypatch.setattr(signals, "received", "SIGTERM")
+            raise ConnectionResetError("gone")
+
+        trainer, module, data = beat(tmp_path, act)
+        with pytest.raises(ConnectionResetError):
+            trainer.fit(module, data)
+        status = self.status(tmp_path)
+        assert (status["state"], status["reason"]) == (state, "SIGTERM")
 
     def test_a_start_that_fails_before_training_keeps_what_was_reached(self, tmp_path):
         trainer, module, data = beat(tmp_path)

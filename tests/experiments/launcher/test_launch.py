@@ -216,7 +216,7 @@ def test_a_job_is_queued_again_unless_its_user_has_ended_it(shown, said, monkeyp
         asked.append(arguments)
         return subprocess.CompletedProcess(arguments, 0, shown, "")
 
-    monkeypatch.setattr("experiments.run.process._scontrol", scontrol)
+    monkeypatch.setattr("datamodules.common.slurm.scontrol", scontrol)
     assert said in requeue("7")
     assert (("requeue", "7") in asked) == (said == "is requeued")
 

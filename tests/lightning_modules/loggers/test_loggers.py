@@ -301,3 +301,45 @@ def test_other_ranks_log_nothing(server, monkeypatch, tmp_path):
     (run,) = server.runs.values()
     assert len(run.rows) == 2
     assert [row["trainer/global_step"] for row in run.rows] == [0, 0]
+
+
+#: Logs, sends a signal to W&B's own process as a scheduler does, logs again, and ends.
+SIGNALLED = """
+import os, signal, sys, time
+from pathlib import Path
+from lightning_modules.checkpoint.preemption import signals
+from lightning_modules.loggers.wandb import ResumableWandbLogger, finish_wandb
+
+logger = ResumableWandbLogger(save_dir=sys.argv[1], project="p", mode="offline")
+logger.log_metrics({"a": 1.0}, step=0)
+me = os.getpid()
+names = {int(p.parent.name): p.read_text().split() for p in Path("/proc").glob("[0-9]*/stat")}
+(core,) = [pid for pid, stat in names.items() if "wandb-core" in stat[1] and int(stat[3]) == me]
+signals.received = sys.argv[2]
+os.kill(core, signal.Signals[sys.argv[2]])
+time.sleep(1)
+state = Path(f"/proc/{core}/stat").read_text().split()[2]
+logger.log_metrics({"a": 2.0}, step=1)
+logger.finalize("failed")
+finish_wandb(75, preempted=True)
+finish_wandb(75)
+print("gone" if state == "Z" else "lives")
+"""
+
+
+@pytest.mark.parametrize(("name", "core"), [("SIGTERM", "gone"), ("SIGUSR1", "lives")])
+def test_a_run_ends_quietly_if_w_and_b_gets_the_signal_too(name, core, tmp_path):
+    root = Path(__file__).parents[3]
+    ended = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(tmp_path), name],
+        env=os.environ | {"PYTHONPATH": str(root), "WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split()[-1] == core
+    said = [line for line in ended.stderr.splitlines() if not line.startswith("wandb: ")]
+    assert said == []
+    rows = [json.loads(line) for line in (tmp_path / "logged.jsonl").read_text().splitlines()]
+    assert len(rows) == 2  # the resumed run sends the second one
