@@ -99,7 +99,8 @@ def load_run(folder: Path) -> Run:
         needle=needle,
         generations=_generations(file("generations.jsonl")),
         measured=measured,
-        said={line["key"]: line for line in answers.get(FULL, [])},
+        said={line["key"]: line for line in answers.get(FULL, [])}
+        | (needle.said() if needle else {}),
     )
 
 

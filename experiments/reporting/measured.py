@@ -40,6 +40,11 @@ class Cell(NamedTuple):
     depth: float
     needle: int
     correct: bool
+    said: str = ""  # the likeliest token at each place of the answer
+
+    def key(self, condition: str) -> str:
+        place = f"{self.frames} frames, depth {self.depth:.0%}"
+        return f"{condition}, {place}, needle {self.needle}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,22 @@ class Needle:
     changed_at: tuple[int, float]  # frames and depth of the frame that was changed
     computed: int  # tokens run through the LLM, with the haystack's prefix shared
     recomputed: int  # tokens if every cell had been run by itself
+    asked: dict[int, tuple[str, str]] = field(default_factory=dict)  # prompt and answer by needle
+
+    def said(self) -> dict[str, dict[str, Any]]:
+        """Returns what the model said in each cell, as `read_answers` returns it for a sample."""
+        return {
+            cell.key(condition): {
+                "step": self.step,
+                "key": cell.key(condition),
+                "prompt": self.asked[cell.needle][0],
+                "right": [self.asked[cell.needle][1]],
+                "answer": cell.said,
+            }
+            for condition, cells in self.cells.items()
+            for cell in cells
+            if cell.needle in self.asked
+        }
 
 
 class Answer(NamedTuple):
@@ -119,7 +140,7 @@ def needles_measured(needle: Needle) -> Measured:
     longest = needle.train_frames[1]
     answers = [
         Answer(
-            key=f"{condition}, {cell.frames} frames, depth {cell.depth:.0%}, needle {cell.needle}",
+            key=cell.key(condition),
             value=float(cell.correct),
             cluster=str(cell.needle),
             part=condition,
@@ -157,7 +178,8 @@ def _parse_needle(raw: dict[str, Any]) -> Needle:
         train_frames=(low, high),
         cells={
             condition: [
-                Cell(c["frames"], c["depth"], c["needle"], c["correct"]) for c in result["cells"]
+                Cell(c["frames"], c["depth"], c["needle"], c["correct"], str(c.get("said", "")))
+                for c in result["cells"]
             ]
             for condition, result in raw["conditions"].items()
         },
@@ -168,6 +190,10 @@ def _parse_needle(raw: dict[str, Any]) -> Needle:
         changed_at=(sensitivity["frames"], sensitivity["depth"]),
         computed=raw["token_forwards"]["computed"],
         recomputed=raw["token_forwards"]["recomputed"],
+        asked={
+            int(needle): (str(facts["prompt"]), str(facts["answer"]))
+            for needle, facts in raw.get("asked", {}).items()
+        },
     )
 
 

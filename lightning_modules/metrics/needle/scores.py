@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from datamodules.base import datamodule_of
-from datamodules.batch import IGNORE_INDEX, Visual
+from datamodules.batch import IGNORE_INDEX, VideoBatch, Visual
 from lightning_modules.distributed.sharding import shard
+from lightning_modules.metrics.answers.lines import as_text
 from lightning_modules.metrics.bootstrap import bootstrap_interval
 from lightning_modules.metrics.needle.prefix import PrefixCache
 from lightning_modules.model import VideoLanguageModel
@@ -27,6 +28,8 @@ class NeedleScores:
     """The cells of every condition, and the data of the canaries."""
 
     cells: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    #: By needle: the question as the LLM reads it, and the right answer.
+    asked: dict[int, dict[str, str]] = field(default_factory=dict)
     answers: dict[int, str] = field(default_factory=dict)
     #: By number of frames: depth of the changed frame, and largest change of a logit.
     sensitivity: dict[int, tuple[float, float]] = field(default_factory=dict)
@@ -43,6 +46,7 @@ class NeedleScores:
                 "sensitivity": self._sensitivity(),
             },
             "token_forwards": self.token_forwards,
+            "asked": self.asked,
         }
 
     def mean(self, name: str) -> float:
@@ -115,6 +119,7 @@ class NeedleModule(LightningModule):
             self._patches = torch.cat(encoded)  # n h w d
 
     def test_step(self, row: Any, batch_idx: int) -> None:
+        tokenizer = datamodule_of(self.trainer).tokenizer
         inputs = self.model.compose(row.text, self._encoded(row))
         hidden, start = self._prefixes.hidden(inputs)
         labels = inputs.labels[:, start:]
@@ -135,9 +140,12 @@ class NeedleModule(LightningModule):
                     "needle": needle,
                     "correct": bool((logits.argmax(-1) == target).all()),
                     "log_prob": round(log_prob.item(), 4),
+                    "said": str(tokenizer.decode(logits.argmax(-1), skip_special_tokens=True)),
                 }
             )
             self.scores.answers[needle] = str(target.tolist())
+            if needle not in self.scores.asked:
+                self.scores.asked[needle] = _asked(row.text, i, tokenizer)
             all_logits.append(logits)
         self._compare(row, all_logits)
 
@@ -175,3 +183,11 @@ class NeedleModule(LightningModule):
             blind = self._blind_logits.pop(place)
             change = max((a - b).abs().max().item() for a, b in zip(blind, logits, strict=True))
             self.scores.sensitivity[row.frames] = (row.depth, change)
+
+
+def _asked(text: VideoBatch, row: int, tokenizer: Any) -> dict[str, str]:
+    """Returns the prompt of a row as the LLM reads it, and its right answer."""
+    asked = text.questions()
+    prompt = as_text(asked.input_ids[row][asked.attention_mask[row]].tolist(), tokenizer)
+    answer = tokenizer.decode(text.answers()[row], skip_special_tokens=True)
+    return {"prompt": prompt, "answer": answer.strip()}

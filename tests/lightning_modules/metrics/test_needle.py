@@ -212,3 +212,24 @@ def test_canaries_are_the_scores_of_their_rows():
     assert summary["canaries"]["blind"]["mean"] == 0.25
     assert summary["canaries"]["ceiling"]["mean"] == 1
     assert summary["canaries"]["blind"]["majority"] == 0.75
+
+
+def test_what_was_asked_and_said_is_kept(make, tmp_path):
+    model, datamodule = make("rotary=mrope", "data.grid.frames=[4]")
+    run_test(model, datamodule, tmp_path)
+    raw = json.loads((tmp_path / "needle.json").read_text())
+    needles = datamodule._grid._needles
+    assert len(raw["asked"]) == len(needles)
+    for number, needle in enumerate(needles):
+        asked = raw["asked"][str(number)]
+        assert asked["answer"] == needle.answer
+        assert needle.question in asked["prompt"]
+        assert "<visual>" in asked["prompt"]
+    cells = [cell for name in raw["conditions"] for cell in raw["conditions"][name]["cells"]]
+    assert len({cell["said"] for cell in cells}) > 1
+    for cell in cells:
+        if cell["correct"]:
+            assert cell["said"] == raw["asked"][str(cell["needle"])]["answer"]
+    lines = read_needle(tmp_path / "needle.json").said()
+    assert len(lines) == len(cells)
+    assert {line["right"][0] for line in lines.values()} == {needle.answer for needle in needles}
