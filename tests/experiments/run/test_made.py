@@ -59,6 +59,6 @@ def test_a_wrong_run_is_answered_by_those_nearby(tmp_path, monkeypatch):
         assert "evaluate" not in str(told.value)
         assert "runs/name/tad-seed0" in str(told.value)
     check_run(tmp_path / "runs/name/mrope-seed0")
+    monkeypatch.chdir("/")
     with pytest.raises(ValueError, match="ropelab-runs lists them"):
-        monkeypatch.chdir("/")
         check_run(type(tmp_path)("nowhere/x"))
