@@ -24,6 +24,7 @@ from experiments.checks.keys import check_keys
 from experiments.checks.replay import read_replay
 from experiments.checks.which_run import check_run
 from experiments.command.values import check_values
+from experiments.console.results import tell_results
 from experiments.directory.run_directory import RunDirectory
 from experiments.run import process
 from experiments.run.compose import build, build_all, plain, print_config, user_errors_in_one_line
@@ -89,6 +90,7 @@ def main() -> None:
                 score = test_needles(config, trainer, model, datamodule, step)
                 score_answers(config, trainer, model, datamodule, step)
         folder.finish(step, score)
+        tell_results(folder.path, [f"ropelab-report {run.parent}"])
         return score
 
     with replay.guard():

@@ -12,6 +12,8 @@ from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launche
 from experiments.checks.keys import check_keys
 from experiments.checks.place import AfterFirstStep, check_place
 from experiments.command.values import check_values
+from experiments.console.opening import Opening
+from experiments.console.results import next_commands, tell_results
 from experiments.directory.run_directory import RunDirectory
 from experiments.run import process
 from experiments.run.compose import (
@@ -36,6 +38,7 @@ def main(config: DictConfig) -> float | None:
     folder = RunDirectory(config)
     if done := folder.finished():
         print(f"already finished: {folder.path / 'done.json'}")
+        tell_results(folder.path, next_commands(folder.path, config.module._target_))
         return done["metrics"].get("score")
     print_config(config)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
@@ -52,7 +55,8 @@ def main(config: DictConfig) -> float | None:
 
     # 4. The trainer, callbacks and loggers. The global batch size sets the gradient accumulation.
     loggers = build_all(config.logger, "logger")
-    callbacks = [AfterFirstStep(folder.keep), *build_all(config.callbacks, "callbacks")]
+    own = [AfterFirstStep(folder.keep), Opening(config, folder.path)]
+    callbacks = [*own, *build_all(config.callbacks, "callbacks")]
     trainer = build(config.trainer, "trainer", callbacks=callbacks, logger=loggers)
     process.refuse_lone_ranks(trainer.world_size)
     share_steps(trainer, datamodule)
@@ -78,6 +82,7 @@ def main(config: DictConfig) -> float | None:
     samples, digest = module.step_loss.samples, weights.sha256(module.network)
     if OmegaConf.select(config, "callbacks.checkpoint"):  # a debugging run keeps nothing
         folder.finish(steps, score, samples=samples, weights_sha256=digest)
+        tell_results(folder.path, next_commands(folder.path, config.module._target_))
     return score
 
 

@@ -233,6 +233,7 @@ def test_the_trainers_keys_have_lightnings_defaults():
     lightnings = {k: p.default for k, p in inspect.signature(lightning.Trainer).parameters.items()}
     chosen = {"_target_", "default_root_dir", "devices", "max_epochs", "precision"}
     chosen |= {"gradient_clip_val", "log_every_n_steps", "num_sanity_val_steps"}
+    chosen |= {"enable_model_summary"}
     assert {k: v for k, v in ours.items() if k not in chosen} == {
         k: lightnings[k] for k in ours if k not in chosen
     }

@@ -40,6 +40,7 @@ _WATCH = (
     "lightning_modules.callbacks.memory.*",
     "lightning_modules.callbacks.score_book.*",
     "lightning_modules.callbacks.throughput.*",
+    "lightning_modules.loggers.progress.*",
     "lightning.pytorch.callbacks.*ProgressBar",
     "lightning.pytorch.callbacks.*Summary",
     "lightning.pytorch.callbacks.DeviceStatsMonitor",
