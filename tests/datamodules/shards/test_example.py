@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from datamodules.shards.demo import read_films
-from datamodules.shards.example import CLIPS, COLOURS, write_example
+from datamodules.shards.example import COLOURS, write_example
 from datamodules.visuals.frames import FrameReader
 from experiments import shards
 
@@ -27,6 +27,12 @@ def asked(folder):
     return json.loads((folder / "val.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def learnt(folder):
+    """The entries of `train.json`."""
+    return json.loads((folder / "train.json").read_text())
+
+
 def see_cards(path):
     """The colours of the cards of a clip, in order. A card covers the middle of a frame."""
     frames = FrameReader(128, lambda times: list(range(len(times)))).video(path.read_bytes())
@@ -43,45 +49,49 @@ def see_cards(path):
 def test_the_files_are_the_same_every_time(folder, tmp_path):
     write_example(tmp_path / "again")
     files = sorted(path.name for path in folder.iterdir())
-    assert len(files) == sum(CLIPS.values()) + 2
+    assert len(files) == 240 + 48 + 2
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == files
     for name in files:
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_the_right_answers_are_seen_in_the_clips(folder, asked):
-    for entry in asked:
-        facts = entry["question"]
+def test_the_right_answers_are_seen_in_the_clips(folder, asked, learnt):
+    options = asked[0]["question"]["options"]
+    for entry in [*asked, *learnt]:
         cards = see_cards(folder / entry["video"])
-        assert len(cards) == 2
-        right = facts["options"]["ABCD".index(facts["answer"])]
-        shown = [option for option in facts["options"] if option in cards]
-        if facts["category"] == "colour":
-            assert shown == [right]
-        else:
-            assert sorted(shown) == sorted(cards)  # so the colours alone do not answer it
-            last = "comes last" in entry["conversations"][0]["value"]
-            assert right == cards[-1 if last else 0]
+        turns = [turn["value"] for turn in entry["conversations"]]
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)]
+            text, *shown, last = question.removeprefix("<video>\n").splitlines()
+            assert (shown, last) == (lines, "Answer with the letter.")
+            right = options["ABCD".index(answer)]
+            assert len(cards) == (1 if text == "Which colour is the card?" else 2)
+            assert right == cards[-1 if text == "Which card comes last?" else 0]
 
 
-def test_no_letter_is_more_often_right(asked):
-    for category in ("colour", "order"):
-        facts = [entry["question"] for entry in asked if entry["question"]["category"] == category]
-        assert Counter(each["answer"] for each in facts) == dict.fromkeys("ABCD", CLIPS["val"] // 2)
-    assert all(entry["conversations"][1]["value"] == entry["question"]["answer"] for entry in asked)
-    assert len({entry["question"]["group"] for entry in asked}) == CLIPS["val"]
+def test_without_the_frames_every_letter_is_as_likely(asked):
+    questions = {}
+    for entry in asked:
+        text = entry["conversations"][0]["value"]
+        questions.setdefault(text, []).append(entry["question"])
+        assert entry["conversations"][1]["value"] == entry["question"]["answer"]
+    assert [len(facts) for facts in questions.values()] == [24, 24, 24]
+    for facts in questions.values():
+        assert Counter(each["answer"] for each in facts) == dict.fromkeys("ABCD", 6)
+    facts = [entry["question"] for entry in asked]
+    assert Counter(each["category"] for each in facts) == {"colour": 24, "order": 48}
+    assert len({each["group"] for each in facts}) == 48
 
 
-def test_test_clips_share_no_film_with_training(folder, asked):
+def test_test_clips_share_no_film_with_training(asked, learnt):
     films = [{name for name, _ in read_films(split)} for split in ("train", "test")]
     assert not films[0] & films[1]
-    learnt = json.loads((folder / "train.json").read_text())
     assert not {entry["video"] for entry in learnt} & {entry["video"] for entry in asked}
-    assert len({entry["video"] for entry in learnt}) == CLIPS["train"]
+    assert len({entry["video"] for entry in learnt}) == 240
 
 
 def test_it_is_packed_as_it_is(folder, tmp_path):
-    for split in CLIPS:
+    for split in ("train", "val"):
         command = ["pack", "--videos", folder, "--annotations", folder / f"{split}.json"]
         assert shards.main([*map(str, command), "--output", str(tmp_path / split)]) == 0
         assert shards.main(["verify", str(tmp_path / split)]) == 0
