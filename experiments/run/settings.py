@@ -23,7 +23,7 @@ _NOT_RUNS = {".hydra", "checkpoints", "slurm", "wandb"}
 _NO_FACTORS = (
     *("hydra", "paths", "logger", "callbacks"),
     *("launcher", "print_config", "resume", "name", "run_name"),
-    *("expected", "expected_within"),
+    *("expected", "expected_within", "data_samples"),
 )
 
 
