@@ -1,6 +1,6 @@
 """Forecasts the memory and time of one step, and of the whole training, on N ranks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Forecast:
     step: Rehearsal
     seconds: float
     steps: int | None
+    epoch_steps: int | None  # of one pass over the data
 
     @property
     def gib(self) -> float:
@@ -51,7 +52,24 @@ class Forecast:
 
     @property
     def gpu_hours(self) -> float | None:
-        return None if self.steps is None else self.steps * self.seconds * self.ranks / 3600
+        return self._hours(self.steps, self.ranks)
+
+    @property
+    def epoch_gpu_hours(self) -> float | None:
+        return self._hours(self.epoch_steps, self.ranks)
+
+    @property
+    def hours(self) -> float | None:
+        """Hours from the first to the last step."""
+        return self._hours(self.steps, 1)
+
+    def _hours(self, steps: int | None, ranks: int) -> float | None:
+        return None if steps is None else steps * self.seconds * ranks / 3600
+
+    def on(self, mfu: float, peak_flops: float) -> "Forecast":
+        """Returns the same forecast for a device with another speed."""
+        seconds = self.step.computed * self.accumulation / (mfu * peak_flops)
+        return replace(self, seconds=seconds)
 
 
 def forecast(config: DictConfig, ranks: int) -> Forecast:
@@ -84,8 +102,42 @@ def forecast(config: DictConfig, ranks: int) -> Forecast:
         sample.visual_tokens(module.network),
         step,
         step.computed * accumulation / (config.mfu * config.device.peak_flops),
-        _steps(config, ranks * step.samples * accumulation),
+        *_steps(config, ranks * step.samples * accumulation),
     )
+
+
+def usable(config: DictConfig) -> float:
+    """Returns the memory of the device in GiB, without what is kept free."""
+    return (1 - config.headroom) * config.device.memory_gib
+
+
+def check_plan(config: DictConfig) -> None:
+    """Checks the keys that only ropelab-plan has.
+
+    Raises:
+        ValueError: a value is not possible. The message says what is.
+    """
+    ranks = plain(config.ranks) if OmegaConf.is_config(config.ranks) else config.ranks
+    if not (isinstance(ranks, list) and ranks and all(_is_count(n, 1) for n in ranks)):
+        raise ValueError(f"ranks={ranks} must be whole numbers of 1 or more: ranks=8,64")
+    for key, least in _LEAST.items():
+        value = config[key]
+        optional = key in ("samples", "frames", "tokens")
+        if not (_is_count(value, least) or (optional and value is None)):
+            raise ValueError(f"{key}={value} must be a whole number of {least} or more")
+    for key in ("mfu", "headroom", "labelled"):
+        value = config[key]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and 0 <= value <= 1) or (key, value) in (("mfu", 0), ("headroom", 1)):
+            raise ValueError(f"{key}={value} must be a share: a number from 0 to 1, such as 0.4")
+
+
+#: Least values of the keys that count something.
+_LEAST = {"samples": 1, "frames": 1, "videos": 0, "images": 0, "tokens": 1}
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_sharded(config: DictConfig) -> bool:
@@ -153,14 +205,19 @@ def _sizes(config: DictConfig, source: str) -> dict[str, Any]:
     return read.to_diff_dict() | {"model_type": read.model_type}
 
 
-def _steps(config: DictConfig, global_batch: int) -> int | None:
-    """Returns the number of steps of the whole training, or None if it is unknown."""
+def samples_of(config: DictConfig) -> int | None:
+    """Returns the samples of an epoch: typed, planned by the datamodule, or published; or None."""
+    planned = OmegaConf.select(config, "data.training.samples")
+    return config.samples or planned or config.get("data_samples")
+
+
+def _steps(config: DictConfig, global_batch: int) -> tuple[int | None, int | None]:
+    """Returns the numbers of steps of the whole training and of an epoch; None: unknown."""
+    samples = samples_of(config)
+    epoch = None if samples is None else max(1, samples // global_batch)
     if (config.trainer.get("max_steps") or -1) > 0:
-        return config.trainer.max_steps
-    samples = config.samples or OmegaConf.select(config, "data.training.samples")
-    if samples is None:
-        return None
-    return samples // global_batch * (config.trainer.get("max_epochs") or 1)
+        return config.trainer.max_steps, epoch
+    return None if epoch is None else epoch * (config.trainer.get("max_epochs") or 1), epoch
 
 
 def precision_of(config: DictConfig) -> Any:

@@ -24,7 +24,7 @@ _NOT_RUNS = {".hydra", "checkpoints", "slurm", "wandb"}
 _NO_FACTORS = (
     *("hydra", "paths", "logger", "callbacks"),
     *("launcher", "print_config", "resume", "blind", "name", "run_name"),
-    *("expected", "expected_within"),
+    *("expected", "expected_within", "data_samples"),
 )
 
 

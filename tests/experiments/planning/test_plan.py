@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -12,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from experiments import plan
-from experiments.planning.forecast import forecast
+from experiments import CONFIG_DIR, plan
+from experiments.planning.forecast import _steps, check_plan, forecast, samples_of
 from experiments.planning.largest_sample import Largest
 from experiments.planning.rehearsal import rehearse
 from experiments.run.compose import build, plain
@@ -167,6 +168,54 @@ def test_time_and_hours_follow_from_the_stated_share_of_the_peak(at_once):
     assert found.tokens_per_s == pytest.approx(2 * 96 / found.seconds)
     assert found.steps == 6400 // 2 * config.trainer.max_epochs
     assert found.gpu_hours == pytest.approx(found.steps * found.seconds / 3600)
+    assert found.epoch_gpu_hours == pytest.approx(found.gpu_hours / config.trainer.max_epochs)
+    twice = replace(found, ranks=2)
+    assert twice.gpu_hours == pytest.approx(2 * found.gpu_hours)
+    assert twice.hours == pytest.approx(found.hours)
+    assert found.on(0.25, 1e12).hours == pytest.approx(2 * found.hours)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "samples", "steps"),
+    [
+        ("videorope_qwen2_7b", 330_000, 330_000 // 128),
+        ("ppllava_dpo", 17_000, 17_000 // 64 * 2),
+        ("ppllava_vicuna7b_multi_image", 1_300_000, 1_300_000 // 128),
+        ("clip_context", 1_000_000, 1_000_000 // 1024 * 2),
+        ("vniah_d_tiny", 3960, 330),
+    ],
+)
+def test_a_recipe_says_how_many_samples_it_has(recipe, samples, steps, compose, tmp_path):
+    config = compose([f"experiment={recipe}"], tmp_path, "plan")
+    assert samples_of(config) == samples
+    assert _steps(config, config.data.global_batch_size)[0] == steps
+    config = compose([f"experiment={recipe}", "samples=12800"], tmp_path, "plan")
+    assert samples_of(config) == 12800
+
+
+def test_tiny_recipes_have_as_many_samples_as_they_make(compose, tmp_path):
+    for recipe in ("videorope_qwen2_7b", "clip_context", "ppllava_dpo"):
+        config = compose([f"experiment={recipe}", "scale=tiny"], tmp_path, "plan")
+        assert samples_of(config) == sum(config.prepare.counts.train)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("ranks=[0]", "ranks=.* must be whole numbers of 1 or more: ranks=8,64"),
+        ("ranks=many", "ranks=many must be whole numbers"),
+        ("samples=0", "samples=0 must be a whole number of 1 or more"),
+        ("samples=1.5", "samples=1.5 must be"),
+        ("mfu=40", "mfu=40 must be a share"),
+        ("mfu=0", "mfu=0 must be a share"),
+        ("headroom=1", "headroom=1 must be a share"),
+        ("videos=-1", "videos=-1 must be a whole number of 0 or more"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(word, says, compose, tmp_path):
+    with pytest.raises(ValueError, match=says) as caught:
+        check_plan(compose([*WORDS, word], tmp_path, "plan"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -222,8 +271,38 @@ def printed(compose, tmp_path, capsys):
 def test_the_program_prints_a_line_for_each_world(printed):
     lines = printed("ranks=[2,3]", "trainer=fsdp_sim", "device.memory_gib=0.001", "advise=false")
     (row,) = (line.split() for line in lines if re.match(r" +2 +8 = 2 x 2 x 2 ", line))
+    assert row[-7:-3] == ["-"] * 4  # no number of samples is known
+    assert any("samples=N gives steps and hours" in line for line in lines)
     assert row[-3:] == ["does", "not", "fit"]
     assert re.search(r"^ +3 .*legal numbers of ranks: 1, 2, 4", lines[-1])
+
+
+def test_every_device_has_a_line(printed, capsys):
+    lines = printed("ranks=[1]", "every_device=true", "samples=64000")
+    head = next(n for n, line in enumerate(lines) if line.split()[:1] == ["device="])
+    names = [line.split()[0] for line in lines[head + 1 :]]
+    assert names == sorted(path.stem for path in (CONFIG_DIR / "device").glob("*.yaml"))
+    rows = {line.split()[0]: line.split() for line in lines[head + 1 :]}
+    assert all(row[2] == "yes" for row in rows.values())
+    speed = float(rows["h100"][4].replace(",", "")) / float(rows["a100_80g"][4].replace(",", ""))
+    assert speed == pytest.approx(989.4 / 312, rel=1e-3)
+
+
+def test_the_program_says_what_it_does_on_stderr(compose, tmp_path, capsys):
+    plan.plan.__wrapped__.__wrapped__(compose([*WORDS, "ranks=[1]"], tmp_path, "plan"))
+    out, err = capsys.readouterr()
+    assert err == "plans 1 rank …\n"
+    assert "plans" not in out
+
+
+def test_several_ways_out_are_told_with_their_hours(printed):
+    words = ["ranks=[2]", "trainer=fsdp_sim", "samples=64000"]
+    lines = printed(*words, "headroom=0.0", "device.memory_gib=0.008")
+    ways = [line for line in lines if line.endswith(", fits")]
+    first, second, third = (line.partition(":")[0].strip() for line in ways)
+    assert (first, second) == ("tuning.checkpointing=[llm]", "data.batch_size=1")
+    assert third.endswith("ranks=4")
+    assert all(re.search(r"GiB, .* s a step, .* GPU-hours, .*, fits", line) for line in ways)
 
 
 @pytest.mark.slow
@@ -251,3 +330,6 @@ def test_ranks_are_given_as_for_a_sweep(monkeypatch):
     monkeypatch.setattr(plan, "plan", lambda: None)
     plan.main()
     assert sys.argv[1:] == ["ranks=[8,64]", "mfu=0.3"]
+    monkeypatch.setattr("sys.argv", ["ropelab-plan", "device=all"])
+    plan.main()
+    assert sys.argv[1:] == ["every_device=true"]
