@@ -9,9 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from experiments.directory.run_directory import read_done
-
-#: The condition of a validation that names none: questions with their frames.
-_FULL = "full"
+from lightning_modules.metrics.answers import FULL
 
 _WORSE_IF_HIGHER = " (lower is better)"
 
@@ -64,7 +62,11 @@ def _tables(folder: Path) -> Iterator[tuple[str, list[list[str]]]]:
         step = validations[-1]["step"]
         latest = [validation for validation in validations if validation["step"] == step]
         yield f"scores at step {step}", _score_rows(latest)
-        shown = {f"val/{row['name']}" for validation in latest for row in validation["scores"]}
+        shown = {
+            f"{'val' if (name := v.get('condition') or FULL) == FULL else name}/{row['name']}"
+            for v in latest
+            for row in v["scores"]
+        }
     if needle := _read(folder / "needle.json"):
         yield f"needles found, at step {needle['step']}", _needle_rows(needle)
     metrics = (read_done(folder) or {}).get("metrics", {})
@@ -81,7 +83,7 @@ def _score_rows(validations: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Returns a row for each score, with the conditions of one step as columns."""
     columns: dict[str, dict[str, Any]] = {}
     for validation in validations:
-        condition = validation.get("condition") or _FULL
+        condition = validation.get("condition") or FULL
         columns[condition] = {row["name"]: row for row in validation["scores"]}
     rows = [["score", *columns, "count"]]
     for name in dict.fromkeys(name for scores in columns.values() for name in scores):

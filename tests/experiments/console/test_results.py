@@ -68,7 +68,8 @@ def test_conditions_of_a_step_stand_beside_each_other(told):
                 row("perplexity", 3.0, higher_is_better=False),
             ),
             validation(30, row("mc", 0.5, 23), row("pairs", None), condition="blind"),
-        ]
+        ],
+        done={"steps": 30, "metrics": {"val/mc": 0.75, "blind/mc": 0.5, "blind/loss": 2.0}},
     )
     assert lines[3:] == [
         "scores at step 30",
@@ -76,6 +77,9 @@ def test_conditions_of_a_step_stand_beside_each_other(told):
         "  mc                            0.75    0.5  24 / 23",
         "  pairs                          0.5      -        8",
         "  perplexity (lower is better)     3      -        8",
+        "",
+        "last metrics",
+        "  blind/loss  2",
         "",
         "next:",
         "  ropelab-report runs/name",
