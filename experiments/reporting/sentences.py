@@ -72,17 +72,22 @@ def _best(ranking: Ranking) -> str:
     return text
 
 
-def needed(comparison: Comparison, unit: str) -> str:
-    """Returns a sentence on how many samples and seeds would show a difference of this size."""
+def needed(comparison: Comparison, unit: str, trainings: str = "seeds") -> str:
+    """Returns a sentence on how many samples and seeds would show a difference of this size.
+
+    Args:
+        unit: name of a sample.
+        trainings: what the pairs of trainings are called; those of a factor are not only seeds.
+    """
     difference = comparison.difference
     samples, runs = difference.needed()
     now = len(difference.by_run)
     if not isfinite(samples):
         return "They have the same mean."
     if runs > _MOST_SEEDS:
-        return f"It is far smaller than the difference of two seeds: {runs} seeds would be needed."
+        return f"It is far smaller than what seeds change: {runs} {trainings} would be needed."
     count = max(samples, difference.samples) if runs > now else samples
-    seeds = f" and {runs} seeds" if runs > now else ""
+    seeds = f" and {runs} {trainings}" if runs > now else ""
     wanted = f"{rounded(count)} {unit}s{seeds}"
     return f"About {wanted} would do, if the difference is as large as it seems."
 
@@ -178,7 +183,7 @@ def _factors(ranking: Ranking) -> str:
             sentences.append(
                 f"{factor}: {_list([best, *(c.second for c in unsure)])} cannot be told apart "
                 f"({closest.difference.mean:+.2f}, interval {_interval(closest)}). "
-                f"{needed(closest, _units(ranking)[0])}"
+                f"{needed(closest, _units(ranking)[0], 'pairs of trainings')}"
             )
     sentences.append(
         f"The differences are in {named(ranking.metric)}, averaged over the other settings, with "
