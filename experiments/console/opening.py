@@ -165,7 +165,8 @@ def _place(shards: Any) -> str:
 def _one_step(trainer: Trainer, samples: int, batch: int) -> str:
     ranks = data_rank(trainer)[1]
     shared = f", on {ranks} ranks" if ranks > 1 else ""
-    return f"{samples} samples: {trainer.accumulate_grad_batches} batches of {batch}{shared}"
+    batches = counted(trainer.accumulate_grad_batches, "batch", "es")
+    return f"{counted(samples, 'sample')}: {batches} of {batch}{shared}"
 
 
 def _length(trainer: Trainer) -> str:
@@ -173,8 +174,13 @@ def _length(trainer: Trainer) -> str:
     if not math.isfinite(total):
         return "without an end"
     epochs = trainer.max_epochs or 0
-    within = f", at most {epochs} epochs" if epochs > 0 else ""
-    return f"{total:.0f} steps{within}"
+    within = f", at most {counted(epochs, 'epoch')}" if epochs > 0 else ""
+    return f"{counted(int(total), 'step')}{within}"
+
+
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """Returns a count with its noun: `1 step`, `2 steps`."""
+    return f"{count:,} {noun}{'' if count == 1 else ending}"
 
 
 def last_step(folder: Path) -> tuple[int, bool]:

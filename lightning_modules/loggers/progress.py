@@ -7,6 +7,7 @@ from typing import Any
 import rich
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 def bar_or_lines(every_s: float = 30.0, leave: bool = True) -> ProgressBar:
@@ -80,7 +81,9 @@ class ProgressLines(ProgressBar):
         found = {k: v for k, v in trainer.progress_bar_metrics.items() if k.startswith("val/")}
         if found and not trainer.sanity_checking:
             values = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-            self._say(f"step {trainer.global_step}: validation, {values}")
+            # a trainer that only evaluates has taken no step
+            step = f"step {trainer.global_step}: " if trainer.state.fn == TrainerFn.FITTING else ""
+            self._say(f"{step}validation, {values}")
 
     def on_test_batch_end(
         self,

@@ -17,8 +17,8 @@ def test_a_training_says_what_it_is_and_ends_with_its_results(run_train, tmp_pat
     assert re.search(r"llm +tiny: \S+ K parameters, 2 layers of width 64\n", first)
     assert re.search(r"parameters +\S+ K of \S+ K are trained \(tuning=full\)\n", first)
     assert re.search(r"data +vniah: 8 samples an epoch\n", first)
-    assert re.search(r"step +4 samples: 1 batches of 4\n", first)
-    assert re.search(r"length +2 steps, at most 1 epochs\n", first)
+    assert re.search(r"step +4 samples: 1 batch of 4\n", first)
+    assert re.search(r"length +2 steps, at most 1 epoch\n", first)
     assert "_target_" not in first
     results = first[first.index("\nresults of") :]
     assert "train/loss" in results
