@@ -67,7 +67,7 @@ def parse_fixture(monkeypatch, capsys):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
 
     def parse(program, words):
-        main = getattr(import_module(SCRIPTS[program].partition(":")[0]), "main")
+        main = import_module(SCRIPTS[program].partition(":")[0]).main
         try:
             main(words)
         except _ParsedError:

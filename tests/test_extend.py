@@ -21,6 +21,7 @@ from datamodules.shards.annotations import formats
 from datamodules.shards.pack import write_shard
 from datamodules.shards.synthetic import draw_frames, encode_video
 from experiments import report, shards, train
+from experiments.checks.keys import check_keys
 from experiments.command.values import check_values
 from experiments.reporting import plots
 from experiments.reporting.data import load_runs
@@ -99,7 +100,7 @@ def read_json(path):
 
 
 def test_the_page_has_every_file_and_line():
-    assert len(FILES) == 16
+    assert len(FILES) == 19
     assert LINES.keys() == {"frame", "steps", "last_loss"}
     links = re.findall(r"\]\(([^)#]+)\)", PAGE)
     assert all((ROOT / "docs" / link).is_file() for link in links)
@@ -134,6 +135,53 @@ def test_the_pooler_keeps_the_contract(make):
     tokens = test_contract.draw(Grid(5, 2, 3))
     kept = make("pooler", "frame_stride")(tokens).layout.coordinates
     assert kept[:, 0].unique().tolist() == [0, 2, 4]
+
+
+def test_the_pooler_that_selects_keeps_the_contract(make):
+    """Any grid, tiles and prompts: every generic test of poolers."""
+    check_contract(test_contract.TestPooler(), option="most_relevant", make=make)
+    test_contract.test_keep_is_the_positions_of_the_patches("most_relevant", "mrope", make)
+    tokens = test_contract.draw(Grid(2, 3, 3))
+    relevance = torch.tensor([0, 9, 0, 8, 0, 0, 7, 6, 0, 5, 0, 0, 0, 4, 3, 0, 0, 2.0])
+    kept = make("pooler", "most_relevant")(tokens, relevance)
+    assert kept.layout.number.tolist() == [1, 3, 6, 7, 9, 13, 14, 17]
+    with pytest.raises(ValueError, match="count=4, but a time step has 2"):
+        make("pooler", "most_relevant").extent(Grid(1, 1, 2))
+
+
+@pytest.mark.parametrize("fault", ["twice the features", "places of other patches", "one too many"])
+def test_a_pooler_that_breaks_the_contract_is_found(fault, make, monkeypatch):
+    """By the generic tests, whatever the name of its file."""
+    module = importlib.import_module("lightning_modules.pooler.most_relevant")
+    right = module.MostRelevantPooler.forward
+
+    def wrong(self, tokens, relevance=None, expand=None):
+        pooled = right(self, tokens, relevance, expand)
+        if fault == "twice the features":
+            return pooled.moved(2 * pooled.features, pooled.layout.coordinates, pooled.grid)
+        if fault == "places of other patches":
+            return pooled.moved(pooled.features, pooled.layout.coordinates.flip(0), pooled.grid)
+        return pooled.moved(
+            torch.cat([pooled.features, pooled.features[-1:]]),
+            torch.cat([pooled.layout.coordinates, pooled.layout.coordinates[-1:]]),
+            pooled.grid,
+        )
+
+    monkeypatch.setattr(module.MostRelevantPooler, "forward", wrong)
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):
+        check_contract(test_contract.TestPooler(), option="most_relevant", make=make)
+
+
+def test_the_recipe_trains(composed, needle_shards, tmp_path):
+    sizes = ["data.training={samples: 8, frames: [2, 3], first_frames: [2, 3]}"]
+    sizes += ["data.grid={frames: [4], depths: [0.5], needles: 2}", "data.global_batch_size=4"]
+    words = ["experiment=needles_short", *sizes, f"paths.data={needle_shards}", *QUIET]
+    words += ["data.batch_size=4", "logger=csv", "callbacks.best=null"]
+    config = composed(tmp_path, *words)
+    check_keys(config)
+    train.main.__wrapped__(config)
+    assert read_json(tmp_path / "done.json")["steps"] == 2
+    assert read_json(tmp_path / "needle.json")["rotary"] == "vanilla"
 
 
 def test_the_encoder_keeps_the_contract(make):
