@@ -93,17 +93,12 @@ def test_every_command_is_accepted(words, parse, compose, tmp_path):
         parse(program, words)
         return
     words = [re.sub(r"=[^\[{]*,", "=", word) for word in words if word not in _FLAGS]
-    # ropelab-evaluate replays the words of a run; in these pages its folder has its recipe's name.
-    recipes = [re.match(r"run=runs/(\w+)/", word) for word in words]
-    known = [found[1] for found in recipes if found and _is_recipe(found[1])]
-    # `ropelab-new` copies a recipe to local/.
-    words = [re.sub(r"^experiment=local/\w+", "experiment=my_videos", word) for word in words]
-    words = [f"experiment={recipe}" for recipe in known] + words
+    words = [word.replace("experiment=local/mine", "experiment=my_videos") for word in words]
+    # ropelab-evaluate replays the words of a run. Here the folder may have its recipe's name.
+    for name in re.findall(r"\brun=runs/(\w+)/", " ".join(words)):
+        if (CONFIG_DIR / "experiment" / f"{name}.yaml").is_file():
+            words.insert(0, f"experiment={name}")
     check_values(compose(words, tmp_path, config))
-
-
-def _is_recipe(name: str) -> bool:
-    return (CONFIG_DIR / "experiment" / f"{name}.yaml").is_file()
 
 
 @pytest.mark.slow  # twenty minutes
