@@ -132,6 +132,8 @@ def with_sampling(frames: Mapping[str, Any], sampling: Mapping[str, Any]) -> dic
     Raises:
         ValueError: the sampler has no such setting; the message lists those that it has.
     """
+    if not sampling:
+        return dict(frames)
     sampler = dict(frames["sampler"])
     known = signature(resolve(sampler["_target_"], _PACKAGE)).parameters
     for name in sampling:

@@ -37,6 +37,8 @@ class MakeFolder(Callback):
 
 def _check_first_job(config: DictConfig) -> None:
     """Checks the keys of a sweep's first job. Later, frozen configs have no interpolations left."""
+    if config.hydra.job.config_name != "train":
+        return  # another program, with keys of its own
     words = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     try:
         check_keys(hydra.compose(config.hydra.job.config_name, combinations(words)[0]))

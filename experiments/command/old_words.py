@@ -27,6 +27,7 @@ NEW_WORDS = {
 NEW_KEYS = {
     "trainer.check_val_every_n_epoch": 1,
     "trainer.detect_anomaly": False,
+    "trainer.enable_model_summary": False,
     "trainer.fast_dev_run": False,
     "trainer.max_steps": -1,
     "trainer.num_nodes": 1,

@@ -75,7 +75,7 @@ def whole(run_train, tmp_path_factory):
 
 def test_a_run_leaves_what_a_report_reads(whole):
     run = load_run(whole)
-    assert run.status == "tested"
+    assert run.status == "tested after step 12"
     assert run.needle
     assert (run.needle.rotary, run.needle.step, run.needle.train_frames) == (
         "videorope",
@@ -216,7 +216,10 @@ def test_a_directory_of_another_model_is_refused(whole, run_train, overrides, li
         (["pooler=average"], r"kernel.*"),
         (["model.llm.config.num_attention_heads=8"], "model.rotary.sections"),
         (["model.rotary.sections=[1,2,3]"], r"model.rotary.sections=\[1, 2, 3\] must be"),
-        (["+data.gird=1"], "data: .*gird"),
+        (
+            ["+data.gird=1"],
+            "data.gird: HaystackDataModule has no argument gird: did you mean data.grid",
+        ),
         (["data.grid.conditions.periodic.period=0"], "data: .*period of distractors"),
         (["+callbacks.x._target_=lightning.no.Such"], "callbacks.x: "),
     ],
