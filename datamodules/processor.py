@@ -134,7 +134,9 @@ def with_sampling(frames: Mapping[str, Any], sampling: Mapping[str, Any]) -> dic
     """
     if not sampling:
         return dict(frames)
-    sampler = dict(frames["sampler"])
+    sampler = frames.get("sampler") or {}
+    if "_target_" not in sampler:
+        raise ValueError(f"the frames are read without a sampler, so there is no {min(sampling)}")
     known = signature(resolve(sampler["_target_"], _PACKAGE)).parameters
     for name in sampling:
         if name not in known:

@@ -21,13 +21,13 @@ from datamodules.shards.annotations import formats
 from datamodules.shards.pack import write_shard
 from datamodules.shards.synthetic import draw_frames, encode_video
 from experiments import report, shards, train
-from experiments.checks.keys import check_keys
 from experiments.command.values import check_values
 from experiments.reporting import plots
 from experiments.reporting.data import load_runs
 from experiments.run.compose import build, plain
 from lightning_modules import spec
 from lightning_modules.metrics.base import Answered
+from tests import test_configs
 from tests.experiments.reporting.test_report import write_run
 from tests.helpers.questions import make_question
 from tests.helpers.quiet import QUIET
@@ -137,51 +137,66 @@ def test_the_pooler_keeps_the_contract(make):
     assert kept[:, 0].unique().tolist() == [0, 2, 4]
 
 
-def test_the_pooler_that_selects_keeps_the_contract(make):
-    """Any grid, tiles and prompts: every generic test of poolers."""
-    check_contract(test_contract.TestPooler(), option="most_relevant", make=make)
-    test_contract.test_keep_is_the_positions_of_the_patches("most_relevant", "mrope", make)
-    tokens = test_contract.draw(Grid(2, 3, 3))
-    relevance = torch.tensor([0, 9, 0, 8, 0, 0, 7, 6, 0, 5, 0, 0, 0, 4, 3, 0, 0, 2.0])
-    kept = make("pooler", "most_relevant")(tokens, relevance)
-    assert kept.layout.number.tolist() == [1, 3, 6, 7, 9, 13, 14, 17]
-    with pytest.raises(ValueError, match="count=4, but a time step has 2"):
-        make("pooler", "most_relevant").extent(Grid(1, 1, 2))
+def test_the_pooler_that_chooses_keeps_the_contract(make):
+    check_contract(test_contract.TestPooler(), option="top_patches", make=make)
+    for rotary in ("mrope", "frame"):
+        test_contract.test_keep_is_the_positions_of_the_patches("top_patches", rotary, make)
+    tokens = test_contract.draw(Grid(2, 2, 3))
+    relevance = torch.tensor([1.0, 6, 2, 5, 3, 4, 4, 3, 5, 2, 6, 1]) / 10
+    pooled = make("pooler", "top_patches")(tokens, relevance)
+    rows_and_columns = [[0, 1], [1, 0], [1, 1], [1, 2], [0, 0], [0, 1], [0, 2], [1, 1]]
+    assert pooled.layout.coordinates[:, 1:].tolist() == rows_and_columns
+    assert torch.equal(pooled.features, tokens.features[[1, 3, 4, 5, 6, 7, 8, 10]])
 
 
-@pytest.mark.parametrize("fault", ["twice the features", "places of other patches", "one too many"])
-def test_a_pooler_that_breaks_the_contract_is_found(fault, make, monkeypatch):
-    """By the generic tests, whatever the name of its file."""
-    module = importlib.import_module("lightning_modules.pooler.most_relevant")
-    right = module.MostRelevantPooler.forward
-
-    def wrong(self, tokens, relevance=None, expand=None):
-        pooled = right(self, tokens, relevance, expand)
-        if fault == "twice the features":
-            return pooled.moved(2 * pooled.features, pooled.layout.coordinates, pooled.grid)
-        if fault == "places of other patches":
-            return pooled.moved(pooled.features, pooled.layout.coordinates.flip(0), pooled.grid)
-        return pooled.moved(
-            torch.cat([pooled.features, pooled.features[-1:]]),
-            torch.cat([pooled.layout.coordinates, pooled.layout.coordinates[-1:]]),
-            pooled.grid,
-        )
-
-    monkeypatch.setattr(module.MostRelevantPooler, "forward", wrong)
-    with pytest.raises((AssertionError, RuntimeError, ValueError)):
-        check_contract(test_contract.TestPooler(), option="most_relevant", make=make)
+TESTS = {
+    "extent": "test_extent_is_the_grid_that_the_tokens_fill",
+    "layout": "test_the_rest_of_the_layout_is_handed_on",
+    "shortcut": "test_the_second_linear_may_run_after_the_pooler",
+    "weights": "test_tokens_of_equal_patches_are_equal_to_them",
+    "centre": "test_a_token_stands_at_the_centre_of_what_it_was_made_of",
+    "autograd": "test_the_features_depend_on_the_prompt_for_autograd",
+    "dtype": "test_half_precision_is_kept",
+    "order": "test_coordinates_lie_on_the_extent_in_reading_order",
+}
+BARE = "type(tokens.layout)(coordinates, tokens.layout.extent)"
 
 
-def test_the_recipe_trains(composed, needle_shards, tmp_path):
-    sizes = ["data.training={samples: 8, frames: [2, 3], first_frames: [2, 3]}"]
-    sizes += ["data.grid={frames: [4], depths: [0.5], needles: 2}", "data.global_batch_size=4"]
-    words = ["experiment=needles_short", *sizes, f"paths.data={needle_shards}", *QUIET]
-    words += ["data.batch_size=4", "logger=csv", "callbacks.best=null"]
+@pytest.mark.parametrize(
+    ("test", "right", "wrong"),
+    [
+        ("extent", "coordinates, grid)", "coordinates, Grid(1, 1, len(kept)))"),
+        ("extent", "tokens.features[kept]", "tokens.features[kept][1:]"),
+        ("layout", "tokens.moved(features, coordinates,", f"VisualTokens(features, {BARE},"),
+        ("shortcut", "expand(features)", "2 * expand(features)"),
+        ("shortcut", "expand(features)", "expand(features).relu()"),
+        ("weights", "tokens.features[kept]", "2 * tokens.features[kept]"),
+        ("centre", "(kept.device)[kept]", "(kept.device)[: len(kept)]"),
+        ("centre", "(kept.device)[kept]", "(kept.device)[kept.flip(0)]"),
+        ("centre", "(kept.device)[kept]", "(kept.device)[kept] / 2"),
+        ("autograd", " + 0 * relevance[kept, None].to(features.dtype)", ""),
+        ("dtype", "relevance[kept, None].to(features.dtype)", "relevance[kept, None]"),
+        ("order", ".indices.sort(-1).values", ".indices"),
+        ("order", "regular = False", "regular = True"),
+    ],
+)
+def test_the_contract_refuses_a_wrong_pooler(test, right, wrong):
+    """Each case is one wrong line in the pooler of the page; the file's name does not matter."""
+    text = FILES["lightning_modules/pooler/top_patches.py"]
+    assert text.count(right) == 1
+    found: dict = {}
+    exec(text.replace(right, wrong), found)
+    check = getattr(test_contract.TestPooler(), TESTS[test])
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(option="odd", make=lambda component, option: found["TopPatchesPooler"]())
+
+
+def test_images_in_tiles_are_refused_behind_a_choice(tiny, composed, tmp_path):
+    words = [*tiny, "pooler=top_patches", "+model.tiles.newline=true"]
     config = composed(tmp_path, *words)
-    check_keys(config)
-    train.main.__wrapped__(config)
-    assert read_json(tmp_path / "done.json")["steps"] == 2
-    assert read_json(tmp_path / "needle.json")["rotary"] == "vanilla"
+    module = build(config.module, "module")(model=plain(config.model))
+    with pytest.raises(ValueError, match="have no rows and columns"):
+        module.configure_model()
 
 
 def test_the_encoder_keeps_the_contract(make):
@@ -279,6 +294,24 @@ def test_own_shards_are_trained_on_and_scored(checkout, composed, tmp_path, monk
     rows = {row["name"]: row for row in read_json(folder / "scores.json")[-1]["scores"]}
     assert rows["mc_probability"]["count"] == 2
     assert 0 < rows["mc_probability"]["value"] < 1
+
+
+def test_the_recipe_trains_on_own_clips(checkout, composed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, clip in enumerate(write_clips(tmp_path / "clips", 8)):
+        clip.with_suffix(".txt").write_text(f"caption {number}\n")
+    runpy.run_path(str(checkout / "pack_clips.py"))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    fewer = ["paths.data=data", "data.stream.num_workers=0", *QUIET, "logger=csv"]
+    config = composed(folder, "experiment=clips", *fewer)
+    assert (config.name, config.model.positions) == ("clips", "keep")
+    train.main.__wrapped__(config)
+    assert read_json(folder / "done.json")["samples"] == 16
+
+    monkeypatch.setattr(test_configs, "CONFIG_DIR", checkout / "configs")
+    monkeypatch.setitem(test_configs.RECIPES, "clips", ["experiment=clips"])
+    test_configs.test_a_recipe_states_its_command_and_what_it_gives("clips", lambda name: config)
 
 
 def test_the_score_is_a_probability_among_the_options():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from datamodules.processor import Processor
+from datamodules.processor import Processor, with_sampling
 from datamodules.shards.synthetic import draw_frames, encode_video
 
 READER = "datamodules.visuals.frames.FrameReader"
@@ -58,6 +58,11 @@ def test_a_setting_of_another_sampler_is_refused_in_one_line(saved, clip):
 def test_a_number_of_frames_below_1_is_named(saved):
     with pytest.raises(ValueError, match="num_frames is 0; set it to 1 or more"):
         Processor.from_pretrained(saved, num_frames=0)
+
+
+def test_a_reader_without_a_sampler_has_no_settings():
+    with pytest.raises(ValueError, match="without a sampler, so there is no num_frames"):
+        with_sampling({"_target_": READER, "image_size": 16}, {"num_frames": 3})
 
 
 def test_the_tokenizer_is_that_of_the_llm(saved):
