@@ -24,6 +24,7 @@ _READ: dict[str, tuple[str, ...]] = {
         *("name", "seed", "tags", "job_type", "run_name", "trial", "resume", "test", "blind"),
         *("print_config", "init", "init_allow", "expected", "expected_within", "prepare", "paths"),
         "data_samples",
+        "every_device",
         *("data", "model", "module", "tuning", "optim", "scores", "trainer", "callbacks", "logger"),
         *("run", "trust", "output", "sizes", "device", "ranks", "mfu", "headroom", "samples"),
         *("advise", "frames", "videos", "images", "tokens", "labelled"),

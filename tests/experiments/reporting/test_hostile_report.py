@@ -111,7 +111,8 @@ def test_links_inside_of_a_run_are_good(tmp_path):
         inside(folder, "loop")
 
 
-def test_a_terminal_is_not_commanded_by_what_is_listed(hostile, tmp_path, capsys):
+def test_a_terminal_is_not_commanded_by_what_is_listed(hostile, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # wide enough for the names of directories
     (hostile / "0" / "status.json").write_text(
         json.dumps({"state": "failed", "reason": "\x1b]0;title\x07 a\nb", "time": 0, "starts": 1})
     )
