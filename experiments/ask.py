@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TextStreamer
-from transformers.utils.logging import disable_progress_bar
 
 from datamodules.errors import BadSampleError
 from datamodules.processor import Processor, with_sampling
 from datamodules.sample.conversation import VISUALS, ConversationEncoder, Turn
 from datamodules.visuals.frames import is_video
+from experiments.console.bars import no_bars_in_files
 from experiments.evaluate import load
 from experiments.export import read_config
 from experiments.run.files import printable
@@ -31,8 +31,7 @@ from lightning_modules.model import VideoLanguageModel
 def main(arguments: Sequence[str] | None = None) -> None:
     run_alone("ropelab-ask")
     options = _parser().parse_args(arguments)
-    if not sys.stderr.isatty():  # files hold lines, not bars
-        disable_progress_bar()
+    no_bars_in_files()
     try:
         ask(**vars(options))
     except (ValueError, OSError, BadSampleError) as error:

@@ -24,6 +24,7 @@ from experiments.checks.keys import check_keys
 from experiments.checks.replay import read_replay
 from experiments.checks.which_run import check_run
 from experiments.command.values import check_values
+from experiments.console.bars import no_bars_in_files
 from experiments.console.results import tell_results
 from experiments.directory.run_directory import RunDirectory
 from experiments.run import process
@@ -60,6 +61,7 @@ def main() -> None:
     @user_errors_in_one_line
     def evaluate(config: DictConfig) -> float | None:
         # 1. The trained model. Of the classes that its directory names, only allowed ones are built
+        no_bars_in_files()
         replay.check(config)
         check_keys(config, replay.typed)
         check_values(config)

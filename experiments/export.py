@@ -18,6 +18,7 @@ from datamodules.common.atomic import write_whole
 from datamodules.common.spec import class_name
 from datamodules.errors import BadSampleError
 from datamodules.processor import Processor
+from experiments.console.bars import no_bars_in_files
 from experiments.directory.run_directory import read_done, read_versions
 from experiments.evaluate import load
 from experiments.run.files import inside, read_yaml
@@ -30,6 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def main(arguments: list[str] | None = None) -> None:
     run_alone("ropelab-export")
+    no_bars_in_files()
     parser = argparse.ArgumentParser("ropelab-export", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("out", type=Path, help="folder to write; it must not exist yet")

@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from experiments.console.bars import no_bars_in_files
 from experiments.run.process import run_alone
 from lightning_modules.importers import IMPORTERS, Importer, detect
 from lightning_modules.importers.base import REPORT, import_folder
@@ -25,6 +26,7 @@ _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     run_alone("ropelab-import")
+    no_bars_in_files()
     options = _parser().parse_args(arguments)
     try:
         # 1. The source folder and its layout

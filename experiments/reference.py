@@ -25,6 +25,7 @@ from datamodules.shards.pack import write_shard
 from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launchers and `run_name`
 from experiments.checks.keys import check_keys
 from experiments.command.values import check_values
+from experiments.console.bars import no_bars_in_files
 from experiments.evaluate import load
 from experiments.run import process
 from experiments.run.compose import build, plain, print_config, user_errors_in_one_line
@@ -38,6 +39,7 @@ from lightning_modules.training.preference.module import model_settings
 @user_errors_in_one_line
 def main(config: DictConfig) -> None:
     process.run_alone("ropelab-reference")
+    no_bars_in_files()
     check_keys(config)
     check_values(config)
     print_config(config)

@@ -12,6 +12,7 @@ from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launche
 from experiments.checks.keys import check_keys
 from experiments.checks.place import AfterFirstStep, check_place
 from experiments.command.values import check_values
+from experiments.console.bars import no_bars_in_files
 from experiments.console.opening import Opening
 from experiments.console.results import next_commands, tell_results
 from experiments.directory.run_directory import RunDirectory
@@ -33,6 +34,7 @@ from lightning_modules.checkpoint import weights
 @user_errors_in_one_line
 def main(config: DictConfig) -> float | None:
     # 1. The run directory and the seed. A finished run ends here. Nothing is written before step 5.
+    no_bars_in_files()
     check_keys(config)
     check_values(config)
     folder = RunDirectory(config)

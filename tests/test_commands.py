@@ -114,3 +114,4 @@ def test_the_readme_runs_from_top_to_bottom(tmp_path):
                 ["bash", "-euc", text], cwd=tmp_path, env=env, capture_output=True, text=True
             )
             assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            assert "%|" not in done.stdout + done.stderr  # a bar in a file

@@ -5,8 +5,10 @@ are shown over them: one card in some clips, two in the others, one after the ot
 is the card?" needs one frame with the card. "Which card comes first?" needs the order of the
 frames too.
 
-All questions have the same options in the same order, so a small model can learn to answer within
-minutes. Every letter is right equally often, so without the frames an answer is a guess.
+The held-out questions have options, and the answer is a letter. Half of those in training ask for
+the colour in words instead, so a trained model answers both kinds. All options stand in the same
+order, so a small model can learn them within minutes. Every letter is right equally often, so
+without the frames an answer is a guess.
 """
 
 import json
@@ -117,7 +119,10 @@ def _conversation(
 ) -> list[dict[str, Any]]:
     """Returns one entry: a conversation with all questions about a clip, in a random order."""
     asked = [clip.questions[n] for n in rng.permutation(len(clip.questions))]
-    turns = [_turns(text, right, options) for text, right, _ in asked]
+    turns = [
+        _in_words(text, right) if rng.randint(2) else _turns(text, right, options)
+        for text, right, _ in asked
+    ]
     return [_entry(clip, clip.name, [turn for pair in turns for turn in pair])]
 
 
@@ -139,6 +144,12 @@ def _turns(text: str, right: str, options: list[str]) -> list[dict[str, str]]:
         {"from": "human", "value": asked},
         {"from": "gpt", "value": ascii_uppercase[options.index(right)]},
     ]
+
+
+def _in_words(text: str, right: str) -> list[dict[str, str]]:
+    """Returns a question without options, and its answer."""
+    asked = text if "colour" in text else f"{text} Answer with its colour."
+    return [{"from": "human", "value": asked}, {"from": "gpt", "value": right.capitalize()}]
 
 
 def _entry(clip: _Clip, name: str, turns: list[dict[str, str]]) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def next_commands(folder: Path, module: str) -> list[str]:
     folder = short_path(folder)
     commands = [f"ropelab-evaluate run={folder}", f"ropelab-report {folder.parent}"]
     if not module.endswith("ClipContextModule"):
-        commands.insert(1, f"ropelab-export {folder} models/{folder.parent.name}")
+        below = folder.parts[1:] if folder.parts[0] == "runs" else [folder.name]
+        commands.insert(1, f"ropelab-export {folder} {Path('models', *below)}")
     return commands
 
 

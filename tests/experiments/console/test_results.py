@@ -121,7 +121,14 @@ def test_an_encoder_alone_is_not_exported(tmp_path, monkeypatch):
     run, module = tmp_path / "runs" / "name" / "run", "lightning_modules.training."
     assert next_commands(run, f"{module}instruct.VideoLLMModule") == [
         "ropelab-evaluate run=runs/name/run",
-        "ropelab-export runs/name/run models/name",
+        "ropelab-export runs/name/run models/name/run",
         "ropelab-report runs/name",
     ]
     assert len(next_commands(run, f"{module}contrast.ClipContextModule")) == 2
+
+
+@pytest.mark.parametrize(("run", "model"), [("runs/mine", "mine"), ("elsewhere/a/b", "b")])
+def test_the_exported_model_is_named_like_the_run(run, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = next_commands(tmp_path / run, "lightning_modules.training.instruct.VideoLLMModule")
+    assert commands[1] == f"ropelab-export {run} models/{model}"
