@@ -23,13 +23,14 @@ from experiments.console.bars import no_bars_in_files
 from experiments.evaluate import load
 from experiments.export import read_config
 from experiments.run.files import printable
-from experiments.run.process import run_alone
+from experiments.run.process import end_with_the_reader, run_alone
 from lightning_modules.callbacks.memory import is_out_of_memory
 from lightning_modules.model import VideoLanguageModel
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     run_alone("ropelab-ask")
+    end_with_the_reader()
     options = _parser().parse_args(arguments)
     no_bars_in_files()
     try:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from experiments.command.overrides import read_value, short_keys
 from experiments.run.files import printable
-from experiments.run.process import run_alone
+from experiments.run.process import end_with_the_reader, run_alone
 from experiments.run.read import ENDED_EARLY, RunState, read_runs
 from experiments.run.settings import factors
 
@@ -48,6 +48,7 @@ _METRICS = ("score", "val/loss", "train/loss")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     run_alone("ropelab-runs")
+    end_with_the_reader()
     options = _parser().parse_args(arguments)
     try:
         runs = read_runs(options.folders, options.stale)

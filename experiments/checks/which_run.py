@@ -31,9 +31,11 @@ def check_run(run: Path) -> None:
     if not near:
         raise ValueError(f"{told}: set run= to a run directory; ropelab-runs lists them")
     names = {printable(str(path)): None for path in near}
-    alike = get_close_matches(str(run), names, _SHOWN, 0.0)
-    more = f", and {len(near) - len(alike)} more" if len(near) > len(alike) else ""
-    raise ValueError(f"{told}: did you mean run={alike[0]}? nearby: {', '.join(alike)}{more}")
+    shown = get_close_matches(str(run), names, _SHOWN, 0.0)
+    alike = get_close_matches(str(run), names, 1)
+    meant = f"did you mean run={alike[0]}? " if alike else ""
+    more = f", and {len(near) - len(shown)} more" if len(near) > len(shown) else ""
+    raise ValueError(f"{told}: {meant}nearby: {', '.join(shown)}{more}")
 
 
 def _runs_near(run: Path) -> Iterator[Path]:

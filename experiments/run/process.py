@@ -127,6 +127,11 @@ def refuse_lone_ranks(world_size: int = 1) -> None:
     )
 
 
+def end_with_the_reader() -> None:
+    """Lets a program that only prints end without a word when its reader ends: `… | head`."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 def run_alone(program: str) -> None:
     """Ends a single-process program with an error if torchrun or srun started several processes."""
     if (tasks := launched_tasks()) > 1:

@@ -66,7 +66,8 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         sums: dict[str, Tensor | float | int] = {"tokens": mask.sum(), "cells": mask.numel()}
         if pooler.uses_prompt:
             effective = pooler.last_effective_tokens
-            sums |= {"effective": 0.0 if effective is None else effective, "pooled": 1}
+            known = effective is not None  # a rank without visuals may know none
+            sums |= {"effective": effective if known else 0.0, "pooled": int(known)}
         return self.add_to_step(*self.terms(output), len(batch), **sums)
 
     def terms(self, output: Output) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
@@ -77,7 +78,7 @@ class VideoLLMModule(TrainingModule[VideoLanguageModel]):
         super().log_step(sums)
         self.log("train/tokens", sums["tokens"], batch_size=1)
         self.log("train/padding", 1 - sums["tokens"] / max(1.0, sums["cells"]), batch_size=1)
-        if "pooled" in sums:
+        if sums.get("pooled"):
             effective = sums["effective"] / sums["pooled"]
             self.log("pooler/effective_tokens", effective, batch_size=1)
 

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -424,3 +425,15 @@ def test_300_runs_are_listed_without_torch(tmp_path):
     )
     assert len(json.loads(shown.stdout)) == 300
     assert shown.stderr.strip() == "[] ['hydra.yaml', 'overrides.yaml']"
+
+
+def test_it_ends_without_a_word_when_its_reader_does(tmp_path):
+    for number in range(200):
+        make_run(tmp_path / f"run-{number:03}", f"seed={number}")
+    words = [sys.executable, "-m", "experiments.runs", str(tmp_path), "--json"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        assert program.stdout
+        assert program.stderr
+        assert program.stdout.readline() == b"[\n"
+        program.stdout.close()
+        assert (program.stderr.read(), program.wait()) == (b"", -signal.SIGPIPE)

@@ -58,6 +58,8 @@ def test_a_wrong_run_is_answered_by_those_nearby(tmp_path, monkeypatch):
             check_run(tmp_path / wrong if wrong.startswith("/") else type(tmp_path)(wrong))
         assert "evaluate" not in str(told.value)
         assert "runs/name/tad-seed0" in str(told.value)
+    with pytest.raises(ValueError, match=r"^run=nope does not exist: nearby: runs/name/"):
+        check_run(type(tmp_path)("nope"))  # no run has a similar name
     check_run(tmp_path / "runs/name/mrope-seed0")
     monkeypatch.chdir("/")
     with pytest.raises(ValueError, match="ropelab-runs lists them"):
