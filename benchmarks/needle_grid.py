@@ -22,7 +22,7 @@ from datamodules.instruct import Sample, collate
 from datamodules.sample.conversation import ConversationEncoder, Turn
 from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows its resolvers
 from experiments.run.compose import plain
-from lightning_modules.metrics.needle.prefix import PrefixCache
+from lightning_modules.metrics.needle.prefix import PrefixCache, first_predicting
 from lightning_modules.model import LanguageInputs, VideoLanguageModel, VideoLanguageModelConfig
 from lightning_modules.tokens import VisualTokens
 
@@ -85,7 +85,8 @@ def run() -> list[Row]:
         prefixes, results = PrefixCache(model), []
         for row in rows:
             inputs = model.compose(row.text, encoded(row))
-            results += score(model, inputs, *prefixes.hidden(inputs))
+            start = first_predicting(inputs.labels)
+            results += score(model, inputs, prefixes.hidden(inputs, start), start)
         counts.update(ours=prefixes.computed)
         return results
 

@@ -273,7 +273,8 @@ class VideoLanguageModel(PreTrainedModel):
         """Runs the projector's second layer, which is linear, on the tokens that are left."""
         if not pooled:
             return []
-        flat = self.projector.contract(torch.cat([tokens.features for tokens in pooled]))  # all m
+        features = [tokens.features for tokens in pooled]  # one long video is not copied
+        flat = self.projector.contract(features[0] if len(features) == 1 else torch.cat(features))
         if self.image_newline is not None:  # needs a gradient on every rank, even without tiles
             flat = flat + 0 * self.image_newline.sum()
         parts = flat.split([len(tokens) for tokens in pooled])

@@ -1,26 +1,32 @@
 """Scores of V-NIAH and V-NIAH-D: needle accuracy, and canaries that show it is valid."""
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from lightning import LightningModule
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from datamodules.base import datamodule_of
-from datamodules.batch import IGNORE_INDEX, VideoBatch, Visual
+from datamodules.batch import IGNORE_INDEX, VideoBatch, Visual, VisualInfo
 from lightning_modules.distributed.sharding import shard
 from lightning_modules.metrics.answers.lines import as_text
 from lightning_modules.metrics.bootstrap import bootstrap_interval
-from lightning_modules.metrics.needle.prefix import PrefixCache
+from lightning_modules.metrics.needle.prefix import PrefixCache, first_predicting
 from lightning_modules.model import VideoLanguageModel
 from lightning_modules.tokens import VisualTokens
 
 #: Frames that the encoder reads at a time.
 _ENCODED_AT_ONCE = 64
+
+#: Rows of a cell are read together while they have at most this many tokens in all. Longer rows
+#: fill a GPU alone, and each row of several needs its own copy of the KV cache.
+BATCH_TOKENS = 65_536
 
 
 @dataclass
@@ -87,6 +93,7 @@ class NeedleModule(LightningModule):
     Args:
         protocol: facts that are written beside the numbers, unchanged.
         folder: folder for `needle.json`; None: no file is written.
+        batch_tokens: rows of a cell are read together while they have at most this many tokens.
     """
 
     def __init__(
@@ -94,8 +101,10 @@ class NeedleModule(LightningModule):
         model: VideoLanguageModel,
         protocol: dict[str, Any] | None = None,
         folder: str | Path | None = None,
+        batch_tokens: int = BATCH_TOKENS,
     ):
         super().__init__()
+        self.batch_tokens = batch_tokens
         self.model = model
         self.protocol = protocol or {}
         self.folder = Path(folder) if folder else None
@@ -120,18 +129,10 @@ class NeedleModule(LightningModule):
 
     def test_step(self, row: Any, batch_idx: int) -> None:
         tokenizer = datamodule_of(self.trainer).tokenizer
-        inputs = self.model.compose(row.text, self._encoded(row))
-        hidden, start = self._prefixes.hidden(inputs)
-        labels = inputs.labels[:, start:]
         cells = self.scores.cells.setdefault(row.condition, [])
         all_logits = []
-        for i, needle in enumerate(row.needles):
-            target = labels[i, 1:]
-            learnt = target != IGNORE_INDEX
-            target = target[learnt]
-            logits = self.model.llm.head(
-                hidden[i, :-1][learnt]
-            ).float()  # answer tokens, vocabulary
+        for i, (logits, target) in enumerate(self._answers(row)):
+            needle = row.needles[i]
             log_prob = logits.log_softmax(-1).gather(1, target[:, None]).sum()
             cells.append(
                 {
@@ -162,9 +163,27 @@ class NeedleModule(LightningModule):
             text = json.dumps({**self.protocol, **self.scores.summary()}, indent=1)
             (self.folder / "needle.json").write_text(text)
 
-    def _encoded(self, row: Any) -> list[VisualTokens]:
+    def _answers(self, row: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the logits (answer tokens, vocabulary) and the right tokens of each needle."""
+        video = self.model.num_tokens(row.frames, *self._bank.shape[-2:])
+        length = video + row.text.input_ids.shape[1]
+        at_once = max(1, self.batch_tokens // length)
+        for first in range(0, len(row.needles), at_once):
+            rows = range(first, min(first + at_once, len(row.needles)))
+            text = row.text.select(rows)
+            inputs = self.model.compose(text, self._encoded(row.order[rows], text.infos))
+            start = first_predicting(inputs.labels)
+            hidden = self._prefixes.hidden(inputs, start)
+            for states, labels in zip(hidden, inputs.labels[:, start:], strict=True):
+                target = labels[1:]
+                learnt = target != IGNORE_INDEX
+                yield self.model.llm.head(states[:-1][learnt]).float(), target[learnt]
+
+    def _encoded(
+        self, orders: Int[Tensor, "b t"], infos: Sequence[VisualInfo]
+    ) -> list[VisualTokens]:
         """Returns the tokens of the video of each row."""
-        videos = zip(row.order, row.text.infos, strict=True)
+        videos = zip(orders, infos, strict=True)
         if self.model.encoder.per_frame:
             return [
                 VisualTokens.on_grid(self._patches[order], seconds=info.seconds)

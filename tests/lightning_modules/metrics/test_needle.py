@@ -46,7 +46,7 @@ def make(compose, tiny, tmp_path_factory):
     return build
 
 
-def run_test(model, datamodule, folder=None):
+def run_test(model, datamodule, folder=None, **options):
     trainer = lightning.Trainer(
         accelerator="cpu",
         logger=False,
@@ -54,7 +54,7 @@ def run_test(model, datamodule, folder=None):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = NeedleModule(model, PROTOCOL, folder)
+    module = NeedleModule(model, PROTOCOL, folder, **options)
     trainer.test(module, datamodule=datamodule, verbose=False)
     return module.scores
 
@@ -105,19 +105,27 @@ def test_answers_are_those_of_each_cell_read_from_scratch(rotary, pooler, bt_ada
     assert len({cell["log_prob"] for cell in found.values()}) > len(found) // 2
 
 
+@pytest.mark.parametrize("chunk_tokens", [7, 4096])
 @pytest.mark.parametrize("rotary", ROTARY)
-def test_hidden_states_are_those_of_a_full_forward(rotary, make):
+def test_hidden_states_are_those_of_a_full_forward(rotary, chunk_tokens, make):
+    """Several rows at a time, single rows between them, and states from any token on."""
     model, datamodule = make(f"rotary={rotary}", "data.grid.needles=4")
-    prefixes = PrefixCache(model)
-    shared = 0
-    for row in (datamodule.test_dataloader()[i] for i in range(len(datamodule.test_dataloader()))):
-        inputs = model.compose(row.text, encode(model, datamodule, row))
-        hidden, start = prefixes.hidden(inputs)
-        full = model.llm(inputs.embeds, inputs.mask, inputs.positions)
-        kept = inputs.mask[:, start:]
-        torch.testing.assert_close(hidden[kept], full[:, start:][kept], rtol=1e-3, atol=1e-4)
-        shared += start
-    assert shared > 100
+    prefixes = PrefixCache(model, chunk_tokens)
+    grid, generator = datamodule.test_dataloader(), torch.Generator().manual_seed(0)
+    for number in range(len(grid)):
+        row = grid[number]
+        encoded = encode(model, datamodule, row)
+        groups = [range(4)] if number % 3 else [range(1), range(1, 2), range(2, 4)]
+        for rows in groups:
+            some = [encoded[i] for i in rows]
+            inputs = model.compose(row.text.select(rows), some)
+            shortest = int(inputs.mask.sum(1).min())
+            start = int(torch.randint(shortest, (1,), generator=generator))
+            hidden = prefixes.hidden(inputs, start)
+            full = model.llm(inputs.embeds, inputs.mask, inputs.positions)
+            kept = inputs.mask[:, start:]
+            torch.testing.assert_close(hidden[kept], full[:, start:][kept], rtol=1e-3, atol=1e-4)
+    assert prefixes.computed < 0.95 * prefixes.recomputed
 
 
 def test_tokens_are_counted_as_they_go_through_the_llm(make):
@@ -140,6 +148,23 @@ def test_tokens_are_counted_as_they_go_through_the_llm(make):
         )
     )
     assert scores.token_forwards["recomputed"] == sum(lengths)
+
+
+def test_rows_read_alone_have_the_same_answers_and_one_cache(make, monkeypatch):
+    """No copy of the cache is made, and as few tokens are read as together."""
+    model, datamodule = make("~data.grid.conditions.periodic", "rotary=mrope")
+    together = run_test(model, datamodule)
+    prefix = "lightning_modules.metrics.needle.prefix"
+    monkeypatch.setattr(f"{prefix}.deepcopy", lambda _: pytest.fail("the cache is copied"))
+    monkeypatch.setattr(
+        "transformers.DynamicCache.batch_repeat_interleave", lambda *_: pytest.fail("repeated")
+    )
+    alone = run_test(model, datamodule, batch_tokens=1)
+    for name, cells in together.cells.items():
+        for one, other in zip(alone.cells[name], cells, strict=True):
+            assert one["log_prob"] == pytest.approx(other["log_prob"], abs=2e-3)
+            assert {**one, "log_prob": 0} == {**other, "log_prob": 0}
+    assert alone.token_forwards["computed"] <= together.token_forwards["computed"]
 
 
 def test_a_plain_grid_takes_half_of_the_tokens(make):
