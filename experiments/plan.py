@@ -2,6 +2,7 @@
 
 ropelab-plan experiment=videorope_qwen2_7b ranks=16,64 device=all
 ropelab-plan experiment=vniah_d_tiny ranks=1,4 device=h100 mfu=0.4
+ropelab-plan experiment=videorope_qwen2_7b data=vniah eval=vniah_d trainer.precision=bf16-true
 ropelab-plan experiment=ppllava_dpo ranks=8,64,512 data.global_batch_size=512
 ropelab-plan experiment=ppllava_vicuna7b_multi_image tiles=llava_next videos=0 images=4
 
@@ -19,10 +20,12 @@ from experiments.checks.keys import check_keys
 from experiments.command.values import check_values
 from experiments.planning.advice import advise
 from experiments.planning.forecast import Forecast, check_plan, forecast, usable
+from experiments.planning.needle_test import forecast_needles
 from experiments.planning.tables import (
     HEADER,
     count,
     describe,
+    describe_test,
     devices_table,
     progress,
     row,
@@ -56,13 +59,19 @@ def plan(config: DictConfig) -> None:
     if not forecasts:
         raise ValueError(f"none of ranks={plain(config.ranks)} can train it; see above")
 
-    # 2. device=all: a table of all devices for each world size
+    # 2. The needle test of the recipe, if its data has one
+    if config.data.get("grid"):
+        with progress("plans the needle test"):
+            test = forecast_needles(config)
+        print(describe_test(config, test), flush=True)
+
+    # 3. device=all: a table of all devices for each world size
     if config.every_device:
         for found in forecasts:
             print(devices_table(config, found))
         return
 
-    # 3. If it does not fit: advises changes, each with a forecast of its own
+    # 4. If it does not fit: advises changes, each with a forecast of its own
     for tight in forecasts:
         if config.advise and tight.gib > usable(config):
             print(

@@ -120,11 +120,13 @@ class NeedleGrid(Dataset):
 
     def __getitem__(self, i: int) -> NeedleRow:
         condition, frames, depth = self._rows[i]
-        order = torch.stack(
-            [self._order(n, condition, frames, depth) for n in range(len(self._needles))]
-        )
         text = self._encode(self._needles, frames)
-        return NeedleRow(condition, frames, depth, list(range(len(self._needles))), order, text)
+        numbers = list(range(len(self._needles)))
+        return NeedleRow(condition, frames, depth, numbers, self.orders(i), text)
+
+    def orders(self, i: int) -> Int[Tensor, "b t"]:
+        """Returns the bank index of each frame, for each needle of cell i."""
+        return torch.stack([self._order(n, *self._rows[i]) for n in range(len(self._needles))])
 
     def _order(self, needle: int, condition: str, frames: int, depth: float) -> Int[Tensor, " t"]:
         order = torch.arange(frames)

@@ -78,7 +78,7 @@ def forecast(config: DictConfig, ranks: int) -> Forecast:
     Raises:
         ValueError: the ranks do not divide the global batch size, or a needed value is unknown.
     """
-    config = _without_reading(config)
+    config = without_reading(config)
     sharded, sample = is_sharded(config), Largest.of(config)
     datamodule = build(config.data, "data")
     accumulation = datamodule.accumulation(ranks)
@@ -154,7 +154,7 @@ def is_sharded(config: DictConfig) -> bool:
     return issubclass(get_class(strategy._target_), ModelParallelStrategy)
 
 
-def _without_reading(config: DictConfig) -> DictConfig:
+def without_reading(config: DictConfig) -> DictConfig:
     """Returns the recipe with model sizes in place of model sources, without data and `init`."""
     config = config.copy()
     with open_dict(config):

@@ -70,7 +70,7 @@ class Largest:
                 f"{self._described()} are {visual} tokens, but tokens={self.tokens}: set more of "
                 "them, or choose a pooler that leaves less"
             )
-        height, width = _frame_size(network)
+        height, width = frame_size(network)
         with fake:
             visuals = [
                 Visual(
@@ -85,7 +85,7 @@ class Largest:
         """Returns the number of visual tokens that the LLM reads; 0 without an LLM."""
         if not isinstance(network, VideoLanguageModel):
             return 0
-        size = _frame_size(network)
+        size = frame_size(network)
         visuals = self._visuals(*size)
         return sum(network.num_tokens(frames, *size, tiles) for frames, tiles in visuals)
 
@@ -110,7 +110,7 @@ class Largest:
         return " and ".join(videos + images) or "no visuals"
 
 
-def _frame_size(network: Any) -> tuple[int, int]:
+def frame_size(network: Any) -> tuple[int, int]:
     """Returns the height and width of a frame in pixels."""
     height, width = network.encoder.blank().frames.shape[-2:]
     return height, width

@@ -41,6 +41,7 @@ class MemoryWatch(TorchDispatchMode):
     def __init__(self, fake: FakeTensorMode):
         super().__init__()
         self.phase = "forward"
+        self.all_fake = False  # True: no tensor has numbers, so no code may read any
         self.flops = 0
         self.peak: Counter[str] = Counter()
         self.peak_phase = self.phase
@@ -49,7 +50,12 @@ class MemoryWatch(TorchDispatchMode):
         self._highest = 0
         self._live: dict[int, tuple[weakref.ref, int, str]] = {}
 
-    def own(self, modules: Sequence[nn.Module], optimizer: Optimizer, batch: Any) -> None:
+    def own(
+        self,
+        modules: Sequence[nn.Module],
+        optimizer: Optimizer | None = None,
+        batch: Any = None,
+    ) -> None:
         """Counts tensors that exist before the step. Hooks on parameters find later gradients."""
         for module in modules:
             for tensor in [*module.parameters(), *module.buffers()]:
@@ -59,9 +65,9 @@ class MemoryWatch(TorchDispatchMode):
                     self._add(parameter.grad, "gradients")
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(self._found_gradient)
-        for tensor in tree_leaves([*optimizer.state.values()]):
+        for tensor in tree_leaves([*optimizer.state.values()] if optimizer else []):
             self._add(tensor, "optimizer")
-        for tensor in _tensors(batch):
+        for tensor in _tensors(batch) if batch else ():
             self._add(tensor, "activations")
 
     def __enter__(self) -> "MemoryWatch":
@@ -87,8 +93,9 @@ class MemoryWatch(TorchDispatchMode):
         if active_fake_mode() is not None:  # DTensor only computes a shape
             return func(*args, **kwargs)
         kind = "temporary" if self.phase != "forward" else "activations"
-        if func in _MADE and kwargs.get("dtype") not in (torch.int64, torch.bool):
-            if func is aten.empty.memory_format:
+        made = func in _MADE and kwargs.get("dtype") not in (torch.int64, torch.bool)
+        if made or self.all_fake:
+            if made and func is aten.empty.memory_format:
                 kind = "gathered"  # only FSDP allocates memory in this way
             with self._fake:
                 result = func(*args, **kwargs)

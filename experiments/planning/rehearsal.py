@@ -89,16 +89,21 @@ def rehearse(
             names = ("data_parallel", "tensor_parallel")
             mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=names)
             set_device_mesh(module, mesh)
-        with module.precision.tensor_init_context(), torch.device("meta"):
-            module.configure_model()
-            module.precision.convert_module(module)  # now, as fake weights cannot be converted
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake:
-            for held in (module, *module.beside()):
-                _fill(held)
+        build_fake(module, fake)
         batch = make_batch(module.network, fake)
         module.train()
         return _step(module, batch, fake, accumulation, clip)
+
+
+def build_fake(module: TrainingModule[Any], fake: FakeTensorMode) -> None:
+    """Builds the model of a module, and of the modules beside it, with fake weights."""
+    with module.precision.tensor_init_context(), torch.device("meta"):
+        module.configure_model()
+        module.precision.convert_module(module)  # now, as fake weights cannot be converted
+    with fake:
+        for held in (module, *module.beside()):
+            _fill(held)
 
 
 def _fill(module: nn.Module) -> None:

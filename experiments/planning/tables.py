@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import CONFIG_DIR
-from experiments.planning.forecast import GIB, Forecast, samples_of
+from experiments.planning.forecast import GIB, Forecast, samples_of, usable
+from experiments.planning.needle_test import NeedleForecast
 
 _KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "temporary")
 
@@ -85,6 +86,29 @@ def devices_table(config: DictConfig, found: Forecast) -> str:
             f"{there.seconds:8.3g} {there.tokens_per_s:10.0f} {_hours(there)}"
         )
     return "\n".join(lines)
+
+
+def describe_test(config: DictConfig, test: NeedleForecast) -> str:
+    """Returns the lines about a needle test."""
+    kinds = ", ".join(f"{name} {size / GIB:.3g}" for name, size in test.memory.items())
+    title = (
+        f"\nneedle test on 1 GPU: {test.rows:,} rows; the longest has {test.frames:,} frames, "
+        f"{test.tokens:,} tokens"
+    )
+    memory = f"  {test.peak / GIB:.3g} GiB at the peak, in the longest row: {kinds}"
+    if config.every_device:
+        return f"{title}\n{memory}"
+    speed = config.mfu * config.device.peak_flops
+    verdict = "" if test.peak / GIB <= usable(config) else ": does not fit"
+    return "\n".join(
+        [
+            title,
+            f"{memory}; {usable(config):.3g} usable{verdict}",
+            f"  the longest row takes {test.row_flops / speed:.3g} s, all rows take "
+            f"{as_time(test.flops / speed / 3600)}; without shared beginnings they would take "
+            f"{as_time(test.unshared_flops / speed / 3600)}",
+        ]
+    )
 
 
 def cost(found: Forecast) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -69,6 +70,11 @@ class PrefixCache:
             cache.batch_repeat_interleave(rows)
         self.computed += shared - kept + tokens - rows * shared
         return self._read(inputs, cache, shared, first)
+
+    def cached_bytes(self) -> int:
+        """Returns the size of the keys and values of all layers."""
+        layers: list[Any] = self._cache.layers
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
     def _read(
         self, inputs: LanguageInputs, cache: Cache, start: int, first: int

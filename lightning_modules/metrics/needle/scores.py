@@ -1,13 +1,13 @@
 """Scores of V-NIAH and V-NIAH-D: needle accuracy, and canaries that show it is valid."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int, UInt8
 from lightning import LightningModule
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from datamodules.base import datamodule_of
 from datamodules.batch import IGNORE_INDEX, VideoBatch, Visual, VisualInfo
 from lightning_modules.distributed.sharding import shard
+from lightning_modules.encoder.base import Encoder
 from lightning_modules.metrics.answers.lines import as_text
 from lightning_modules.metrics.bootstrap import bootstrap_interval
 from lightning_modules.metrics.needle.prefix import PrefixCache, first_predicting
@@ -123,9 +124,8 @@ class NeedleModule(LightningModule):
         self._blind_logits: dict[tuple[int, float], list[Tensor]] = {}
         self._bank = datamodule_of(self.trainer).bank
         if self.model.encoder.per_frame:
-            parts = [Visual(part.to(self.device)) for part in self._bank.split(_ENCODED_AT_ONCE)]
-            encoded = [self.model.encoder([part])[0].as_grid() for part in parts]
-            self._patches = torch.cat(encoded)  # n h w d
+            parts = (part.to(self.device) for part in self._bank.split(_ENCODED_AT_ONCE))
+            self._patches = encode_frames(self.model.encoder, parts)
 
     def test_step(self, row: Any, batch_idx: int) -> None:
         tokenizer = datamodule_of(self.trainer).tokenizer
@@ -165,7 +165,8 @@ class NeedleModule(LightningModule):
 
     def _answers(self, row: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the logits (answer tokens, vocabulary) and the right tokens of each needle."""
-        video = self.model.num_tokens(row.frames, *self._bank.shape[-2:])
+        height, width = self._bank.shape[-2:]
+        video = self.model.num_tokens(row.frames, height, width)
         length = video + row.text.input_ids.shape[1]
         at_once = max(1, self.batch_tokens // length)
         for first in range(0, len(row.needles), at_once):
@@ -202,6 +203,13 @@ class NeedleModule(LightningModule):
             blind = self._blind_logits.pop(place)
             change = max((a - b).abs().max().item() for a, b in zip(blind, logits, strict=True))
             self.scores.sensitivity[row.frames] = (row.depth, change)
+
+
+def encode_frames(
+    encoder: Encoder, parts: Iterable[UInt8[Tensor, "_n c h w"]]
+) -> Float[Tensor, "n h w d"]:
+    """Returns the patches of frames that come some at a time, to bound what the encoder takes."""
+    return torch.cat([encoder([Visual(part)])[0].as_grid() for part in parts])
 
 
 def _asked(text: VideoBatch, row: int, tokenizer: Any) -> dict[str, str]:

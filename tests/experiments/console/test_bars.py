@@ -8,6 +8,7 @@ from experiments.console import bars
 
 @pytest.fixture(autouse=True)
 def _bars_as_before():
+    logging.enable_progress_bar()  # a program that ran before in this process turned them off
     yield
     logging.enable_progress_bar()
 
