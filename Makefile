@@ -86,7 +86,7 @@ demo: install  ## train four rotary schemes on real video, test them on V-NIAH-D
 test: export WANDB_MODE := offline
 test: export HF_HUB_OFFLINE := 1
 test: install  ## run all tests but the slow ones (ARGS="-k rotary" passes options to pytest)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 3 --dist worksteal $(ARGS)
 
 recipes: export WANDB_MODE := offline
 recipes: export HF_HUB_OFFLINE := 1
