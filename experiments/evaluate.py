@@ -109,8 +109,8 @@ def replaced_parts(typed: Sequence[str]) -> list[str]:
         sys.exit(f"error: {other[0]}: the pooler is that of the checkpoint; leave it out")
     return [
         part
-        for part in ("rotary", "positions")
-        if any(word.startswith((f"{part}=", f"model.{part}")) for word in words)
+        for part, groups in (("rotary", ("rotary=", "scaling=")), ("positions", ("positions=",)))
+        if any(word.startswith((*groups, f"model.{part}")) for word in words)
     ]
 
 

@@ -17,6 +17,7 @@ from lightning_modules.loss import sequence_log_probs
 from lightning_modules.pooler.base import Pooler
 from lightning_modules.projector import Projector
 from lightning_modules.rotary.base import RotaryEmbedding, RotaryScheme
+from lightning_modules.rotary.scaling.base import Scaling
 from lightning_modules.spec import build
 from lightning_modules.splice.insert import insert
 from lightning_modules.splice.packing import Span, one_a_row, pack
@@ -136,7 +137,7 @@ class VideoLanguageModel(PreTrainedModel):
             raise ValueError(f"model.positions is {config.positions!r}; take reindex or keep")
         self.encoder: Encoder = build(config.encoder or {}, Encoder)
         self.pooler: Pooler = build(config.pooler or {}, Pooler)
-        self.rotary: RotaryScheme = build(config.rotary or {}, RotaryScheme)
+        self.rotary = _scheme(config.rotary or {})
         self.llm: LanguageModel = build(config.llm or {}, LanguageModel)
         if self.pooler.uses_prompt and not self.encoder.reads_prompts:
             raise ValueError(
@@ -297,3 +298,14 @@ class VideoLanguageModel(PreTrainedModel):
 
         The initialisation of transformers would overwrite them.
         """
+
+
+def _scheme(spec: dict[str, Any]) -> RotaryScheme:
+    """Builds the rotary scheme of a spec with, under `scaling`, the scaling of its frequencies."""
+    own = {name: value for name, value in spec.items() if name != "scaling"}
+    scheme: RotaryScheme = build(own, RotaryScheme)
+    if spec.get("scaling"):
+        scaling: Scaling = build(spec["scaling"], Scaling)
+        scaling.check(scheme.num_axes)
+        scheme.scaling = scaling
+    return scheme

@@ -131,7 +131,7 @@ def test_every_experiment_composes_and_builds(name, program, recipe, compose, tm
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_states_its_command_and_what_it_gives(name, recipe):
-    """A recipe that was not measured says so, and gives the published numbers."""
+    """A recipe without expected metrics says if it was measured, and gives published numbers."""
     experiment, _, scale = name.partition("-")
     text = (
         CONFIG_DIR / ("scale/tiny" if scale else "experiment") / f"{experiment}.yaml"
@@ -147,7 +147,7 @@ def test_a_recipe_states_its_command_and_what_it_gives(name, recipe):
         assert all(isinstance(value, float) for value in expected.values())
     else:
         assert "# Published: " in text
-        assert "Not measured" in text
+        assert re.search("(Not m|M)easured", text)
 
 
 @pytest.mark.parametrize("name", SCALED)

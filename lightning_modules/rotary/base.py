@@ -24,6 +24,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from lightning_modules.rotary.angles import Angles
+from lightning_modules.rotary.scaling.base import Scaling
 from lightning_modules.tokens import Layout, Row
 
 TIME, HEIGHT, WIDTH = range(3)
@@ -40,11 +41,13 @@ class RotaryScheme(ABC):
         text_step: distance between two text tokens, on all axes.
         draws: whether positions depend on the `draw` of a visual, so that they are random in
             training.
+        scaling: changes the frequencies for rows that are longer than in training; None: does not.
     """
 
     num_axes: int = 3
     text_step: float = 1.0
     draws: bool = False
+    scaling: Scaling | None = None
 
     @abstractmethod
     def place(self, visual: Layout, start: float) -> tuple[Float[Tensor, "a l"], float]:
@@ -132,13 +135,24 @@ class RotaryEmbedding(nn.Module):
         self.angles = Angles(original)
         #: The positions on the axes, set by the LLM for the duration of one forward.
         self.axis_positions: Float[Tensor, "a b l"] | None = None
+        #: The positions of the whole row, while the LLM reads it in parts; None: this is all of it.
+        self.whole_row: Num[Tensor, "a1 b l2"] | None = None
         with torch.device("cpu"):  # even while a model is built on the meta device
-            # Raises if the scheme does not fit the number of frequencies.
-            scheme.axes(self.frequencies(torch.device("cpu"), 1)[0].numel())
+            # Raises if the scheme or its scaling does not fit the frequencies.
+            own = self.frequencies(torch.device("cpu"), 1)[0].float()
+            axes = scheme.axes(own.numel())
+            if scheme.scaling:
+                scheme.scaling.scale(scheme.scale(own, axes), axes, 1.0)
 
     @property
     def num_axes(self) -> int:
         return self.scheme.num_axes
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Returns whether the frequencies depend on how long the row is."""
+        scaling = self.scheme.scaling
+        return self.angles.depends_on_length or bool(scaling and scaling.depends_on_length)
 
     def frequencies(
         self, device: torch.device, length: int | Int[Tensor, ""]
@@ -157,15 +171,28 @@ class RotaryEmbedding(nn.Module):
         positions = self.axis_positions
         if positions is None:
             positions = position_ids.float().expand(self.scheme.num_axes, -1, -1)
-        # Only some scalings need the length; for the others, avoid waiting for the GPU.
-        length = position_ids.max() + 1 if self.angles.depends_on_length else 0
-        own, factor = self.frequencies(x.device, length)
-        axes = self.scheme.axes(own.numel()).to(x.device)
-        radians = self.scheme.scale(own.float(), axes)
+        radians, factor, axes = self._radians(x.device, position_ids, positions)
         still = torch.zeros_like(positions[:1])  # STILL is index -1: the last row
         by_axis = torch.cat([positions, still]).float().movedim(0, -1)  # b l a+1
         places = by_axis[..., axes] * self.scheme.text_step  # b l f
         return self.angles.turn(x, places, (radians, factor))
+
+    def _radians(
+        self, device: torch.device, tokens: Num[Tensor, "b2 l"], positions: Num[Tensor, "a b l"]
+    ) -> tuple[Float[Tensor, " f"], float, Int[Tensor, " f"]]:
+        """Returns the frequencies, the factor of cos and sin, and the axis of each frequency."""
+        if self.whole_row is not None:
+            tokens, positions = self.whole_row[0], self.whole_row[1:]
+        # Only some scalings need the length; for the others, avoid waiting for the GPU.
+        length = tokens.max() + 1 if self.angles.depends_on_length else 0
+        own, factor = self.frequencies(device, length)
+        axes = self.scheme.axes(own.numel()).to(device)
+        radians = self.scheme.scale(own.float(), axes)
+        if scaling := self.scheme.scaling:
+            longest = positions.max().float() * self.scheme.text_step + 1
+            radians = scaling.scale(radians, axes, longest if scaling.depends_on_length else 0.0)
+            factor = factor * scaling.attention_factor
+        return radians, factor, axes
 
 
 def split_sections(sections: Sequence[int] | None, num_frequencies: int) -> tuple[int, int, int]:

@@ -1,33 +1,28 @@
 """Further published schemes: exact positions; axes, cos and sin within float32."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from datamodules.batch import Grid
 from lightning_modules.llm.causal_lm import CausalLM
-from lightning_modules.rotary.base import STILL, TIME, RotaryEmbedding, RotaryScheme
+from lightning_modules.rotary.base import STILL, RotaryEmbedding, RotaryScheme
 from lightning_modules.rotary.hope import HopeRope
 from lightning_modules.rotary.mrope import MRope
+from lightning_modules.rotary.scaling.dynamic import Dynamic, DynamicByBase
+from lightning_modules.rotary.scaling.stretched import MRopePlusPlus, Ntk, YarnV
+from lightning_modules.rotary.scaling.yarn import Yarn
 from lightning_modules.rotary.videorope import VideoRope
 from lightning_modules.rotary.vrope import VRope
 from lightning_modules.tokens import Layout
 
 
-class YarnV(VideoRope):
-    """YaRN-V of VideoRoPE++ stretches the frequencies of time for a longer context.
-
-    It tests `RotaryScheme.scale`. No option in configs/rotary uses it yet.
-    """
-
-    def __init__(self, factor, sections=None):
-        super().__init__(sections=sections)
-        self.stretch = (32768 * factor - 1) / 32767
-
-    def scale(self, frequencies, axes):
-        place = torch.arange(len(frequencies)) / (len(frequencies) - 1)
-        return torch.where(axes == TIME, frequencies * self.stretch**-place, frequencies)
+def scaled(scheme, scaling):
+    scheme.scaling = scaling
+    scheme.scaling.check(scheme.num_axes)
+    return scheme
 
 
 class Seconds(MRope):
@@ -104,8 +99,23 @@ VARIANTS = {
     "hope_0.75": lambda sections=None: HopeRope(0.75, sections),
     "vrope": lambda sections=None: VRope(),
     "plus_default_4": lambda sections=None: VideoRope(sections=sections),
-    "plus_videorope++_v1_4": lambda sections=None: YarnV(4.0, sections),
-    "plus_videorope++_v1_2": lambda sections=None: YarnV(2.0, sections),
+}
+
+#: Scalings by their name in the published code, each with the scheme that it was written for.
+SCALINGS = {
+    "ntk": (VideoRope, Ntk),
+    "yarn": (VideoRope, partial(Yarn, attention=False)),
+    "mrope++": (MRope, MRopePlusPlus),
+    "videorope++_v1": (VideoRope, YarnV),
+    "dynamic": (VideoRope, Dynamic),
+    "videoropepp_dynamic": (VideoRope, DynamicByBase),
+}
+VARIANTS |= {
+    f"plus_{name}_{factor}": lambda sections=None, f=factor, made=made: scaled(
+        made[0](sections=sections), made[1](float(f))
+    )
+    for name, made in SCALINGS.items()
+    for factor in (2, 4)
 }
 
 
@@ -163,6 +173,27 @@ def test_positions_of_padded_rows(rope2_golden, side):
             assert torch.equal(found[:, mask], expected[:, mask])
             following = scheme.batch_following(rows)
             assert following.tolist() == batch["schemes"][name][side]["next_position"]
+            compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("plus")])
+def test_scaled_frequencies(rope2_golden, name):
+    """Those of rows as long as in training, and of one that reaches `longest_position`."""
+    compared = 0
+    for k, entry in enumerate(rope2_golden.spec["rotary"]):
+        if entry["variant"] != name:
+            continue
+        scheme = VARIANTS[name](entry["sections"])
+        embedding = embedding_of(scheme, entry["head_dim"], entry["rope_theta"])
+        for part, last in (("inv_freq", 9.0), ("inv_freq_long", entry.get("longest_position"))):
+            if last is None:
+                continue
+            positions = torch.full((scheme.num_axes, 1, 1), last)
+            found, factor, _ = embedding._radians(torch.device("cpu"), positions[0], positions)
+            expected = rope2_golden.tensors[f"rotary{k}/{part}"]
+            torch.testing.assert_close(found, expected, rtol=3e-6, atol=0)
+            assert factor == 1
             compared += 1
     assert compared
 

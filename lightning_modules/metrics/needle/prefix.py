@@ -51,6 +51,19 @@ class PrefixCache:
 
         Rows are padded on the right.
         """
+        llm: Any = self._llm
+        rotary = llm.decoder.rotary_emb
+        if not rotary.depends_on_length:
+            return self._hidden(inputs, first)
+        # Another length turns the same prefix by other angles, so rows share nothing.
+        self._cache, self._embeds = DynamicCache(), None
+        rotary.whole_row = inputs.positions
+        try:
+            return self._hidden(inputs, first)
+        finally:
+            rotary.whole_row = None
+
+    def _hidden(self, inputs: LanguageInputs, first: int) -> Float[Tensor, "b k m"]:
         tokens, rows = int(inputs.mask.sum()), len(inputs.mask)
         self.recomputed += tokens
         if rows == 1:
