@@ -90,6 +90,8 @@ class NeedleModule(LightningModule):
     0.5. They must differ at every length; otherwise the model does not see the middle of the video
     (the published harness did not).
 
+    A frame of the haystack is one time step of the video, whatever the encoder.
+
     Args:
         protocol: facts that are written beside the numbers, unchanged.
         folder: folder for `needle.json`; None: no file is written.
@@ -123,8 +125,11 @@ class NeedleModule(LightningModule):
         self._blind_logits: dict[tuple[int, float], list[Tensor]] = {}
         self._bank = datamodule_of(self.trainer).bank
         if self.model.encoder.per_frame:
-            parts = [Visual(part.to(self.device)) for part in self._bank.split(_ENCODED_AT_ONCE)]
-            encoded = [self.model.encoder([part])[0].as_grid() for part in parts]
+            encoded = [
+                tokens.as_grid()
+                for part in self._bank.split(_ENCODED_AT_ONCE)
+                for tokens in self.model.encoder(self._steps(part.to(self.device)))
+            ]
             self._patches = torch.cat(encoded)  # n h w d
 
     def test_step(self, row: Any, batch_idx: int) -> None:
@@ -165,7 +170,9 @@ class NeedleModule(LightningModule):
 
     def _answers(self, row: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the logits (answer tokens, vocabulary) and the right tokens of each needle."""
-        video = self.model.num_tokens(row.frames, *self._bank.shape[-2:])
+        encoder, (height, width) = self.model.encoder, self._bank.shape[-2:]
+        frames = row.frames * (encoder.frames_per_step if encoder.per_frame else 1)
+        video = self.model.num_tokens(frames, height, width)
         length = video + row.text.input_ids.shape[1]
         at_once = max(1, self.batch_tokens // length)
         for first in range(0, len(row.needles), at_once):
@@ -178,6 +185,16 @@ class NeedleModule(LightningModule):
                 target = labels[1:]
                 learnt = target != IGNORE_INDEX
                 yield self.model.llm.head(states[:-1][learnt]).float(), target[learnt]
+
+    def _steps(self, frames: Tensor) -> list[Visual]:
+        """Returns visuals in which each frame of the bank is one time step.
+
+        An encoder that reads several frames as a step gets each frame alone and repeats it, as the
+        published harness does with Qwen2-VL.
+        """
+        if self.model.encoder.frames_per_step == 1:
+            return [Visual(frames)]
+        return [Visual(frame[None]) for frame in frames]
 
     def _encoded(
         self, orders: Int[Tensor, "b t"], infos: Sequence[VisualInfo]
