@@ -19,6 +19,7 @@ from experiments.run.process import run_alone
 from lightning_modules.importers import IMPORTERS, Importer, detect
 from lightning_modules.importers.base import REPORT, import_folder
 from lightning_modules.importers.match import Allowed
+from lightning_modules.importers.qwen2_vl import Qwen2VLImporter
 
 #: File patterns to download. They never match code: `.py` files are not fetched at all.
 _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out.exists() and any(options.out.iterdir()):
             raise ValueError(f"{options.out} is not empty: choose another folder to write into")
         config = read_config(folder)
-        importer = choose(options.format, config)(config, options.clip)
+        importer = choose(options.format, config)(config, options.clip, options.rotary)
 
         # 2. Puts every tensor in its place, or reports the tensors that are left over in one line
         allowed = Allowed(options.allow_unused, options.allow_unfilled, "--allow-{}")
@@ -107,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=kinds, help="type of the weights (default: that of most of them)"
     )
     parser.add_argument("--clip", help="hub id or folder of PPLLaVA's CLIP, for its config")
+    parser.add_argument(
+        "--rotary",
+        metavar="WORD",
+        help="scheme that a checkpoint of Qwen2-VL's layout was trained with: "
+        f"{', '.join(Qwen2VLImporter.schemes)}",
+    )
     for kind, what in (
         ("unused", "keys of the source that may have no place"),
         ("unfilled", "parameters of the model that may start fresh"),

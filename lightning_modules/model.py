@@ -151,7 +151,8 @@ class VideoLanguageModel(PreTrainedModel):
             )
         self._check_pooler()
         self.llm.replace_rotary(lambda original: RotaryEmbedding(self.rotary, original))
-        self.projector = Projector(self.pooler.width(self.encoder.width), self.llm.width)
+        width, between = self.pooler.width(self.encoder.width), self.encoder.projector_width
+        self.projector = Projector(width, self.llm.width, between)
         self.image_newline = None
         if config.tiles and config.tiles["newline"]:
             std = self.llm.width**-0.5

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 import experiments.command.names  # noqa: F401 - registers the resolvers
+from datamodules.common.spec import resolve
 from experiments import CONFIG_DIR
 from experiments.command.old_words import NEW_KEYS, without_plus
 from experiments.run.compose import build, build_all, plain
@@ -100,6 +101,8 @@ def test_every_stage_fits_the_tiny_ones(group, name, compose, tmp_path):
         side = fitting_side(spec.build(plain(config.model.pooler)))
         image = [f"model.encoder.image_size={16 * side}"]  # patches of 16 x 16 pixels
         config = compose([f"{group}={name}", *image], tmp_path)
+    if not resolve(config.model.encoder._target_, "lightning_modules").reads_prompts:
+        config = compose([f"{group}={name}", "pooler=average_2x2"], tmp_path)
     VideoLLMModule(plain(config.model), optimizer=list).check()
 
 

@@ -18,7 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_modules.recompute import is_running_again
 
-_MATMULS = (nn.Linear, nn.Conv2d)
+_MATMULS = (nn.Linear, nn.Conv2d, nn.Conv3d)
 
 
 class Weights(NamedTuple):
@@ -43,8 +43,7 @@ def weigh(blocks: Iterable[nn.Module], flows: bool) -> Weights:
     """Returns the sizes of `blocks`; `flows`: the input of the first block needs a gradient."""
     met = trained = passed = attended = attended_back = 0
     for module in (module for block in blocks for module in block.modules()):
-        if isinstance(query := getattr(module, "q_proj", None), nn.Module):
-            width = int(query.out_features)  # pyright: ignore[reportArgumentType]
+        if width := _attention_width(module):
             learns = flows or any(p.requires_grad for p in module.parameters())
             attended, attended_back = attended + width, attended_back + width * learns
         own = list(module.parameters(recurse=False))
@@ -98,9 +97,9 @@ class FlopMeter:
         if isinstance(first, list):  # visuals
             for visual in first:
                 t, _, height, width = visual.frames.shape
-                length = tower.extent(1, height, width).size + tower.class_tokens
+                rows, length = tower.sequences(t, height, width)
                 weights = weighed[visual.frames.requires_grad]
-                self.flops[name] += weights.flops(t * length, length, learns)
+                self.flops[name] += weights.flops(rows * length, length, learns)
             return
         rows, length = first.shape[:2]
         if first.ndim == 3 and learns:
@@ -118,6 +117,14 @@ class FlopMeter:
         back = weight.requires_grad + args[0].requires_grad if torch.is_grad_enabled() else 0
         rows = output.numel() // weight.shape[0]
         self.flops[name] += 2 * times * weight.numel() * rows * (1 + back)
+
+
+def _attention_width(module: nn.Module) -> int:
+    """Returns the channels of the queries of an attention module, and 0 for other modules."""
+    for name, parts in (("q_proj", 1), ("qkv", 3)):  # `qkv`: queries, keys and values in one
+        if isinstance(linear := getattr(module, name, None), nn.Module):
+            return int(linear.out_features) // parts  # pyright: ignore[reportArgumentType]
+    return 0
 
 
 def _towers(stage: Any) -> list[tuple[nn.Module, list[nn.Module]]]:

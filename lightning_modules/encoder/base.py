@@ -19,19 +19,24 @@ class Encoder(nn.Module, ABC):
 
     Attributes that a subclass sets:
         width: d, the width of the tokens' features.
-        per_frame: whether the patches of a frame depend on that frame alone, so that they may be
-            stored and reused.
+        per_frame: whether the tokens of a time step depend on its frames alone, so that they may
+            be stored and reused.
+        frames_per_step: frames that are read together as one time step. Where the last step has too
+            few, its last frame is repeated; so a frame alone is one time step, too.
         class_tokens: tokens per frame that the blocks read besides the patches.
         reads_prompts: whether `align` and `encode_prompt` work, so that a prompt can guide the
             pooler.
         chunk_frames: frames that run at a time when no gradient is needed; None: all.
+        projector_width: width between the two linears of the projector; None: that of the LLM.
     """
 
     width: int
     per_frame: bool
+    frames_per_step: int = 1
     class_tokens: int = 0
     reads_prompts: bool = False
     chunk_frames: int | None = CHUNK_FRAMES
+    projector_width: int | None = None
 
     @abstractmethod
     def forward(self, visuals: Sequence[Visual]) -> list[VisualTokens]:
@@ -52,7 +57,14 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def blank(self) -> Visual:
-        """Returns the smallest visual that this encoder reads, on the CPU."""
+        """Returns a small visual that this encoder and the poolers behind it read, on the CPU."""
+
+    def sequences(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """Returns how many sequences the blocks read of a visual of this size, and their length.
+
+        Tokens of different sequences do not attend to each other. It needs no weights.
+        """
+        return frames, self.extent(1, height, width).size + self.class_tokens
 
     def align(self, patches: Float[Tensor, "*n p d"]) -> Float[Tensor, "*n p e"]:
         """Maps features of patches into the space shared with prompts; does not normalise them.

@@ -1,6 +1,6 @@
 """Runs encoder layers on a few frames at a time when no gradient is needed."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -35,49 +35,83 @@ def run_layers(
 ) -> Float[Tensor, "n s d"]:
     """Runs `start` and then the layers on frames that do not attend to each other.
 
-    Without gradients, `size` frames run at a time. Only those frames need normalised copies and the
-    wide activations of a layer, and the result of each layer overwrites its input. With gradients,
-    all activations are kept anyway, so all frames run at once.
-
-    The outer loop is over layers, not over chunks, because of FSDP2. Its ranks gather the weights
-    of a layer together, but a rank with more frames has more chunks. So each layer is gathered
-    once before its first chunk, and resharded after its last chunk.
+    Without gradients, `size` frames run at a time: see `run_chunks`.
 
     Args:
         start: maps frames to the input of the first layer.
         reads: the modules whose parameters `start` reads.
         size: frames per chunk; None: all frames at once.
     """
-    learns = frames.requires_grad or any(
-        parameter.requires_grad for module in (*reads, *layers) for parameter in module.parameters()
+    asked = needs_gradient([frames], [*reads, *layers])
+    chunks = (frames,) if asked or size is None else frames.split(size)
+    if not len(frames):  # transformers' attention does not take an empty batch
+        layers = layers[:0]
+    return run_chunks(
+        lambda n: start(chunks[n]),
+        list(map(len, chunks)),
+        layers,
+        lambda layer, hidden, _: layer(hidden, None),
+        asked,
     )
-    asked = torch.is_grad_enabled() and learns
-    size = len(frames) if asked or size is None else size
+
+
+def needs_gradient(inputs: Iterable[Tensor], modules: Iterable[nn.Module]) -> bool:
+    """Returns whether gradients are on, and an input or a parameter of a module asks for one."""
+    parameters = (parameter for module in modules for parameter in module.parameters())
+    return torch.is_grad_enabled() and any(each.requires_grad for each in (*inputs, *parameters))
+
+
+def run_chunks(
+    start: Callable[[int], Tensor],
+    counts: Sequence[int],
+    layers: Iterable[nn.Module],
+    call: Callable[[nn.Module, Tensor, int], Tensor],
+    asked: bool,
+) -> Float[Tensor, "n *s d"]:
+    """Runs `start` and then the layers on chunks of rows that do not attend to each other.
+
+    Only the rows of one chunk need normalised copies and the wide activations of a layer, and the
+    result of each layer overwrites its input. With gradients, all activations are kept anyway, so
+    the caller makes one chunk of all rows.
+
+    The outer loop is over layers, not over chunks, because of FSDP2. Its ranks gather the weights
+    of a layer together, but a rank with more frames has more chunks. So each layer is gathered
+    once before its first chunk, and resharded after its last chunk.
+
+    Args:
+        start: maps the number of a chunk to its input of the first layer.
+        counts: rows of each chunk.
+        call: runs a layer on the rows of a chunk; the last argument is the number of the chunk.
+        asked: whether gradients are needed; then there is one chunk.
+    """
     with torch.set_grad_enabled(asked):
-        hidden = _in_chunks(start, frames, size)
-        if not len(frames):  # transformers' attention does not take an empty batch
-            return hidden
+        hidden = _in_chunks(lambda n, _: start(n), counts)
         for layer in layers:
             with nullcontext() if asked else _gathered_once(layer):
-                hidden = _in_chunks(lambda part, run=layer: run(part, None), hidden, size, hidden)
+                hidden = _in_chunks(
+                    lambda n, rows, run=layer, read=hidden: call(run, read[rows], n), counts, hidden
+                )
     return hidden
 
 
 def _in_chunks(
-    run: Callable[[Tensor], Tensor], rows: Tensor, size: int, into: Tensor | None = None
+    run: Callable[[int, slice], Tensor], counts: Sequence[int], into: Tensor | None = None
 ) -> Tensor:
-    """Returns `run(rows)`, computed on `size` rows at a time.
+    """Returns the results of `run` for all chunks; `run` gets a chunk's number and its rows.
 
-    The results are written into `into` if the dtype fits. `into` may be `rows` itself, because each
-    chunk is read before it is written.
+    The results are written into `into` if the dtype fits. `into` may be what `run` reads, because
+    each chunk is read before it is written.
     """
-    if len(rows) <= size:
-        return run(rows)
-    for first in range(0, len(rows), size):
-        made = run(rows[first : first + size])
+    if len(counts) == 1:
+        return run(0, slice(None))
+    first = 0
+    for number, count in enumerate(counts):
+        rows = slice(first, first + count)
+        made = run(number, rows)
         if into is None or into.dtype != made.dtype:
-            into = made.new_empty(len(rows), *made.shape[1:])
-        into[first : first + size] = made
+            into = made.new_empty(sum(counts), *made.shape[1:])
+        into[rows] = made
+        first += count
     assert into is not None
     return into
 

@@ -105,14 +105,17 @@ def check_image_size(asked: int | None, side: Any) -> None:
         )
 
 
-def load_whole(model: Any, source: str | None, name: str) -> Any:
-    """Returns `model.from_pretrained(source)`; `name` is the model's name in the error message.
+def load_whole(model: Any, source: str | None, name: str, **options: Any) -> Any:
+    """Returns `model.from_pretrained(source, **options)`.
+
+    Args:
+        name: the model's name in the error message.
 
     Raises:
         ValueError: `source` lacks some of the weights.
     """
     loaded, report = model.from_pretrained(
-        source, dtype=torch.get_default_dtype(), output_loading_info=True
+        source, dtype=torch.get_default_dtype(), output_loading_info=True, **options
     )
     if missing := report["missing_keys"]:
         raise ValueError(

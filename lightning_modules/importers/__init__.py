@@ -7,12 +7,13 @@ from lightning_modules.importers.base import Importer
 from lightning_modules.importers.llava_next import LlavaNextImporter
 from lightning_modules.importers.llava_onevision import LlavaOnevisionImporter
 from lightning_modules.importers.ppllava import PPLLaVAImporter
-from lightning_modules.importers.qwen2_vl import Qwen2VLTextImporter
+from lightning_modules.importers.qwen2_vl import Qwen2VLImporter, Qwen2VLTextImporter
 
 IMPORTERS: tuple[type[Importer], ...] = (
     LlavaNextImporter,
     LlavaOnevisionImporter,
     PPLLaVAImporter,
+    Qwen2VLImporter,  # before the other one with this architecture, which needs its name
     Qwen2VLTextImporter,
 )
 
@@ -27,7 +28,7 @@ def detect(config: Mapping[str, Any]) -> type[Importer]:
     for importer in IMPORTERS:
         if importer.architecture in found:
             return importer
-    known = ", ".join(importer.architecture for importer in IMPORTERS)
+    known = ", ".join(dict.fromkeys(importer.architecture for importer in IMPORTERS))
     raise ValueError(
         f"no importer reads architectures={found} of its config.json; supported are {known}"
     )

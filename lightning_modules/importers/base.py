@@ -38,14 +38,27 @@ class Importer(ABC):
         name: name for the command line.
         architecture: entry in `config.json` that identifies the layout.
         rules: map stored names to those of the model that `build` returns.
+        schemes: the words that `rotary` may be; empty: the layout has one scheme.
+
+    Raises:
+        ValueError: `rotary` is none of `schemes`.
     """
 
     name: str
     architecture: str
     rules: Sequence[Rule]
+    schemes: Sequence[str] = ()
 
-    def __init__(self, config: Mapping[str, Any], clip: str | None = None):
-        self.config, self.clip = dict(config), clip
+    def __init__(
+        self, config: Mapping[str, Any], clip: str | None = None, rotary: str | None = None
+    ):
+        if rotary is not None and rotary not in self.schemes:
+            known = f"one of {', '.join(self.schemes)}" if self.schemes else "leave it out"
+            raise ValueError(
+                f"--rotary {rotary} names no scheme of checkpoints in the layout {self.name}: "
+                f"{known}"
+            )
+        self.config, self.clip, self.rotary = dict(config), clip, rotary
 
     @abstractmethod
     def stages(self) -> dict[str, Any]:
@@ -54,6 +67,10 @@ class Importer(ABC):
         Raises:
             ValueError: the source uses something that our components do not support.
         """
+
+    def facts(self) -> dict[str, Any]:
+        """Returns fields of the source's config that are only kept in the report."""
+        return {}
 
     def on_purpose(self) -> list[str]:
         """Returns globs of stored names that our components do not need."""
@@ -122,6 +139,7 @@ def _report(importer: Importer, folder: Path, found: Match, dtype: torch.dtype) 
         "format": importer.name,
         "dtype": str(dtype).removeprefix("torch."),
         "stages": importer.stages(),
+        "facts": importer.facts(),
         "used": {stored: ours for ours, stored in found.names.items()},
         "unused_on_purpose": found.on_purpose,
         "unused": found.unused,

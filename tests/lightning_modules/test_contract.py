@@ -37,9 +37,12 @@ def make(compose, tmp_path_factory):
         torch.manual_seed(0)
         spec = spec_of(component, option)
         if component == "encoder" and spec["source"]:  # the same class, small and random
-            small = spec_of("encoder", "clip_tiny")["config"]
-            spec = {**spec, "source": None, "config": small, "image_size": 64}
-            spec |= {"context_length": None}
+            family = "qwen2_vl_tiny" if "factor" in spec else "clip_tiny"
+            small = spec_of("encoder", family)
+            spec = {**spec, "source": None, "config": small["config"]}
+            if "factor" in spec:
+                return build({**spec, "factor": small["factor"]})
+            spec |= {"context_length": None, "image_size": 64}
             if spec.get("bt_adapter"):
                 spec |= {"bt_adapter": {"depth": 2, "max_frames": 8}}
         return build(spec)
@@ -241,8 +244,12 @@ class TestEncoder:
     @torch.no_grad()
     def test_what_is_known_of_a_visual_is_handed_on(self, option, make):
         encoder = make("encoder", option).eval()
-        info = VisualInfo(seconds=(0.5, 2.5), draw=0.25, continues=True)
-        (tokens,) = encoder([Visual(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), info)])
+        per_step = encoder.frames_per_step
+        # A time step is shown when its first frame is.
+        times = (0.5, 2.5) if per_step == 1 else (0.5, 1.0, 2.5)
+        info = VisualInfo(seconds=times, draw=0.25, continues=True)
+        frames = torch.zeros(len(times), 3, 64, 64, dtype=torch.uint8)
+        (tokens,) = encoder([Visual(frames, info)])
         layout = tokens.layout
         assert (layout.seconds, layout.draw, layout.continues) == ((0.5, 2.5), 0.25, True)
         assert layout.shown_at.unique().tolist() == [0.0, 2.0]

@@ -91,6 +91,8 @@ class NeedleModule(LightningModule):
     0.5. They must differ at every length; otherwise the model does not see the middle of the video
     (the published harness did not).
 
+    A frame of the haystack is one time step of the video, whatever the encoder.
+
     Args:
         protocol: facts that are written beside the numbers, unchanged.
         folder: folder for `needle.json`; None: no file is written.
@@ -165,8 +167,9 @@ class NeedleModule(LightningModule):
 
     def _answers(self, row: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the logits (answer tokens, vocabulary) and the right tokens of each needle."""
-        height, width = self._bank.shape[-2:]
-        video = self.model.num_tokens(row.frames, height, width)
+        encoder, (height, width) = self.model.encoder, self._bank.shape[-2:]
+        frames = row.frames * (encoder.frames_per_step if encoder.per_frame else 1)
+        video = self.model.num_tokens(frames, height, width)
         length = video + row.text.input_ids.shape[1]
         at_once = max(1, self.batch_tokens // length)
         for first in range(0, len(row.needles), at_once):
@@ -208,8 +211,16 @@ class NeedleModule(LightningModule):
 def encode_frames(
     encoder: Encoder, parts: Iterable[UInt8[Tensor, "_n c h w"]]
 ) -> Float[Tensor, "n h w d"]:
-    """Returns the patches of frames that come some at a time, to bound what the encoder takes."""
-    return torch.cat([encoder([Visual(part)])[0].as_grid() for part in parts])
+    """Returns the tokens of frames that come some at a time, which bounds what the encoder takes.
+
+    Each frame is one time step. An encoder that reads several frames as a step gets each frame
+    alone and repeats it, as the published harness does with Qwen2-VL.
+    """
+    encoded = []
+    for part in parts:
+        alone = part.split(1 if encoder.frames_per_step > 1 else len(part))
+        encoded += [tokens.as_grid() for tokens in encoder([Visual(each) for each in alone])]
+    return torch.cat(encoded)
 
 
 def _asked(text: VideoBatch, row: int, tokenizer: Any) -> dict[str, str]:

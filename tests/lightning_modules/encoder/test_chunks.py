@@ -121,11 +121,16 @@ def test_a_layer_that_widens_is_not_narrowed():
 
 
 def peak(encoder, count):
-    """Returns the peak bytes beyond the frames, as torch's allocator counts them."""
+    """Returns the peak bytes beyond the frames."""
     frames = draw(count)
+    return peak_of(lambda: encoder.encode(frames, [count]))
+
+
+def peak_of(compute):
+    """Returns the peak bytes of a computation without gradients, as torch's allocator counts."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as run:
-        encoder.encode(frames, [count])
+        compute()
     held = most = 0
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):

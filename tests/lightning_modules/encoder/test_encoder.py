@@ -307,8 +307,9 @@ def test_every_option_is_an_encoder(compose, tmp_path):
         spec = plain(compose([f"encoder={option}"], tmp_path).model.encoder)
         assert issubclass(resolve(spec["_target_"], PACKAGE), Encoder)
         if spec["source"] is None:
-            (tokens,) = build(spec)([Visual(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))])
-            assert tokens.features.shape == (32, 96)
+            encoder = build(spec)
+            (tokens,) = encoder([Visual(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))])
+            assert tokens.features.shape == (encoder.extent(2, 64, 64).size, encoder.width)
 
 
 def test_an_image_size_that_is_not_the_towers():

@@ -168,7 +168,8 @@ def test_qwen2_vl_is_a_plain_qwen2_under_mrope(layout, qwen2_vl, tmp_path):
             "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
         }
         (source / "config.json").write_text(json.dumps({**config, **text}))
-    assert import_weights.main([str(source), str(tmp_path / "out")]) == 0
+    words = [str(source), str(tmp_path / "out"), "--format", "qwen2_vl_text"]
+    assert import_weights.main(words) == 0
     report = json.loads((tmp_path / "out" / "import.json").read_text())
     assert report["unused_on_purpose"]
     assert all("visual." in name for name in report["unused_on_purpose"])
