@@ -62,7 +62,7 @@ class Qwen2VLImporter(Importer):
         config = Qwen2VLConfig.from_dict(self.config)
         return {name: getattr(config, name, None) for name in TOKENS}
 
-    def _scheme(self, sections: list[int]) -> dict[str, Any]:
+    def _scheme(self, sections: list[int] | None) -> dict[str, Any]:
         """Returns the spec of the scheme that `rotary` names.
 
         Raises:
@@ -106,13 +106,13 @@ class Qwen2VLTextImporter(Importer):
         return build(self.stages()["llm"]).lm
 
 
-def text_model(config: Any) -> tuple[Qwen2Config, list[int]]:
+def text_model(config: Any) -> tuple[Qwen2Config, list[int] | None]:
     """Returns the text model of a Qwen-VL config as a plain Qwen2, and its rotary sections."""
     text = config.text_config
     known = Qwen2Config().to_dict()
     fields = {key: value for key, value in text.to_dict().items() if key in known}
     rope = dict(text.rope_parameters)
-    sections = rope.pop("mrope_section")
+    sections = rope.pop("mrope_section", None)
     fields |= {
         "model_type": "qwen2",
         "rope_parameters": rope,

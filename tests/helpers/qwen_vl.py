@@ -1,7 +1,9 @@
-"""Models of Qwen2-VL's layout from golden files."""
+"""Models and batches of Qwen2-VL's layout from golden files."""
 
+import torch
 from torch import Tensor
 
+from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, VideoBatch, Visual, visual_fields
 from lightning_modules.importers.match import Allowed, check, copy, match
 from lightning_modules.importers.qwen2_vl import Qwen2VLImporter
 from lightning_modules.model import VideoLanguageModel
@@ -39,3 +41,38 @@ def model_of(golden, name, scheme) -> VideoLanguageModel:
     check(found, Allowed(), name)
     copy(model, found.values)
     return model.eval()
+
+
+def visual_of(golden, name):
+    return Visual(golden.tensors[f"visuals/{name}/resized"])
+
+
+def batch_of(golden, number):
+    """Returns the batch of a case: the published ids, with one slot for the tokens of a visual."""
+    case = golden.spec["cases"][number]
+    sizes = golden.spec["models"][case["model"]]
+    special = {sizes["image_token_id"], sizes["video_token_id"]}
+    rows, visuals = [], []
+    ids, masks = (golden.tensors[f"case{number}/{n}"] for n in ("input_ids", "attention_mask"))
+    for row, own, mask in zip(case["rows"], ids, masks, strict=True):
+        left, kept = iter(own[mask.bool()].tolist()), []
+        for kind, *n in row["segments"]:
+            size = n[0] if kind == "text" else torch.tensor(n).prod().item()
+            part = [next(left) for _ in range(size)]
+            assert kind == "text" or set(part) <= special
+            kept += part if kind == "text" else [VISUAL_SLOT]
+        assert not list(left)
+        rows.append(torch.tensor(kept))
+        visuals += [visual_of(golden, name) for name in row["visuals"]]
+    pad = torch.nn.utils.rnn.pad_sequence
+    none = torch.zeros(len(rows), 1, dtype=torch.long)
+    padded = pad(rows, batch_first=True)
+    return VideoBatch(
+        padded,
+        pad([torch.ones_like(row).bool() for row in rows], batch_first=True),
+        torch.full_like(padded, IGNORE_INDEX),
+        **visual_fields(visuals),
+        prompt_ids=none,
+        prompt_mask=none.bool(),
+        keys=[str(number)] * len(rows),
+    )

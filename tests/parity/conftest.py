@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(f"{kind}_golden", files, ids=ids, indirect=True)
 
 
-def _load(path: Path) -> Golden:
+def load(path: Path) -> Golden:
     if path.suffix != ".json":
         pytest.fail(f"no golden case in {path}")
     return Golden(
@@ -49,24 +49,24 @@ def _load(path: Path) -> Golden:
 
 @pytest.fixture
 def rope_golden(request: pytest.FixtureRequest) -> Golden:
-    return _load(request.param)
+    return load(request.param)
 
 
 @pytest.fixture
 def rope2_golden(request: pytest.FixtureRequest) -> Golden:
-    return _load(request.param)
+    return load(request.param)
 
 
 @pytest.fixture
 def ppllava_golden(request: pytest.FixtureRequest) -> Golden:
-    return _load(request.param)
+    return load(request.param)
 
 
 @pytest.fixture
 def pooling_golden(request: pytest.FixtureRequest) -> Golden:
-    return _load(request.param)
+    return load(request.param)
 
 
 @pytest.fixture
 def videorope_golden(request: pytest.FixtureRequest) -> Golden:
-    return _load(request.param)
+    return load(request.param)
