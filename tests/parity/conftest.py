@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parents[1] / "golden")
-KINDS = ("rope", "rope2", "ppllava", "pooling")
+KINDS = ("rope", "rope2", "ppllava", "pooling", "videorope")
 
 
 @dataclass
@@ -64,4 +64,9 @@ def ppllava_golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture
 def pooling_golden(request: pytest.FixtureRequest) -> Golden:
+    return _load(request.param)
+
+
+@pytest.fixture
+def videorope_golden(request: pytest.FixtureRequest) -> Golden:
     return _load(request.param)
