@@ -1,11 +1,10 @@
 """Video or image bytes -> sampled, resized frames. The encoder normalises them.
 
 bytes of a video --(videos.py)--> frames --+
-                                           +--> upright, `image_size` x `image_size`, uint8 RGB
+                                           +--(sizes.py)--> upright, of one size, uint8 RGB
 bytes of an image --(images.py)--> picture +
 
-The whole picture is squeezed into the square, so a wide picture looks narrow. In contrast to the
-centre crop of CLIP's own preprocessing, nothing outside the middle square is lost.
+A policy of `sizes.py` decides the size. By default the whole picture is squeezed into a square.
 """
 
 import math
@@ -26,6 +25,7 @@ from datamodules.batch import Visual, VisualInfo
 from datamodules.errors import BadSampleError
 from datamodules.visuals.images import MAX_PIXELS, open_image
 from datamodules.visuals.packets import check_work, scan_packets
+from datamodules.visuals.sizes import Filter, Fit, FramePolicy, Square, check_filter, resized
 from datamodules.visuals.tiles import check_grids, cut_tiles
 from datamodules.visuals.videos import AREA, decode_wanted, turn_of
 
@@ -81,25 +81,49 @@ class FpsSampler:
 
 
 class FrameReader:
-    """Reads a visual as square RGB frames.
+    """Reads a visual as RGB frames of one size.
 
     Args:
-        image_size: side of a frame in pixels; the whole picture is squeezed into it.
+        image_size: side of a frame in pixels; None if the policy takes none.
         sampler: takes the times of all frames in seconds and returns the numbers of the wanted
             frames, not decreasing.
         max_pixels: a larger picture is refused before it is decoded.
         tiles: (rows, columns) of the grids that an image may be cut into; None: no tiles.
+        policy: decides the size of frames; None: `Square`.
+        filter: `bicubic`, `area` or `nearest`; None: images by `bicubic`, video frames by `area`.
     """
 
     def __init__(
         self,
-        image_size: int,
+        image_size: int | None,
         sampler: Callable[[Sequence[float]], list[int]],
         max_pixels: int = MAX_PIXELS,
         tiles: Sequence[Sequence[int]] | None = None,
+        policy: FramePolicy | None = None,
+        filter: str | None = None,
     ):
         self.image_size, self.sampler, self.max_pixels = image_size, sampler, max_pixels
         self.tiles = None if tiles is None else check_grids(tiles)
+        self.policy: FramePolicy = policy or Square()
+        self.filter: Filter | None = check_filter(filter)
+        self._check()
+
+    def _check(self) -> None:
+        name = type(self.policy).__name__
+        if self.policy.takes_side != (self.image_size is not None):
+            fitting = "the side of a frame in pixels" if self.policy.takes_side else "null"
+            shown = "null" if self.image_size is None else self.image_size
+            raise ValueError(
+                f"data.frames.image_size is {shown} with {name} frames; set it to {fitting}"
+            )
+        if self.tiles is not None and not isinstance(self.policy, Square):
+            raise ValueError(
+                f"data.frames.tiles are cut for square frames, not for {name} frames; choose "
+                "data/frames=square, or set data.frames.tiles=null"
+            )
+        most = getattr(self.sampler, "num_frames", getattr(self.sampler, "max_frames", None))
+        if most is not None:
+            self.policy.check_frames(most)
 
     def read(self, name: str, data: bytes) -> Visual:
         """Returns a visual. Its file name suffix decides between video and image.
@@ -132,7 +156,9 @@ class FrameReader:
 
         def keep(number: int, frame: VideoFrame) -> None:
             nonlocal frames
-            pixels = torch.from_numpy(self._shown(frame, scaler)).permute(2, 0, 1)  # -> c h w
+            size = None if frames is None else (frames.shape[2], frames.shape[3])
+            shown = self._shown(frame, scaler, len(wanted), size)
+            pixels = torch.from_numpy(shown).permute(2, 0, 1)  # h w c -> c h w
             if frames is None:
                 frames = pixels.new_empty(len(wanted), *pixels.shape)
             start, end = np.searchsorted(wanted, [number, number + 1])
@@ -149,33 +175,50 @@ class FrameReader:
             BadSampleError: image_unreadable, image_too_large.
         """
         picture = open_image(data, self.max_pixels)
-        height, width = self._size(picture.height, picture.width)
-        pixels = np.array(picture.resize((width, height), Image.Resampling.BICUBIC))
+        fit = self._fit(picture.height, picture.width, 1)
+        small = resized(picture, fit.inner_height, fit.inner_width, self.filter or "bicubic")
+        pixels = fit.place(np.array(small), self.policy.color)
         return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()  # h w c -> 1 c h w
 
     def _picture(self, data: bytes) -> Visual:
         """Returns an image as one frame, or as a thumbnail and tiles. Raises as `image`."""
-        if self.tiles is None:
+        if self.tiles is None or self.image_size is None:
             return Visual(self.image(data))
         picture = open_image(data, self.max_pixels)
-        frames, tiles = cut_tiles(picture, self.image_size, self.tiles)
+        frames, tiles = cut_tiles(picture, self.image_size, self.tiles, self.filter or "bicubic")
         return Visual(frames, VisualInfo(tiles=tiles))
 
-    def _size(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the (height, width) of frames for a displayed picture of this size.
+    def _fit(self, height: int, width: int, frames: int) -> Fit:
+        """Returns the fit of a picture of this size, in a visual of this many frames."""
+        return self.policy.fit(height, width, frames, self.image_size or 0)
 
-        Only this method decides the size, so all frames of a visual have the same one.
+    def _shown(
+        self,
+        frame: VideoFrame,
+        scaler: VideoReformatter,
+        frames: int,
+        size: tuple[int, int] | None,
+    ) -> UInt8[np.ndarray, "h w c"]:
+        """Returns a video frame, rotated for display and resized.
+
+        Args:
+            frames: sampled frames of the video.
+            size: (height, width) of its first frame, which the others must have.
         """
-        return self.image_size, self.image_size
-
-    def _shown(self, frame: VideoFrame, scaler: VideoReformatter) -> UInt8[np.ndarray, "h w c"]:
-        """Returns a video frame, rotated for display and resized."""
         turn = turn_of(frame)
         shown = (frame.width, frame.height) if turn.exchanged else (frame.height, frame.width)
-        size = self._size(*shown)
-        height, width = size[::-1] if turn.exchanged else size
-        small = scaler.reformat(frame, width, height, "rgb24", interpolation=AREA, **one_thread())
-        return np.ascontiguousarray(turn(small.to_ndarray()))
+        fit = self._fit(*shown, frames)
+        if size is not None and (fit.height, fit.width) != size:
+            fit = Fit.whole(*size)  # the size of the picture changes within some videos
+        inner = (fit.inner_height, fit.inner_width)
+        if self.filter is None or self.filter == "area":
+            height, width = inner[::-1] if turn.exchanged else inner
+            pixels = turn(averaged(frame, height, width, scaler))
+        else:  # Pillow resizes the upright picture: its result depends on which side comes first
+            whole = turn(averaged(frame, frame.height, frame.width, scaler))
+            picture = Image.fromarray(np.ascontiguousarray(whole))
+            pixels = np.array(resized(picture, *inner, self.filter))
+        return fit.place(pixels, self.policy.color)
 
 
 def is_video(name: str) -> bool:
@@ -190,6 +233,14 @@ def naming(name: str) -> Iterator[None]:
     except BadSampleError as error:
         detail = f"{name}: {error.detail}" if error.detail else name
         raise BadSampleError(error.reason, detail, shard=error.shard, key=error.key) from None
+
+
+def averaged(
+    frame: VideoFrame, height: int, width: int, scaler: VideoReformatter
+) -> UInt8[np.ndarray, "h w c"]:
+    """Returns the RGB pixels of a video frame, resized by area averaging."""
+    small = scaler.reformat(frame, width, height, "rgb24", interpolation=AREA, **one_thread())
+    return small.to_ndarray()
 
 
 @cache

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.batch import Tiles
+from datamodules.visuals.sizes import Filter, resized
 
 
 def check_grids(grids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
@@ -39,16 +40,19 @@ def check_grids(grids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
 
 
 def cut_tiles(
-    picture: Image.Image, side: int, grids: Sequence[tuple[int, int]]
+    picture: Image.Image,
+    side: int,
+    grids: Sequence[tuple[int, int]],
+    filter: Filter = "bicubic",
 ) -> tuple[UInt8[Tensor, "n c h w"], Tiles]:
     """Returns the thumbnail and tiles of an RGB picture, `side` x `side` pixels each."""
     width, height = picture.size
     rows, columns = best_grid(height, width, side, grids)
     plane = Image.new("RGB", (columns * side, rows * side))
     inner_height, inner_width = _fitted(height, width, rows * side, columns * side)
-    small = picture.resize((inner_width, inner_height), Image.Resampling.BICUBIC)
+    small = resized(picture, inner_height, inner_width, filter)
     plane.paste(small, ((plane.width - small.width) // 2, (plane.height - small.height) // 2))
-    thumbnail = picture.resize((side, side), Image.Resampling.BICUBIC)
+    thumbnail = resized(picture, side, side, filter)
     tiles = rearrange(np.array(plane), "(r h) (s w) c -> (r s) c h w", r=rows, s=columns)
     first = rearrange(np.array(thumbnail), "h w c -> 1 c h w")
     return torch.from_numpy(np.concatenate([first, tiles])), Tiles(rows, columns, height, width)
