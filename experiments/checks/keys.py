@@ -27,7 +27,7 @@ _READ: dict[str, tuple[str, ...]] = {
         "every_device",
         *("data", "model", "module", "tuning", "optim", "scores", "trainer", "callbacks", "logger"),
         *("run", "trust", "output", "sizes", "device", "ranks", "mfu", "headroom", "samples"),
-        *("advise", "frames", "videos", "images", "tokens", "labelled"),
+        *("advise", "frames", "videos", "images", "tokens", "labelled", "picture"),
     ),
     "expected": (),
     "init_allow": ("unused", "unfilled"),

@@ -9,9 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from datamodules.batch import Tiles, Visual, VisualInfo
 from datamodules.sample.outline import Outline
+from datamodules.visuals.sizes import FramePolicy
 from datamodules.visuals.tiles import check_grids
 from experiments.private.torch import FakeTensorMode
-from experiments.run.compose import plain
+from experiments.run.compose import build, plain
 from lightning_modules.model import VideoLanguageModel
 
 
@@ -27,6 +28,8 @@ class Largest:
         words: number of words. None means all tokens that visuals leave of `tokens`.
         tokens: tokens that the LLM reads, if known.
         labelled: share of the words with labels.
+        policy: sizes of frames; None: the size that the encoder reads.
+        picture: height and width in pixels of the videos and images, before they are resized.
     """
 
     videos: int
@@ -36,6 +39,8 @@ class Largest:
     words: int | None
     tokens: int | None
     labelled: float
+    policy: FramePolicy | None = None
+    picture: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(cls, config: DictConfig) -> "Largest":
@@ -54,6 +59,8 @@ class Largest:
             words,
             config.tokens,
             config.labelled,
+            _policy(config),
+            tuple(config.picture),
         )
 
     def outline(self, network: Any, fake: FakeTensorMode) -> Outline:
@@ -70,14 +77,13 @@ class Largest:
                 f"{self._described()} are {visual} tokens, but tokens={self.tokens}: set more of "
                 "them, or choose a pooler that leaves less"
             )
-        height, width = frame_size(network)
         with fake:
             visuals = [
                 Visual(
-                    torch.empty(frames, 3, height, width, dtype=torch.uint8),
+                    torch.empty(frames, 3, *self.frame_size(network, frames), dtype=torch.uint8),
                     VisualInfo(seconds=tuple(map(float, range(frames))), tiles=tiles),
                 )
-                for frames, tiles in self._visuals(height, width)
+                for frames, tiles in self._visuals(*self.frame_size(network, 1))
             ]
         return Outline(visuals, words, max(1, round(self.labelled * words)))
 
@@ -85,9 +91,19 @@ class Largest:
         """Returns the number of visual tokens that the LLM reads; 0 without an LLM."""
         if not isinstance(network, VideoLanguageModel):
             return 0
-        size = frame_size(network)
-        visuals = self._visuals(*size)
-        return sum(network.num_tokens(frames, *size, tiles) for frames, tiles in visuals)
+        visuals = self._visuals(*self.frame_size(network, 1))
+        return sum(
+            network.num_tokens(frames, *self.frame_size(network, frames), tiles)
+            for frames, tiles in visuals
+        )
+
+    def frame_size(self, network: Any, frames: int) -> tuple[int, int]:
+        """Returns the height and width in pixels of the frames of a visual."""
+        if self.policy is None:
+            height, width = network.encoder.blank().frames.shape[-2:]
+            return height, width
+        fit = self.policy.fit(*self.picture, frames, 0)
+        return fit.height, fit.width
 
     @property
     def all_frames(self) -> int:
@@ -110,10 +126,11 @@ class Largest:
         return " and ".join(videos + images) or "no visuals"
 
 
-def frame_size(network: Any) -> tuple[int, int]:
-    """Returns the height and width of a frame in pixels."""
-    height, width = network.encoder.blank().frames.shape[-2:]
-    return height, width
+def _policy(config: DictConfig) -> FramePolicy | None:
+    """Returns the policy of a recipe whose frames are not all of the encoder's one size."""
+    spec = OmegaConf.select(config, "data.frames.policy")
+    policy = build(spec, "data.frames.policy") if spec else None
+    return None if policy is None or policy.takes_side else policy
 
 
 def _frames(config: DictConfig) -> int:

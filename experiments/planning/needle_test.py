@@ -16,7 +16,7 @@ from datamodules.haystack.needle import Needle
 from datamodules.instruct import Sample, collater
 from datamodules.sample.outline import Outline
 from experiments.planning.forecast import precision_of, without_reading
-from experiments.planning.largest_sample import frame_size
+from experiments.planning.largest_sample import Largest
 from experiments.planning.memory_watch import MemoryWatch
 from experiments.planning.rehearsal import build_fake
 from experiments.private.torch import FakeTensorMode
@@ -74,7 +74,7 @@ def forecast_needles(config: DictConfig) -> NeedleForecast:
 
     longest = max(datamodule.grid.frames)
     text = _text(datamodule, longest)
-    size = frame_size(network)
+    size = Largest.of(config).frame_size(network, 1)
     watch = MemoryWatch(fake)
     watch.own([module])
     # The LLM's masks are fake too: a real one for 400,000 tokens takes long to make.
