@@ -1,6 +1,7 @@
 """ropelab-export: writes a trained model as a folder that `from_pretrained` opens.
 
 ropelab-export runs/ppllava_vicuna7b_video/vanilla-seed0 models/ppllava --dtype bfloat16
+ropelab-export runs/videorope_qwen2_7b/mrope-seed0 models/mrope --layout qwen2_vl
 """
 
 import argparse
@@ -23,8 +24,14 @@ from experiments.directory.run_directory import read_done, read_versions
 from experiments.evaluate import load
 from experiments.run.files import inside, read_yaml
 from experiments.run.process import run_alone
+from lightning_modules.importers.base import REPORT, tokenizer_files
+from lightning_modules.importers.write_qwen2_vl import (
+    SPECIAL_TOKENS,
+    check_writable,
+    write_qwen2_vl,
+)
 from lightning_modules.lora import merge_lora, save_adapter
-from lightning_modules.model import VideoLanguageModel
+from lightning_modules.model import VideoLanguageModel, VideoLanguageModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,6 +51,13 @@ def main(arguments: list[str] | None = None) -> None:
         default="merged",
         help="LoRA: merged into the weights, or apart, and again in adapter/ in the format of peft",
     )
+    parser.add_argument(
+        "--layout",
+        choices=("ropelab", "qwen2_vl"),
+        default="ropelab",
+        help="qwen2_vl: for transformers' own Qwen2VLForConditionalGeneration (only with its tower "
+        "and scheme); RUN may also be a folder that ropelab-import wrote",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as trained)")
     options = parser.parse_args(arguments)
     try:
@@ -59,6 +73,7 @@ def export(
     checkpoint: str | None = None,
     lora: str = "merged",
     dtype: str | None = None,
+    layout: str = "ropelab",
 ) -> VideoLanguageModel:
     """Writes the folder `out` atomically. The arguments are those of the program.
 
@@ -66,10 +81,13 @@ def export(
         The model that was written.
 
     Raises:
-        ValueError: `out` exists, or `run` is not a run directory with a checkpoint.
+        ValueError: `out` exists, `run` is not a run directory with a checkpoint, or the layout
+            cannot express the model.
     """
     if out.exists():
         raise ValueError(f"{out} already exists: name another folder, or remove it")
+    if layout == "qwen2_vl":
+        return _export_qwen2_vl(run, out, checkpoint, lora, dtype)
     config = read_config(run)
     processor = Processor(config["data"]["frames"], config["data"]["conversation"])
     model, steps = load(run, None, checkpoint)
@@ -87,6 +105,39 @@ def export(
     processor.save_pretrained(partial)
     GenerationConfig(**processor.generation, do_sample=False).save_pretrained(partial)
     write_whole(partial / "README.md", model_card(run, config, model, steps))
+    partial.rename(out)
+    return model
+
+
+def _export_qwen2_vl(
+    run: Path, out: Path, checkpoint: str | None, lora: str, dtype: str | None
+) -> VideoLanguageModel:
+    """Writes the model in Qwen2-VL's layout, with the tokenizer if there is one."""
+    if lora == "apart":
+        raise ValueError("--layout qwen2_vl has no place for LoRA apart: use --lora merged")
+    imported = run / REPORT
+    facts: dict[str, Any] = json.loads(imported.read_text())["facts"] if imported.is_file() else {}
+    tokenizer = None
+    if (run / "config.json").is_file():
+        check_writable(vars(VideoLanguageModelConfig.from_pretrained(run)))
+    else:
+        config = read_config(run)
+        check_writable(config["model"])
+        data = config["data"]
+        tokenizer = Processor(data["frames"], data["conversation"]).tokenizer
+        words = tokenizer.get_vocab()
+        facts = {name: words[word] for name, word in SPECIAL_TOKENS.items() if word in words}
+    model, _ = load(run, None, checkpoint)
+    merge_lora(model)
+
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_qwen2_vl(model, partial, facts, DTYPES[dtype] if dtype else None)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    else:
+        for file in tokenizer_files(run):
+            shutil.copyfile(file, partial / file.name)
     partial.rename(out)
     return model
 

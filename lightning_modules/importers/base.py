@@ -112,12 +112,16 @@ def import_folder(
     fresh = _fresh(importer, found.unfilled) if found.unfilled else {}
     adopt(model, found.values | fresh, kind)
     model.save_pretrained(out, max_shard_size="2GB")
-    for name in _COPIED:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+    for file in tokenizer_files(folder):
+        shutil.copyfile(file, out / file.name)
     report = _report(importer, folder, found, kind)
     (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Returns the files of a folder that go with any weights: tokenizer and generation config."""
+    return [folder / name for name in _COPIED if (folder / name).is_file()]
 
 
 def _fresh(importer: Importer, names: Sequence[str]) -> dict[str, Tensor]:

@@ -31,10 +31,7 @@ SCHEMES = {
 }
 
 #: Fields of `config.json` that our components do not hold, but an export writes again.
-TOKENS = (
-    *("image_token_id", "video_token_id"),
-    *("vision_start_token_id", "vision_end_token_id", "vision_token_id"),
-)
+_TOKENS = ("image", "video", "vision_start", "vision_end", "vision")
 
 
 class Qwen2VLImporter(Importer):
@@ -60,7 +57,8 @@ class Qwen2VLImporter(Importer):
 
     def facts(self) -> dict[str, Any]:
         config = Qwen2VLConfig.from_dict(self.config)
-        return {name: getattr(config, name, None) for name in TOKENS}
+        ids = {f"{name}_token_id": getattr(config, f"{name}_token_id", None) for name in _TOKENS}
+        return {name: number for name, number in ids.items() if number is not None}
 
     def _scheme(self, sections: list[int] | None) -> dict[str, Any]:
         """Returns the spec of the scheme that `rotary` names.

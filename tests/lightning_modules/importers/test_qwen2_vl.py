@@ -109,7 +109,7 @@ MISTAKES = {
     "another size": (
         change(intermediate_size=64),
         NAMED,
-        ["different shape in the model", "mlp.gate_proj"],
+        ["different shape in the model", "mlp.down_proj"],
     ),
 }
 
