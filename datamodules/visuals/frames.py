@@ -32,6 +32,8 @@ from datamodules.visuals.videos import AREA, decode_wanted, turn_of
 VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "gif"})
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 
+_NEARLY = 1e-3  # frames; times in a file are rounded, so 10 seconds may be 9.9997
+
 
 class UniformSampler:
     """Samples `num_frames` evenly from first to last frame. A shorter video repeats frames."""
@@ -78,6 +80,70 @@ class FpsSampler:
         """Returns the same as `UniformSampler.count`, for this sampler."""
         wanted = np.floor(seconds * self.fps).astype(int) + 1
         return np.maximum(np.minimum(wanted, np.minimum(frames, self.max_frames)), self.min_frames)
+
+
+class SpacedSampler:
+    """Spaces frames evenly from first to last, `fps` for each second, as Qwen2-VL and VideoRoPE do.
+
+    A multiple of `factor` frames is taken: of those that the video has, or its frames are repeated
+    if it has fewer than `factor`. The published training code takes none of a video under one
+    second, and the published evaluation refuses it.
+
+    Args:
+        fps: frames for each second. A video lasts from its first frame to the end of its last.
+        max_frames, min_frames: limits of the number; the largest and the least multiple of `factor`
+            within them count.
+        factor: divides the number of frames: frames of a temporal patch of the encoder.
+        rounding: how the number of frames and the number of each become whole: `truncate` as in
+            VideoRoPE's training, `round` (half to even) as in its evaluation.
+    """
+
+    def __init__(
+        self,
+        fps: float,
+        max_frames: int,
+        min_frames: int = 1,
+        factor: int = 2,
+        rounding: str = "truncate",
+    ):
+        self.fps, self.factor, self.rounding = fps, factor, rounding
+        self.max_frames, self.min_frames = max_frames, min_frames
+        if fps <= 0 or factor < 1 or not 1 <= min_frames <= max_frames:
+            raise ValueError(
+                f"fps {fps}, factor {factor}, min_frames {min_frames}, max_frames {max_frames}: "
+                "set fps above 0, factor to 1 or more and 1 <= min_frames <= max_frames"
+            )
+        if self._up(min_frames) > self._down(max_frames):
+            raise ValueError(
+                f"no multiple of factor={factor} lies between min_frames={min_frames} and "
+                f"max_frames={max_frames}; set them further apart"
+            )
+        if rounding not in ("truncate", "round"):
+            raise ValueError(f"rounding is {rounding}; set truncate or round")
+
+    def __call__(self, times: Sequence[float]) -> list[int]:
+        seconds = np.asarray([times[-1] - times[0]])
+        number = int(self.count(np.asarray([len(times)]), seconds)[0])
+        spaced = np.linspace(0, len(times) - 1, number)
+        return (spaced.round() if self.rounding == "round" else spaced).astype(int).tolist()
+
+    def count(self, frames: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+        """Returns the same as `UniformSampler.count`, for this sampler."""
+        lasts = seconds * frames / np.maximum(frames - 1, 1)  # the last frame is shown, too
+        wanted = np.minimum(lasts * self.fps, self.max_frames)
+        nearest = wanted.round()
+        wanted = np.where(np.abs(wanted - nearest) < _NEARLY, nearest, wanted)
+        wanted = np.maximum(wanted, self._up(self.min_frames))
+        wanted = np.minimum(wanted, self._down(np.minimum(frames, self.max_frames)))
+        multiples = wanted / self.factor
+        whole = multiples.round() if self.rounding == "round" else np.floor(multiples)
+        return np.maximum(whole.astype(int), 1) * self.factor
+
+    def _up(self, number: int) -> int:
+        return -(-number // self.factor) * self.factor
+
+    def _down(self, number: Any) -> Any:
+        return number // self.factor * self.factor
 
 
 class FrameReader:

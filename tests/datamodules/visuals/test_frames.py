@@ -11,7 +11,7 @@ from PIL import Image
 
 from datamodules.batch import VisualInfo
 from datamodules.errors import BadSampleError
-from datamodules.visuals.frames import FpsSampler, FrameReader, UniformSampler
+from datamodules.visuals.frames import FpsSampler, FrameReader, SpacedSampler, UniformSampler
 from datamodules.visuals.images import open_image
 from datamodules.visuals.videos import count_frames
 
@@ -90,6 +90,66 @@ def test_fps_takes_the_nearest_frame_of_each_tick():
     gap = [0.0, 0.1, 0.2, 5.0, 5.1]  # frames are not evenly spaced in every file
     assert FpsSampler(1.0, 100)(gap) == UniformSampler(5)(gap)
     assert FpsSampler(0.5, 100)(gap) == [0, 2, 3]
+
+
+def test_spaced_takes_multiples_from_first_to_last():
+    times = (np.arange(100) / 25).tolist()  # 4 seconds
+    assert SpacedSampler(2.0, 128)(times) == [0, 14, 28, 42, 56, 70, 84, 99]
+    assert SpacedSampler(2.0, 128, rounding="round")(times) == [0, 14, 28, 42, 57, 71, 85, 99]
+    assert SpacedSampler(2.0, 5)(times) == [0, 33, 66, 99]
+    assert SpacedSampler(0.1, 128, min_frames=5, factor=3)(times) == [0, 19, 39, 59, 79, 99]
+    assert SpacedSampler(2.0, 128)(times[:10]) == [0, 9]  # under one second
+    assert SpacedSampler(2.0, 128)([0.0]) == [0, 0]
+    assert SpacedSampler(2.0, 128, 4)([0.0, 0.1, 0.2]) == [0, 2]  # not more than there are
+    milliseconds = [round(n / 30, 3) for n in range(300)]  # Matroska has no smaller unit
+    assert len(SpacedSampler(2.0, 128)(milliseconds)) == 20
+
+
+SAMPLERS = [
+    UniformSampler(5),
+    FpsSampler(2.0, 9, 2),
+    FpsSampler(30.0, 6),
+    *(
+        SpacedSampler(fps, most, least, factor, rounding)
+        for rounding in ("truncate", "round")
+        for fps, most, least, factor in [(2.0, 128, 1, 2), (3.7, 21, 4, 2), (1.0, 50, 7, 5)]
+    ),
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: type(sampler).__name__)
+def test_the_count_is_that_of_the_sampled_frames(sampler):
+    """Also of videos with uneven times. Frames never decrease, and lie within the video."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        frames = int(np.exp(rng.uniform(0, 6)))
+        times = np.sort(rng.uniform(0, frames / 10, frames))
+        if rng.random() < 0.5:
+            times = np.arange(frames) / rng.choice([5, 23.976, 24, 29.97, 30])
+        wanted = sampler(times.tolist())
+        seconds = times[-1] - times[0]
+        assert len(wanted) == sampler.count(np.array([frames]), np.array([seconds]))[0]
+        assert wanted == sorted(wanted)
+        assert 0 <= wanted[0] <= wanted[-1] < frames
+        if isinstance(sampler, SpacedSampler):
+            assert len(wanted) % sampler.factor == 0
+            assert (wanted[0], wanted[-1]) == (0, frames - 1)
+            assert len(wanted) <= max(min(sampler.max_frames, frames), sampler.factor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((0.0, 4), "set fps above 0"),
+        ((1.0, 4, 5), "max_frames 4: set fps above 0, factor to 1 or more and 1 <= min_frames"),
+        ((1.0, 4, 1, 0), "factor 0, .*factor to 1 or more"),
+        ((1.0, 5, 5), "no multiple of factor=2 lies between min_frames=5 and max_frames=5"),
+        ((1.0, 4, 1, 2, "floor"), "rounding is floor; set truncate or round"),
+    ],
+)
+def test_spaced_refuses_what_cannot_be(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        SpacedSampler(*arguments)
 
 
 @pytest.mark.parametrize("arguments", [(0.0, 4), (1.0, 0), (1.0, 4, 5)])
