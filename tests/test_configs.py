@@ -35,6 +35,7 @@ OPTIONS = sorted(
 )
 #: Words that choose the options of a group inside an option of another group.
 WITHIN = {
+    "data/frames": ["data=instruct"],
     "data/sampler": ["data=instruct"],
     "data/tiny": ["data=tiny"],
     "module/loss": ["module=preference"],

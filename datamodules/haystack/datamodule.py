@@ -153,6 +153,7 @@ class HaystackDataModule(StepsDataModule):
         for split in SPLITS:
             clips = read_clips(self._shards["haystack"][split], self._frames)
             needles = read_needles(self._shards["needles"][split], self._frames)
+            _check_sizes(clips, needles)
             self._sets[split] = clips, needles
         self._grid = NeedleGrid(*self._sets["test"], self.grid, self._encode)
 
@@ -240,6 +241,21 @@ class HaystackDataModule(StepsDataModule):
         rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
         return StreamLoader(
             lambda epoch: stream, stream, Faults("raise"), rank=rank, world=world, **how
+        )
+
+
+def _check_sizes(clips: Sequence[Tensor], needles: Sequence[Needle]) -> None:
+    """Refuses frames of several sizes. A needle lies among the frames of a haystack.
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    shapes = [clip.shape[-2:] for clip in clips] + [needle.frame.shape[-2:] for needle in needles]
+    sizes = [f"{height} x {width}" for height, width in dict.fromkeys(map(tuple, shapes))]
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the frames of a needle test must have one size, but some have {sizes[0]} pixels and "
+            f"others {sizes[1]}: choose data/frames=fixed, square, pad or crop"
         )
 
 

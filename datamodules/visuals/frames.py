@@ -165,11 +165,16 @@ class FrameReader:
         sampler: Callable[[Sequence[float]], list[int]],
         max_pixels: int = MAX_PIXELS,
         tiles: Sequence[Sequence[int]] | None = None,
-        policy: FramePolicy | None = None,
+        policy: FramePolicy | str | None = None,
         filter: str | None = None,
     ):
         self.image_size, self.sampler, self.max_pixels = image_size, sampler, max_pixels
         self.tiles = None if tiles is None else check_grids(tiles)
+        if isinstance(policy, str):
+            raise ValueError(
+                f"data.frames.policy is {policy}; choose one by data/frames=square, pad, crop, "
+                "fixed or native, or set null for squares"
+            )
         self.policy: FramePolicy = policy or Square()
         self.filter: Filter | None = check_filter(filter)
         self._check()
@@ -177,7 +182,8 @@ class FrameReader:
     def _check(self) -> None:
         name = type(self.policy).__name__
         if self.policy.takes_side != (self.image_size is not None):
-            fitting = "the side of a frame in pixels" if self.policy.takes_side else "null"
+            fitting = "the side of a frame in pixels, or choose data/frames=native"
+            fitting = fitting if self.policy.takes_side else "null"
             shown = "null" if self.image_size is None else self.image_size
             raise ValueError(
                 f"data.frames.image_size is {shown} with {name} frames; set it to {fitting}"

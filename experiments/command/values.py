@@ -92,6 +92,20 @@ def check_values(config: DictConfig) -> None:
     for key in _NOT_ZERO:
         if OmegaConf.select(config, key) == 0:
             raise ValueError(f"{key}=0 would train nothing: set 1 or more, or -1 for no end")
+    _check_frames(config)
+
+
+def _check_frames(config: DictConfig) -> None:
+    """Refuses frames that decide their own size, if the encoder reads squares of one size."""
+    side = OmegaConf.select(config, "model.encoder.image_size")
+    policy = OmegaConf.select(config, "data.frames.policy")
+    if side is None or policy is None or OmegaConf.select(config, "data.frames.image_size"):
+        return
+    if not policy.get("height") == policy.get("width") == side:
+        raise ValueError(
+            f"the encoder reads squares of {side} x {side} pixels: choose data/frames=square, pad "
+            "or crop, or an encoder of native sizes such as encoder=qwen2_vl"
+        )
 
 
 def _or_more(least: float) -> str:

@@ -5,7 +5,8 @@ import pytest
 from datamodules.processor import Processor, with_sampling
 from datamodules.shards.synthetic import draw_frames, encode_video
 
-READER = "datamodules.visuals.frames.FrameReader"
+FRAMES, SIZES = "datamodules.visuals.frames", "datamodules.visuals.sizes"
+READER = f"{FRAMES}.FrameReader"
 SAMPLERS = {
     "uniform": {"_target_": "datamodules.visuals.frames.UniformSampler", "num_frames": 4},
     "fps": {"_target_": "datamodules.visuals.frames.FpsSampler", "fps": 2.0, "max_frames": 3},
@@ -58,6 +59,31 @@ def test_a_setting_of_another_sampler_is_refused_in_one_line(saved, clip):
 def test_a_number_of_frames_below_1_is_named(saved):
     with pytest.raises(ValueError, match="num_frames is 0; set it to 1 or more"):
         Processor.from_pretrained(saved, num_frames=0)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "policy", "size"),
+    [
+        (16, None, (16, 16)),
+        (16, {"_target_": f"{SIZES}.Pad", "color": [1, 2, 3]}, (16, 16)),
+        (16, {"_target_": f"{SIZES}.Crop"}, (16, 16)),
+        (None, {"_target_": f"{SIZES}.Fixed", "height": 20, "width": 40}, (20, 40)),
+        (None, {"_target_": f"{SIZES}.Native", "factor": 8, "min_pixels": 64}, (32, 32)),
+    ],
+)
+def test_the_size_of_frames_is_that_of_the_saved_policy(image_size, policy, size, clip, tmp_path):
+    frames = {
+        "_target_": READER,
+        "image_size": image_size,
+        "sampler": {"_target_": f"{FRAMES}.SpacedSampler", "fps": 8.0, "max_frames": 4},
+        "policy": policy,
+        "filter": "bicubic",
+    }
+    conversation = {"_target_": "datamodules.sample.conversation.ConversationEncoder"}
+    Processor(frames, conversation).save_pretrained(tmp_path)
+    saved = Processor.from_pretrained(tmp_path)
+    assert saved([QUESTION], [[clip]]).shapes == [(4, 3, *size)]
+    assert saved([QUESTION], [[clip]], max_frames=2).shapes == [(2, 3, *size)]
 
 
 def test_a_reader_without_a_sampler_has_no_settings():

@@ -20,6 +20,7 @@ from datamodules.haystack.distractors import PeriodicDistractors, SingleDistract
 from datamodules.haystack.needle import Needle
 from datamodules.sample.conversation import ConversationEncoder
 from datamodules.visuals.frames import FpsSampler, FrameReader
+from datamodules.visuals.sizes import Crop, Fixed, Native, Pad, Square
 
 QUESTIONS, CLIP_LENGTHS = 4, (7, 12)
 PLAN = TrainingPlan(samples=40, frames=(6, 12), needles=3, first_frames=(3, 4), growth=0.5)
@@ -112,7 +113,9 @@ def standing(rank: int, world: int, done: int = 0) -> Mock:
 
 @pytest.fixture(scope="module")
 def make_module(needle_shards):
-    def make(batch_size: int = 4, global_batch_size: int = 24, **grid) -> HaystackDataModule:
+    def make(
+        batch_size: int = 4, global_batch_size: int = 24, frames: FrameReader | None = None, **grid
+    ) -> HaystackDataModule:
         folder = needle_shards / "vniah"
         sizes = {"frames": [4, 9], "depths": [0.0, 0.5, 1.0], "needles": 6}
         return HaystackDataModule(
@@ -120,7 +123,7 @@ def make_module(needle_shards):
                 kind: {s: str(folder / f"{kind}-{s}.tar") for s in ("train", "test")}
                 for kind in ("haystack", "needles")
             },
-            frames=FrameReader(32, FpsSampler(25.0, 3000)),
+            frames=frames or FrameReader(32, FpsSampler(25.0, 3000)),
             conversation=ConversationEncoder,
             training=TrainingPlan(samples=48, frames=(3, 6), first_frames=(3, 4)),
             grid=GridPlan(**sizes | grid),
@@ -144,6 +147,30 @@ def keys(module, rank: int, world: int, done: int = 0) -> list[list[str]]:
     batches = [batch.keys for batch in loader]
     assert len(batches) == len(loader) - done
     return batches
+
+
+@pytest.mark.parametrize(
+    ("policy", "side", "size"),
+    [
+        (Square(), 32, (32, 32)),
+        (Pad(), 32, (32, 32)),
+        (Crop(), 32, (32, 32)),
+        (Fixed(28, 56), None, (28, 56)),
+    ],
+)
+def test_all_frames_of_a_test_have_the_size_of_the_policy(policy, side, size, make_module):
+    frames = FrameReader(side, FpsSampler(25.0, 3000), policy=policy, filter="bicubic")
+    module = make_module(frames=frames)
+    module.setup()
+    assert module.bank.shape[2:] == size
+
+
+def test_frames_of_several_sizes_are_refused(make_module, monkeypatch):
+    frames = FrameReader(None, FpsSampler(25.0, 3000), policy=Native(min_pixels=784))
+    wider = frames.image
+    monkeypatch.setattr(frames, "image", lambda data: wider(data).repeat(1, 1, 1, 2))
+    with pytest.raises(ValueError, match=r"must have one size, but some have \d+ x \d+ pixels and"):
+        make_module(frames=frames).setup()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 6])

@@ -307,6 +307,7 @@ def test_a_budget_is_checked_for_the_most_frames_that_are_sampled():
     ("arguments", "says"),
     [
         ({"filter": "lanczos"}, "filter is lanczos; set bicubic, area or nearest, or null"),
+        ({"policy": "pad"}, "policy is pad; choose one by data/frames=square, pad, crop, fixed"),
         ({"policy": Native()}, "image_size is 32 with Native frames; set it to null"),
         ({"image_size": None}, "image_size is null with Square frames; set it to the side"),
         ({"policy": Pad(), "tiles": [[1, 2]]}, "tiles are cut for square frames, not for Pad"),

@@ -38,6 +38,7 @@ def test_every_recipe_and_trial_passes(recipe, compose, tmp_path):
         ("seed=4294967296", "seed=4294967296 must be from 0 to 4294967295"),
         ("name=null", "name=null must be text"),
         ("tags=abc", "tags=abc must be a list"),
+        ("data.frames.image_size=big", "data.frames.image_size=big must be a whole number or null"),
         ("resume=abc", "resume=abc must be true or false"),
         (
             "callbacks.checkpoint.every_n_steps=null",
@@ -77,6 +78,22 @@ def test_a_wrong_value_is_one_line_with_its_key(word, line, compose, tmp_path):
         check_values(compose(["experiment=resume_probe", word], tmp_path))
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("policy", ["square", "pad", "crop", "fixed", "native"])
+def test_frames_of_their_own_size_are_refused_by_an_encoder_of_squares(policy, compose, tmp_path):
+    words = ["experiment=resume_probe", f"data/frames={policy}"]
+    config = compose(words, tmp_path)
+    if config.data.frames.image_size is not None:
+        check_values(config)
+        return
+    with pytest.raises(ValueError, match=r"^the encoder reads squares of 32 x 32 pixels: choose d"):
+        check_values(config)
+
+
+def test_a_fixed_size_may_be_that_of_the_encoder(compose, tmp_path):
+    sizes = [f"data.frames.policy.{side}=32" for side in ("height", "width")]
+    check_values(compose(["experiment=resume_probe", "data/frames=fixed", *sizes], tmp_path))
 
 
 @pytest.mark.parametrize(

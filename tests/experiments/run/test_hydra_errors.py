@@ -25,7 +25,8 @@ SAID = {
     "vrope",
     "scores=[mc,perplexty]": "scores=perplexty is not there: did you mean scores=perplexity? "
     "(default, hallucer, mc, none, open, perplexity)",
-    "data/sampler=x": "data/sampler=x is not there: choose one of fps, uniform",
+    "data/sampler=x": "data/sampler=x is not there: choose one of fps, spaced, uniform",
+    "data/frames=x": "data/frames=x is not there: choose one of crop, fixed, native, pad, square",
     "rotary=videorop": "rotary=videorop is not there: did you mean rotary=videorope? (hope, mrope, "
     "tad, vanilla, videorope, vrope)",
     "tiles=null": "tiles=null: a group takes one of its options; leave tiles=null out, or write "
