@@ -25,7 +25,7 @@ from experiments.checks.replay import read_replay
 from experiments.checks.which_run import check_run
 from experiments.command.values import check_values
 from experiments.console.bars import no_bars_in_files
-from experiments.console.results import tell_results
+from experiments.console.results import short_path, tell_results
 from experiments.directory.run_directory import RunDirectory
 from experiments.run import process
 from experiments.run.compose import build, build_all, plain, print_config, user_errors_in_one_line
@@ -43,8 +43,8 @@ def main() -> None:
 
     `rotary` and `positions` have no weights, so the user may name others.
     """
-    typed = sys.argv[1:]
-    asking = any(word.startswith("-") and word not in ("-m", "--multirun") for word in typed)
+    typed = _flags_last(sys.argv[1:])
+    asking = any(word.startswith("-") and word not in _NOT_ASKING for word in typed)
     if not asking and not any(word.startswith("run=") for word in typed):
         sys.exit("error: which run? ropelab-evaluate run=FOLDER")
     try:
@@ -92,11 +92,21 @@ def main() -> None:
                 score = test_needles(config, trainer, model, datamodule, step)
                 score_answers(config, trainer, model, datamodule, step)
         folder.finish(step, score)
-        tell_results(folder.path, [f"ropelab-report {run.parent}"])
+        tell_results(folder.path, [f"ropelab-report {short_path(folder.path.parent)}"])
         return score
 
     with replay.guard():
         evaluate()
+
+
+#: Options of Hydra that change where configs come from or how many runs there are.
+_NOT_ASKING = ("-m", "--multirun", "-cd", "--config-dir")
+
+
+def _flags_last(words: Sequence[str]) -> list[str]:
+    """Returns the words with `--config-dir FOLDER` at the end: Hydra takes no override after it."""
+    first = next((n for n, word in enumerate(words) if word in ("-cd", "--config-dir")), len(words))
+    return [*words[:first], *words[first + 2 :], *words[first : first + 2]]
 
 
 def replaced_parts(typed: Sequence[str]) -> list[str]:

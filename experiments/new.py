@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from experiments import CONFIG_DIR
 from experiments.run.process import run_alone
 
@@ -64,7 +66,9 @@ def _all(recipes: Path) -> list[Path]:
 def _renamed(text: str, name: str, like: str) -> str:
     """Returns the text of a recipe under a new name, without its measured result."""
     text = re.sub(rf"experiment={re.escape(like)}(?![\w/-])", f"experiment=local/{name}", text)
-    text = re.sub(r"^name: .*$", f"name: {name}", text, flags=re.M)
+    plain = isinstance(OmegaConf.create(f"name: {name}").name, str)
+    own = name if plain else f'"{name}"'  # null and 1e5 are names too
+    text = re.sub(r"^name: .*$", f"name: {own}", text, flags=re.M)
     return re.sub(r"^expected(_within)?:.*\n", "", text, flags=re.M)
 
 

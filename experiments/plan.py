@@ -19,7 +19,7 @@ from experiments import CONFIG_DIR, launcher  # noqa: F401 - Hydra knows launche
 from experiments.checks.keys import check_keys
 from experiments.command.values import check_values
 from experiments.planning.advice import advise
-from experiments.planning.forecast import Forecast, check_plan, forecast, usable
+from experiments.planning.forecast import Forecast, check_plan, default_ranks, forecast, usable
 from experiments.planning.needle_test import forecast_needles
 from experiments.planning.tables import (
     HEADER,
@@ -43,6 +43,8 @@ def plan(config: DictConfig) -> None:
     check_keys(config)
     check_values(config)
     check_plan(config)
+    if config.ranks is None:
+        config.ranks = [default_ranks(config)]
     forecasts: list[Forecast] = []
     for ranks in config.ranks:
         try:

@@ -106,6 +106,15 @@ def forecast(config: DictConfig, ranks: int) -> Forecast:
     )
 
 
+def default_ranks(config: DictConfig) -> int:
+    """Returns 8, or the most ranks below that share an optimizer step of the recipe."""
+    sizes = (config.data.get("global_batch_size"), config.data.get("batch_size"))
+    if not all(_is_count(size, 1) for size in sizes):
+        return 8
+    micro_batches = sizes[0] // sizes[1]
+    return max((n for n in range(1, 9) if micro_batches and micro_batches % n == 0), default=8)
+
+
 def usable(config: DictConfig) -> float:
     """Returns the memory of the device in GiB, without what is kept free."""
     return (1 - config.headroom) * config.device.memory_gib
@@ -118,7 +127,8 @@ def check_plan(config: DictConfig) -> None:
         ValueError: a value is not possible. The message says what is.
     """
     ranks = plain(config.ranks) if OmegaConf.is_config(config.ranks) else config.ranks
-    if not (isinstance(ranks, list) and ranks and all(_is_count(n, 1) for n in ranks)):
+    named = isinstance(ranks, list) and ranks and all(_is_count(n, 1) for n in ranks)
+    if not (named or ranks is None):
         raise ValueError(f"ranks={ranks} must be whole numbers of 1 or more: ranks=8,64")
     for key, least in _LEAST.items():
         value = config[key]

@@ -90,18 +90,18 @@ def _described(
     for group in groups:
         if (values := place.values.get(group.label)) is None:
             continue
-        texts = [_text(run.said[key]) for run in group.runs if key in run.said]
+        texts = [_text(run.said[key], metric) for run in group.runs if key in run.said]
         value = sum(values) / len(values)
         found = f"found by {sum(v == 1 for v in values)} of {len(values)}"
         said[group.label] = Said(_counted(texts) or found, value, value >= 0.5)
     return Disagreement(key, prompt, right, said, picture.strip)
 
 
-def _text(line: dict[str, Any]) -> str:
-    """Returns the generated answer; without one, the likeliest letter."""
-    if line.get("answer") is not None:
-        return str(line["answer"]) or "(nothing)"
+def _text(line: dict[str, Any], metric: str) -> str:
+    """Returns the generated answer; without one, or if that is judged, the likeliest letter."""
     odds = line.get("option_log_probs") or []
+    if line.get("answer") is not None and not (odds and metric.endswith("likelihood")):
+        return str(line["answer"]) or "(nothing)"
     return ascii_uppercase[max(range(len(odds)), key=odds.__getitem__)] if odds else ""
 
 

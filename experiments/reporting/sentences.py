@@ -124,8 +124,11 @@ def cautions(runs: list[Run], ranking: Ranking | None) -> list[str]:
         notes.append("The runs were trained on different numbers of frames.")
     if ranking:
         notes += _no_better_than_blind(ranking)
-        if ranking.one_seed and ranking.rows:
+        once = [row.group.label for row in ranking.rows if len(row.overall.seeds) == 1]
+        if ranking.one_seed and len(ranking.rows) > 1:
             notes.append("One seed: the order of the rows is no ranking.")
+        elif len(ranking.rows) > 1:
+            notes += [f"{label} has one seed, so it is not ranked." for label in once]
     steps = {run.scored_at or 0 for run in runs if run.measured}
     if len(steps) > 1:
         found = ", ".join(map(str, sorted(steps)))

@@ -127,7 +127,9 @@ class Ranking:
 
     @property
     def one_seed(self) -> bool:
-        return any(len(row.overall.seeds) == 1 for row in self.rows)
+        """Whether too few settings have several seeds to rank them."""
+        several = sum(len(row.overall.seeds) > 1 for row in self.rows)
+        return several < min(2, len(self.rows))
 
     @property
     def with_best(self) -> list[Comparison]:
@@ -158,7 +160,8 @@ def group_runs(runs: list[Run], axes: list[str]) -> list[Group]:
 
 def metrics_of(groups: list[Group]) -> list[str]:
     """Returns the metrics that a run was scored in, the most telling first."""
-    found = dict.fromkeys(m for group in groups for run in group.runs for m in run.measured)
+    runs = sorted((run for group in groups for run in group.runs), key=lambda r: -len(r.measured))
+    found = dict.fromkeys(metric for run in runs for metric in run.measured)
     directed = {
         name
         for group in groups
@@ -195,17 +198,20 @@ def rank(groups: list[Group], axes: Sequence[str], metric: str) -> Ranking:
         return Ranking(metric, rows, unlike, [], {})
     lower = any(m.higher_is_better is False for m in all_measured)
     rows.sort(key=lambda row: row.overall.interval.mean if lower else -row.overall.interval.mean)
+    many = [row for row in rows if len(row.overall.seeds) > 1]
+    several = len(many) > 1
+    ranked = many if several else rows  # one seed is not ranked beside several
+    rows = [*ranked, *(row for row in rows if row not in ranked)]
     pairs = {
         (a.group.label, b.group.label): _pairs(a.group, b.group, metric)
-        for a, b in combinations(rows, 2)
+        for a, b in combinations(ranked, 2)
     }
-    several = all(len(row.overall.seeds) > 1 for row in rows)
     compared = _corrected({labels: compare(pair) for labels, pair in pairs.items()}, several)
-    found = effects(shown, axes, metric, several)
+    found = effects([row.group for row in ranked], axes, metric, several)
     ranking = Ranking(metric, rows, [], compared, found)
     if ranking.one_seed or len(rows) < 2:
         return ranking
-    placed = [_placed(row, ranking) for row in rows]
+    placed = [_placed(row, ranking) if row in ranked else row for row in rows]
     return Ranking(metric, placed, [], compared, ranking.effects)
 
 
@@ -220,7 +226,8 @@ def _row(group: Group, metric: str, columns: list[Column]) -> Row:
     over_null = {}
     for name in nulls if scored[0].higher_is_better is not None else ():
         pairs = [against(m, m.nulls[name]) for m in scored if name in m.nulls]
-        if all(one.answers for one, _ in pairs):  # none: they were asked about other samples
+        asked = {frozenset(answer.key for answer in one.answers) for one, _ in pairs}
+        if len(asked) == 1 and all(asked):  # else the seeds were asked about other samples
             over_null[name] = compare(pairs)
     means = {name: sum(values) / len(values) for name, values in beside.items()}
     return Row(group, overall, {c: s for c, s in parts.items() if s}, means, over_null)

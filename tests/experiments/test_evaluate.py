@@ -135,3 +135,9 @@ def test_a_pooler_cannot_be_changed_after_training(trained, monkeypatch):
         monkeypatch.setattr("sys.argv", ["ropelab-evaluate", f"run={trained}", word])
         with pytest.raises(SystemExit, match="the pooler is that of the checkpoint"):
             evaluate.main()
+
+
+def test_a_folder_of_configs_may_stand_anywhere():
+    words = ["--config-dir", "mine", "run=runs/a", "rotary=tad"]
+    assert evaluate._flags_last(words) == ["run=runs/a", "rotary=tad", "--config-dir", "mine"]
+    assert evaluate._flags_last(words[2:]) == words[2:]

@@ -41,6 +41,14 @@ def test_programs_find_it_by_its_word(recipes, compose, tmp_path):
         assert OmegaConf.select(config, "tuning.lora.rank")
 
 
+@pytest.mark.parametrize("name", ["null", "1e5", "2024", "on"])
+def test_a_name_that_yaml_reads_as_something_else_is_quoted(name, recipes, compose, tmp_path):
+    assert new.main([name]) == 0
+    search = f"hydra.searchpath=[file://{recipes.parent}]"
+    words = [f"experiment=local/{name}", "data.train=shards/", "data.val=null", search]
+    assert compose(words, tmp_path).name == name
+
+
 def test_it_never_overwrites(recipes, capsys):
     assert new.main(["mine"]) == 0
     path = recipes / "local" / "mine.yaml"

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from experiments import CONFIG_DIR, plan
-from experiments.planning.forecast import _steps, check_plan, forecast, samples_of
+from experiments.planning.forecast import _steps, check_plan, default_ranks, forecast, samples_of
 from experiments.planning.largest_sample import Largest
 from experiments.planning.rehearsal import rehearse
 from experiments.run.compose import build, plain
@@ -74,6 +74,20 @@ def test_the_peak_is_what_the_allocator_gives_out(alone, real):
     memory = alone[1].step.memory
     kept = memory["weights"] + memory["gradients"] + memory["optimizer"]
     assert alone[1].step.peak - kept == pytest.approx(real.peak, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [
+        (["experiment=my_videos"], 1),
+        (["experiment=videorope_qwen2_7b"], 8),
+        (["data.global_batch_size=12", "data.batch_size=2"], 6),
+    ],
+)
+def test_without_ranks_as_many_are_planned_as_share_a_step(words, ranks, compose, tmp_path):
+    config = compose(words, tmp_path, "plan")
+    assert config.ranks is None
+    assert default_ranks(config) == ranks
 
 
 class Checkpointed(VideoLLMModule):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from base64 import b64decode
 from html import unescape
 from html.parser import HTMLParser
@@ -433,6 +434,31 @@ class TestScores:
         html, markdown = write_report(load_runs([tmp_path]), tmp_path)
         assert "## Ranking" not in markdown.read_text()
         assert "one seed" in html.read_text()
+
+    def test_a_setting_with_one_seed_is_shown_beside_the_others_and_not_ranked(self, tmp_path):
+        write_ablation(tmp_path)
+        folders = [f"mrope-average_2x2-seed{seed}" for seed in (1, 2)]
+        for folder in folders:
+            shutil.rmtree(tmp_path / folder)
+        ranking = ranked(tmp_path)
+        assert not ranking.one_seed
+        once = ranking.rows[-1]
+        assert len(once.overall.seeds) == 1
+        assert [place(row) for row in ranking.rows].count("-") == 1
+        assert place(once) == "-"
+        assert any(c.sure for c in ranking.comparisons)
+        assert once.group.label not in {c.second for c in ranking.comparisons}
+        notes = cautions(load_runs([tmp_path]), ranking)
+        assert f"{once.group.label} has one seed, so it is not ranked." in notes
+        assert not tell(load_runs([tmp_path])).startswith("One seed")
+
+    def test_seeds_that_were_asked_about_other_samples_are_shown_and_not_ranked(self, tmp_path):
+        write_ablation(tmp_path)
+        for path in (tmp_path / "mrope-average_2x2-seed1" / "answers").iterdir():
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(lines[:12]))
+        html, _ = write_report(load_runs([tmp_path]), tmp_path)
+        assert "not ranked" in html.read_text()
 
     def test_another_metric_is_ranked_on_request_and_lower_may_be_better(self, ablation):
         ranking = ranked(ablation, LOSS)
