@@ -159,6 +159,9 @@ class FrameReader:
         filter: `bicubic`, `area` or `nearest`; None: images by `bicubic`, video frames by `area`.
     """
 
+    policy: FramePolicy = Square()
+    filter: Filter | None = None
+
     def __init__(
         self,
         image_size: int | None,
@@ -175,8 +178,11 @@ class FrameReader:
                 f"data.frames.policy is {policy}; choose one by data/frames=square, pad, crop, "
                 "fixed or native, or set null for squares"
             )
-        self.policy: FramePolicy = policy or Square()
-        self.filter: Filter | None = check_filter(filter)
+        # Attributes describe the frames of scores. Defaults leave the description as it always was.
+        if policy is not None:
+            self.policy = policy
+        if filter is not None:
+            self.filter = check_filter(filter)
         self._check()
 
     def _check(self) -> None:

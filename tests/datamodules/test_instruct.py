@@ -10,12 +10,13 @@ from omegaconf import OmegaConf
 
 from datamodules.batch import IGNORE_INDEX, VISUAL_SLOT, VideoBatch
 from datamodules.errors import BadSampleError
-from datamodules.instruct import decode_sample
+from datamodules.instruct import decode_sample, described
 from datamodules.shards.pack import write_shard
 from datamodules.shards.synthetic import make_sample, write_shards
 from datamodules.stream.index import index_path
 from datamodules.stream.loader import Faults
 from datamodules.visuals.frames import FrameReader, UniformSampler
+from datamodules.visuals.sizes import Pad
 from experiments import CONFIG_DIR
 from tests.helpers.tiny_shards import COUNTS, data, write_spoilt_shards
 
@@ -226,3 +227,14 @@ def test_shards_are_the_same_each_time(tmp_path):
     with tarfile.open(first) as tar:
         names = tar.getnames()
     assert names[:2] == ["000000002.json", "000000002.mp4"]
+
+
+def test_frames_are_described_by_what_is_set():
+    """Scores of earlier runs have the first form, and are compared with those of today."""
+    sampler = UniformSampler(4)
+    plain = {"name": "FrameReader", "image_size": 32, "max_pixels": 33177600, "tiles": None}
+    plain["sampler"] = {"name": "UniformSampler", "num_frames": 4}
+    assert described(FrameReader(32, sampler)) == plain
+    padded = described(FrameReader(32, sampler, policy=Pad(), filter="bicubic"))
+    policy = {"name": "Pad", "color": (122, 116, 104)}
+    assert padded == plain | {"policy": policy, "filter": "bicubic"}

@@ -42,7 +42,7 @@ def lossless(pictures: list[np.ndarray]) -> bytes:
     return film(pictures, "matroska", "ffv1", "bgr0")
 
 
-def reader(policy, side=None, filter="bicubic", frames=2) -> FrameReader:
+def reader(policy, side=None, filter: str | None = "bicubic", frames=2) -> FrameReader:
     return FrameReader(side, UniformSampler(frames), policy=policy, filter=filter)
 
 
