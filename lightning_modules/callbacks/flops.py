@@ -30,13 +30,13 @@ class Weights(NamedTuple):
     attended: int  # channels of all attention layers
     attended_back: int  # channels of the attention layers through which a gradient flows
 
-    def flops(self, tokens: int, length: int, backward: bool) -> int:
-        """Returns the FLOPs for `tokens` tokens in rows of `length`."""
+    def flops(self, tokens: int, length: int | float, backward: bool) -> int:
+        """Returns the FLOPs for `tokens` tokens, each of which attends to `length` tokens."""
         count = 2 * tokens * self.met + 4 * tokens * length * self.attended
         if backward:
             count += 2 * tokens * (self.trained + self.passed)
             count += 8 * tokens * length * self.attended_back
-        return count
+        return round(count)
 
 
 def weigh(blocks: Iterable[nn.Module], flows: bool) -> Weights:
@@ -97,9 +97,9 @@ class FlopMeter:
         if isinstance(first, list):  # visuals
             for visual in first:
                 t, _, height, width = visual.frames.shape
-                rows, length = tower.sequences(t, height, width)
+                tokens, attended = tower.reads(t, height, width)
                 weights = weighed[visual.frames.requires_grad]
-                self.flops[name] += weights.flops(rows * length, length, learns)
+                self.flops[name] += weights.flops(tokens, attended, learns)
             return
         rows, length = first.shape[:2]
         if first.ndim == 3 and learns:

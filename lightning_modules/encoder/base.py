@@ -59,12 +59,13 @@ class Encoder(nn.Module, ABC):
     def blank(self) -> Visual:
         """Returns a small visual that this encoder and the poolers behind it read, on the CPU."""
 
-    def sequences(self, frames: int, height: int, width: int) -> tuple[int, int]:
-        """Returns how many sequences the blocks read of a visual of this size, and their length.
+    def reads(self, frames: int, height: int, width: int) -> tuple[int, int | float]:
+        """Returns how many tokens the blocks read of a visual, and how many each attends to.
 
-        Tokens of different sequences do not attend to each other. It needs no weights.
+        The second number is a mean over tokens and blocks. Both need no weights.
         """
-        return frames, self.extent(1, height, width).size + self.class_tokens
+        length = self.extent(1, height, width).size + self.class_tokens
+        return frames * length, length
 
     def align(self, patches: Float[Tensor, "*n p d"]) -> Float[Tensor, "*n p e"]:
         """Maps features of patches into the space shared with prompts; does not normalise them.

@@ -21,6 +21,15 @@ def options(component):
     return sorted(path.stem for path in (CONFIG_DIR / component).glob("*.yaml"))
 
 
+#: A small tower of Qwen2.5-VL.
+WINDOWED = {
+    "config": {
+        **{"depth": 2, "hidden_size": 96, "num_heads": 3, "intermediate_size": 96},
+        **{"patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1]},
+    },
+    "factor": 16,
+}
+
 #: Wide features, so that each patch of a window is the largest one of some channel.
 WIDTH = 256
 
@@ -37,12 +46,12 @@ def make(compose, tmp_path_factory):
         torch.manual_seed(0)
         spec = spec_of(component, option)
         if component == "encoder" and spec["source"]:  # the same class, small and random
-            family = "qwen2_vl_tiny" if "factor" in spec else "clip_tiny"
-            small = spec_of("encoder", family)
-            spec = {**spec, "source": None, "config": small["config"]}
-            if "factor" in spec:
-                return build({**spec, "factor": small["factor"]})
-            spec |= {"context_length": None, "image_size": 64}
+            spec = {**spec, "source": None}
+            if "factor" in spec:  # it reads frames of any size
+                small = WINDOWED if "qwen2_5" in option else spec_of("encoder", "qwen2_vl_tiny")
+                return build({**spec, "config": small["config"], "factor": small["factor"]})
+            small = spec_of("encoder", "clip_tiny")["config"]
+            spec |= {"config": small, "context_length": None, "image_size": 64}
             if spec.get("bt_adapter"):
                 spec |= {"bt_adapter": {"depth": 2, "max_frames": 8}}
         return build(spec)

@@ -5,8 +5,12 @@
 
 import pytest
 import torch
+from einops import rearrange
 
+from datamodules.batch import Visual
 from lightning_modules.encoder.native.patches import PatchSizes, Steps, cut_patches
+from lightning_modules.encoder.native.qwen2_5_vl import Qwen2_5VLEncoder
+from lightning_modules.projector import Projector
 from tests.helpers.qwen_vl import WORDS, batch_of, model_of, visual_of
 
 PATCHES = PatchSizes(frames=2, side=14, merge=2)
@@ -99,3 +103,38 @@ def test_generated_tokens(videorope_golden, scheme):
         assert torch.equal(found, torch.cat(expected))
         compared += 1
     assert compared
+
+
+@pytest.mark.parametrize("chunk_frames", [None, 2])
+@torch.no_grad()
+def test_features_of_qwen2_5(videorope_golden, chunk_frames):
+    """Golden patches are put together to frames, which are normalised already."""
+    spec = videorope_golden.spec["qwen2_5_vision"]
+    tensors, prefix = videorope_golden.tensors, "qwen2_5_vision/weights/"
+    encoder = Qwen2_5VLEncoder(config=spec["config"], chunk_frames=chunk_frames).eval()
+    projector = Projector(encoder.width, spec["config"]["out_hidden_size"], encoder.width)
+    weights = {n.removeprefix(prefix): v.float() for n, v in tensors.items() if prefix in n}
+    for number, linear in enumerate((projector.linear_1, projector.linear_2)):
+        names = ("weight", "bias")
+        parts = {name: weights.pop(f"merger.mlp.{2 * number}.{name}") for name in names}
+        linear.load_state_dict(parts)
+    encoder.tower.load_state_dict(weights)
+    side = spec["config"]["patch_size"]
+    for number, run in enumerate(spec["runs"]):
+        visuals = []
+        for grid in run["grids"]:
+            _, height, width = spec["grids"][grid]
+            frames = rearrange(
+                tensors[f"qwen2_5_vision/pixel_values{grid}"],
+                "(t h w m n) (c f a b) -> (t f) c (h m a) (w n b)",
+                h=height // 2,
+                w=width // 2,
+                m=2,
+                n=2,
+                f=2,
+                a=side,
+                b=side,
+            )
+            visuals.append(Visual(frames))
+        found = [projector.contract(projector.expand(t.features)) for t in encoder(visuals)]
+        near(torch.cat(found), tensors[f"qwen2_5_vision/run{number}/features"])

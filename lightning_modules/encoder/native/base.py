@@ -106,9 +106,17 @@ class NativeEncoder(Encoder):
             )
         return Grid(-(-frames // self.cut.frames), height // self.factor, width // self.factor)
 
-    def sequences(self, frames: int, height: int, width: int) -> tuple[int, int]:
-        steps, rows, columns = self.extent(frames, height, width)
-        return steps, rows * columns * self.cut.merge**2
+    def reads(self, frames: int, height: int, width: int) -> tuple[int, int | float]:
+        extent = self.extent(frames, height, width)
+        return extent.t * self._patches(extent), self.attended(extent.h, extent.w)
+
+    def attended(self, height: int, width: int) -> int | float:
+        """Returns how many patches a patch attends to, as a mean over patches and blocks.
+
+        Args:
+            height, width: rows and columns of tokens.
+        """
+        return height * width * self.cut.merge**2
 
     def blank(self) -> Visual:
         side = _BLANK_SIDE * self.factor
@@ -152,6 +160,7 @@ class NativeEncoder(Encoder):
         chunks = split_steps([extent.t for extent in extents], size)
         counts = [sum(self._patches(extents[s.visual]) * s.count for s in c) for c in chunks]
         device = visuals[0].frames.device
+        kinds = {block: self.kind_of(number) for number, block in enumerate(tower.blocks)}
         packed: dict[Any, Packed] = {}  # by the sizes in a chunk; those of one video are the same
 
         def start(number: int) -> Tensor:
@@ -159,25 +168,35 @@ class NativeEncoder(Encoder):
             return tower.patch_embed.proj(parts[0] if len(parts) == 1 else torch.cat(parts))
 
         def call(layer: nn.Module, hidden: Tensor, number: int) -> Tensor:
-            if layer is norm:
-                return layer(hidden)
             sizes = tuple((s.count, *extents[s.visual][1:]) for s in chunks[number])
+            if layer is norm:
+                return self._restore(layer(hidden), sizes)
             if sizes not in packed:
                 packed[sizes] = self._pack(sizes, device)
             beside = packed[sizes]
-            lengths = beside.lengths[self.kind_of(layer)]
+            lengths = beside.lengths[kinds[layer]]
             return layer(hidden, position_embeddings=beside.turn, **lengths)
 
         hidden = run_chunks(start, counts, [*tower.blocks, norm], call, asked)
         return hidden.view(-1, self.width)
 
-    def kind_of(self, block: nn.Module) -> int:
-        """Returns which of the lengths of `_lengths` a block reads."""
+    def kind_of(self, number: int) -> int:
+        """Returns which of the lengths of `_lengths` the block with this number reads."""
         return 0
 
     def _cut(self, visual: Visual, extent: Grid, steps: Steps) -> Float[Tensor, "p pixels"]:
         """Returns the patches of some time steps, in the order in which the blocks read them."""
         return cut_patches(visual.frames, steps, self.cut)
+
+    def _restore(
+        self, patches: Float[Tensor, "p d"], sizes: Sequence[tuple[int, int, int]]
+    ) -> Float[Tensor, "p d"]:
+        """Returns patches in the order of `cut_patches`, from that of the blocks.
+
+        Args:
+            sizes: of the time steps: (count, rows, columns of tokens).
+        """
+        return patches
 
     def _lengths(self, height: int, width: int) -> list[list[int]]:
         """Returns the lengths in patches of the sequences of a step, for each kind of block."""

@@ -9,12 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from datamodules.batch import Grid, Visual, VisualInfo
 from lightning_modules.callbacks.flops import FlopMeter
 from lightning_modules.distributed.sharding import shard
-from lightning_modules.encoder.native.patches import Steps, split_steps
+from lightning_modules.encoder.native.patches import Steps, cut_patches, split_steps
+from lightning_modules.encoder.native.qwen2_5_vl import Qwen2_5VLEncoder
 from lightning_modules.encoder.native.qwen2_vl import Qwen2VLEncoder
 from lightning_modules.spec import build
 from lightning_modules.training.tuning import compile_layers, recompute
@@ -23,7 +27,14 @@ from tests.lightning_modules.encoder.test_chunks import Gathers, peak_of
 #: A whole checkpoint in the published layout.
 PUBLISHED = Path(__file__).parents[3] / "golden" / "videorope" / "ckpt"
 SIZES = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
-KINDS = {"qwen2_vl": (Qwen2VLEncoder, SIZES)}
+#: Windows of 2 x 2 tokens, the last ones with fewer; the second block attends to whole steps.
+WINDOWS = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
+WINDOWS |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}
+KINDS = {"qwen2_vl": (Qwen2VLEncoder, SIZES), "qwen2_5_vl": (Qwen2_5VLEncoder, WINDOWS)}
+TOWERS = {
+    "qwen2_vl": Qwen2VisionTransformerPretrainedModel,
+    "qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel,
+}
 SHAPES = [(5, 16, 24), (1, 8, 8), (4, 32, 16), (2, 16, 24)]
 
 
@@ -134,20 +145,24 @@ def test_an_odd_frame_is_repeated_and_steps_are_shown_when_their_first_frame_is(
     assert_same(features(encoder, [even]), [tokens.features], 0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_it_is_the_tower_of_transformers_up_to_the_mergers_linears():
-    encoder = make()
-    theirs = Qwen2VisionTransformerPretrainedModel(deepcopy(encoder.tower.config)).eval()
+def test_it_is_the_tower_of_transformers_up_to_the_mergers_linears(kind):
+    """Its patches are in the order of `cut_patches`."""
+    encoder = make(kind)
+    theirs = TOWERS[kind](deepcopy(encoder.tower.config)).eval()
     own = encoder.tower.state_dict()
     missing, unexpected = theirs.load_state_dict(own, strict=False)
     assert not unexpected
     assert {name.split(".mlp")[0] for name in missing} == {"merger"}
     theirs.merger.mlp = nn.Identity()
-    seen = []
-    encoder.tower.patch_embed.proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     ours = torch.cat(features(encoder, visuals_of()))
+    patches = [
+        cut_patches(visual.frames, Steps(0, 0, -(-len(visual.frames) // 2)), encoder.cut)
+        for visual in visuals_of()
+    ]
     grids = torch.tensor([[-(-t // 2), h // 4, w // 4] for t, h, w in SHAPES])
-    assert_same([ours], [theirs(torch.cat(seen), grids).pooler_output])
+    assert_same([ours], [theirs(torch.cat(patches), grids).pooler_output])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,6 +270,16 @@ def test_flops_are_those_of_the_patches():
     weights = width * 2 * 3 * 16 + 2 * (4 * width * width + 2 * width * 2 * width)
     attention = 2 * 4 * patches * 24 * width
     assert meter.flops["encoder"] == 2 * patches * weights + attention
+
+
+@torch.no_grad()
+def test_windows_count_their_own_pairs():
+    """3 x 5 tokens in windows of 2 x 2: a patch attends to 16, 8 or 4, in one block to 60."""
+    network = Network(make("qwen2_5_vl"))
+    tokens, attended = network.encoder.reads(3, 24, 40)
+    assert tokens == 2 * 60
+    pairs = 2 * 16**2 + 3 * 8**2 + 4**2
+    assert attended == (pairs / 60 + 60) / 2
 
 
 @pytest.mark.parametrize(
