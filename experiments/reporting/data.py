@@ -19,6 +19,7 @@ from experiments.reporting.measured import (
 )
 from experiments.run.files import inside, read_curves, read_yaml
 from experiments.run.settings import Settings, find_runs
+from lightning_modules.callbacks.heartbeat import read_status
 from lightning_modules.metrics.answers import FULL
 
 #: Stands for a value that a run does not have.
@@ -65,6 +66,9 @@ class Run:
     def status(self) -> str:
         if self.measured:
             return f"{'tested' if self.needle else 'scored'} after step {self.scored_at}"
+        state = read_status(inside(self.folder, "status.json")).get("state")
+        if state == "failed":
+            return f"the run failed (last step logged: {self.last_step})"
         if self.curves:
             return (
                 "no needle.json and no answers: not tested yet, or stopped (last step logged: "

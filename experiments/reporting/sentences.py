@@ -98,6 +98,8 @@ def limits(ranking: Ranking) -> str:
     if not errors:
         return ""
     middle = errors[len(errors) // 2]
+    if not middle > 0:
+        return f"With {_counts(ranking)}, no difference varies, so no limit can be computed."
     trainings = "one training" if ranking.one_seed else "these trainings"
     only = " (samples alone: one seed does not show how trainings differ)" * ranking.one_seed
     return (
@@ -145,8 +147,8 @@ def _no_better_than_blind(ranking: Ranking) -> list[str]:
     if not labels or ranking.metric == LOSS:
         return []
     return [
-        f"{_list(labels)}: no better than without frames (blind), as far as these questions show. "
-        "The questions may be answered without the video, or the model does not use it."
+        f"{'; '.join(labels)}: no better than without frames (blind), as far as these questions "
+        "show. The questions may be answered without the video, or the model does not use it."
     ]
 
 

@@ -113,11 +113,12 @@ def _describe_key(key: str, word: str, root: dict[Any, Any]) -> str:
 def _describe_option(text: str) -> str | None:
     """Returns the message for a word that has gone or is misspelt, or a recipe without `scale`."""
     if missing := _NO_OPTION.fullmatch(text):
-        group, option, known = missing["group"], missing["option"], missing["known"].split()
+        group, option = missing["group"], missing["option"]
         word = f"{group}={option}"
         if word in NEW_WORDS:
             return f"error: {word} is now {NEW_WORDS[word]}"
-        return f"error: {_describe_choice(word, option, known, missing['where'])}"
+        known = missing["known"].split()
+        return f"error: {_describe_choice(group, option, known, missing['where'])}"
     if missing := _NO_TINY.fullmatch(text):
         recipes = sorted(path.stem for path in (CONFIG_DIR / "scale" / "tiny").glob("*.yaml"))
         recipe = missing["recipe"].replace("None", "null")
@@ -129,22 +130,30 @@ def _describe_option(text: str) -> str | None:
         group, option = missing["group"], missing["option"]
         known = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
         if known:
-            word = f"{group}={option}"
-            return f"error: {_describe_choice(word, option, known, missing['where'])}"
+            return f"error: {_describe_choice(group, option, known, missing['where'])}"
     return None
 
 
-def _describe_choice(word: str, option: str, known: Sequence[str], where: str | None) -> str:
+def _describe_choice(group: str, option: str, known: Sequence[str], where: str | None) -> str:
     """Returns the message for an option that is not there, with the nearest one and all others.
+
+    Recipes of one's own lie in the group experiment/local, but their word is experiment=local/NAME.
 
     Args:
         where: name of the file that chooses it, as Hydra tells it.
     """
+    if group.partition("/")[0] == "experiment":
+        if group == "experiment/local":
+            group, option = "experiment", f"local/{option}"
+        recipes = CONFIG_DIR / "experiment"
+        own = [f"local/{path.stem}" for path in sorted((recipes / "local").glob("*.yaml"))]
+        known = [*sorted(path.stem for path in recipes.glob("*.yaml")), *own]
+    word = f"{group}={option}"
     chosen_in = f" (in {where}.yaml)" if where and where.startswith("experiment/") else ""
     others = ", ".join(known)
-    if like := get_close_matches(option, known, 1, ALIKE):
-        meant = f"{word.partition('=')[0]}={like[0]}"
-        return f"{word}{chosen_in} is not there: did you mean {meant}? ({others})"
+    longer = [name for name in known if option and name.startswith(option)]
+    if like := get_close_matches(option, known, 1, ALIKE) or longer:
+        return f"{word}{chosen_in} is not there: did you mean {group}={like[0]}? ({others})"
     return f"{word}{chosen_in} is not there: choose one of {others}"
 
 

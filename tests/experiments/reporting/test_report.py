@@ -435,6 +435,15 @@ class TestScores:
         assert "## Ranking" not in markdown.read_text()
         assert "one seed" in html.read_text()
 
+    def test_equal_answers_allow_no_claim_about_small_differences(self, tmp_path):
+        for name in ("tad", "mrope"):
+            for seed in (0, 1):
+                folder = write_run(tmp_path / f"{name}{seed}", name, seed)
+                write_answers(folder, seed, {"colour": 9.0})  # always right
+        html, _ = write_report(load_runs([tmp_path]), tmp_path)
+        assert "no difference varies" in html.read_text()
+        assert "of about 0.00" not in html.read_text()
+
     def test_a_setting_with_one_seed_is_shown_beside_the_others_and_not_ranked(self, tmp_path):
         write_ablation(tmp_path)
         folders = [f"mrope-average_2x2-seed{seed}" for seed in (1, 2)]
@@ -704,6 +713,12 @@ class TestPage:
             assert "One seed: the order" not in text  # a row alone has no order
             assert "last step logged: 595" in text
             assert "not started" in text
+
+    def test_a_run_that_failed_is_shown_as_such(self, tmp_path):
+        write_run(tmp_path / "0", "tad", 0, fake_needle("tad", 0))
+        (write_run(tmp_path / "1", "mrope", 0) / "status.json").write_text('{"state": "failed"}')
+        for path in write_report(load_runs([tmp_path]), tmp_path):
+            assert "the run failed (last step logged: 595)" in path.read_text()
 
     @pytest.mark.parametrize("tested", [True, False])
     def test_one_run_is_enough(self, tmp_path, capsys, tested):

@@ -92,3 +92,27 @@ def test_a_traceback_is_shown_where_it_is_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["ropelab-train", "optm=3"])
     with pytest.raises(ConfigCompositionException):
         start.main()
+
+
+def test_a_recipe_of_ones_own_is_named_as_it_is_typed(monkeypatch, tmp_path, compose):
+    configs = tmp_path / "configs"
+    (configs / "experiment" / "local").mkdir(parents=True)
+    for name in ("clip_context", "local/mine"):
+        (configs / "experiment" / f"{name}.yaml").touch()
+    monkeypatch.setattr("experiments.run.hydra_errors.CONFIG_DIR", configs)
+    for word, said in (
+        ("local/mien", "experiment=local/mien is not there: did you mean experiment=local/mine?"),
+        (
+            "clip_contxt",
+            "experiment=clip_contxt is not there: did you mean experiment=clip_context?",
+        ),
+    ):
+        with pytest.raises(MissingConfigException) as caught:
+            compose([f"experiment={word}"], tmp_path)
+        assert describe(caught.value) == f"error: {said} (clip_context, local/mine)"
+
+
+def test_the_beginning_of_an_option_is_enough_for_a_suggestion(compose, tmp_path):
+    with pytest.raises(MissingConfigException) as caught:
+        compose(["llm=smollm"], tmp_path)
+    assert "did you mean llm=smollm2_135m? (" in describe(caught.value)
