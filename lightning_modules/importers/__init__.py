@@ -7,7 +7,11 @@ from lightning_modules.importers.base import Importer
 from lightning_modules.importers.llava_next import LlavaNextImporter
 from lightning_modules.importers.llava_onevision import LlavaOnevisionImporter
 from lightning_modules.importers.ppllava import PPLLaVAImporter
-from lightning_modules.importers.qwen2_vl import Qwen2VLImporter, Qwen2VLTextImporter
+from lightning_modules.importers.qwen2_vl import (
+    Qwen2_5VLImporter,
+    Qwen2VLImporter,
+    Qwen2VLTextImporter,
+)
 
 IMPORTERS: tuple[type[Importer], ...] = (
     LlavaNextImporter,
@@ -15,6 +19,7 @@ IMPORTERS: tuple[type[Importer], ...] = (
     PPLLaVAImporter,
     Qwen2VLImporter,  # before the other one with this architecture, which needs its name
     Qwen2VLTextImporter,
+    Qwen2_5VLImporter,
 )
 
 

@@ -1,8 +1,9 @@
-"""Imports Qwen2-VL and the checkpoints of VideoRoPE's paper, which have the same layout."""
+"""Imports Qwen2-VL, VideoRoPE's checkpoints, which have the same layout, and Qwen2.5-VL."""
 
 from typing import Any
 
-from transformers import PreTrainedModel, Qwen2Config, Qwen2VLConfig
+from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2Config, Qwen2VLConfig
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 
 from lightning_modules.encoder.native.source import vision_sizes
@@ -42,23 +43,30 @@ class Qwen2VLImporter(Importer):
     rules = QWEN_RULES
     schemes = tuple(SCHEMES)
 
+    def read(self) -> Any:
+        """Returns transformers' config of the source."""
+        return Qwen2VLConfig.from_dict(self.config)
+
     def stages(self) -> dict[str, Any]:
-        config: Any = Qwen2VLConfig.from_dict(self.config)
+        config = self.read()
         llm, sections = text_model(config)
         return {
-            "encoder": {
-                "_target_": "lightning_modules.encoder.native.qwen2_vl.Qwen2VLEncoder",
-                "config": vision_sizes(config.vision_config, Qwen2VLVisionConfig, ["hidden_size"]),
-            },
+            "encoder": self._encoder(config.vision_config),
             "pooler": {"_target_": "lightning_modules.pooler.identity.IdentityPooler"},
             "rotary": self._scheme(sections),
             "llm": causal_lm(llm),
         }
 
     def facts(self) -> dict[str, Any]:
-        config = Qwen2VLConfig.from_dict(self.config)
+        config = self.read()
         ids = {f"{name}_token_id": getattr(config, f"{name}_token_id", None) for name in _TOKENS}
         return {name: number for name, number in ids.items() if number is not None}
+
+    def _encoder(self, vision: Any) -> dict[str, Any]:
+        return {
+            "_target_": "lightning_modules.encoder.native.qwen2_vl.Qwen2VLEncoder",
+            "config": vision_sizes(vision, Qwen2VLVisionConfig, ["hidden_size"]),
+        }
 
     def _scheme(self, sections: list[int] | None) -> dict[str, Any]:
         """Returns the spec of the scheme that `rotary` names.
@@ -74,6 +82,32 @@ class Qwen2VLImporter(Importer):
             )
         spec: dict[str, Any] = {"_target_": f"lightning_modules.rotary.{SCHEMES[self.rotary]}"}
         return spec | ({"sections": sections} if self.rotary in ("mrope", "videorope") else {})
+
+
+class Qwen2_5VLImporter(Qwen2VLImporter):
+    """Imports Qwen2.5-VL. Without `rotary`, it has the published scheme."""
+
+    name = "qwen2_5_vl"
+    architecture = "Qwen2_5_VLForConditionalGeneration"
+    schemes = ("qwen2_5_vl", *SCHEMES)
+
+    def read(self) -> Any:
+        return Qwen2_5_VLConfig.from_dict(self.config)
+
+    def _encoder(self, vision: Any) -> dict[str, Any]:
+        return {
+            "_target_": "lightning_modules.encoder.native.qwen2_5_vl.Qwen2_5VLEncoder",
+            "config": vision_sizes(vision, Qwen2_5_VLVisionConfig, ["out_hidden_size"]),
+        }
+
+    def _scheme(self, sections: list[int] | None) -> dict[str, Any]:
+        if self.rotary not in (None, "qwen2_5_vl"):
+            return super()._scheme(sections)
+        return {
+            "_target_": "lightning_modules.rotary.mrope.TimedMRope",
+            "tokens_per_second": float(self.read().vision_config.tokens_per_second),
+            "sections": sections,
+        }
 
 
 class Qwen2VLTextImporter(Importer):

@@ -216,6 +216,10 @@ class TestPooler:
             torch.testing.assert_close(again.layout.shown_at[first], (shown - shown[0])[first])
 
 
+#: Schemes that round seconds to whole positions, so that means are not kept.
+ROUNDED = ("qwen2_5_vl",)
+
+
 @pytest.mark.parametrize("rotary", options("rotary"))
 @pytest.mark.parametrize("option", options("pooler"))
 def test_keep_is_the_positions_of_the_patches(option, rotary, make):
@@ -227,6 +231,9 @@ def test_keep_is_the_positions_of_the_patches(option, rotary, make):
         tokens.features.requires_grad_()
         pooled = pooler(tokens, relevance_of(pooler, tokens))
         before, after = scheme.place(tokens.layout, 7.0)
+        if rotary in ROUNDED:
+            assert scheme.place(pooled.layout, 7.0)[1] == after
+            continue
         kept, after_kept = scheme.place(pooled.layout, 7.0)
         for number in some(len(pooled), 3):
             share = shares_of(tokens, pooled, number)

@@ -10,7 +10,7 @@ from datamodules.batch import Grid
 from lightning_modules.llm.causal_lm import CausalLM
 from lightning_modules.rotary.base import STILL, RotaryEmbedding, RotaryScheme
 from lightning_modules.rotary.hope import HopeRope
-from lightning_modules.rotary.mrope import MRope
+from lightning_modules.rotary.mrope import MRope, TimedMRope
 from lightning_modules.rotary.scaling.dynamic import Dynamic, DynamicByBase
 from lightning_modules.rotary.scaling.stretched import MRopePlusPlus, Ntk, YarnV
 from lightning_modules.rotary.scaling.yarn import Yarn
@@ -23,22 +23,6 @@ def scaled(scheme, scaling):
     scheme.scaling = scaling
     scheme.scaling.check(scheme.num_axes)
     return scheme
-
-
-class Seconds(MRope):
-    """Qwen2.5-VL: a time step stands at its whole number of ticks. It tests `Layout.shown_at`."""
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
-
-    def place(self, visual, start):
-        _, row, column = visual.coordinates.unbind(1)
-        ticks = (visual.shown_at * self.rate).floor()
-        ends = replace(visual, coordinates=torch.tensor([[visual.extent.t - 1.0, 0, 0]]))
-        last = (ends.shown_at * self.rate).floor().item()
-        placed = start + torch.stack([ticks, row, column])
-        return placed, start + max(last, visual.extent.h - 1, visual.extent.w - 1) + 1
 
 
 class Lumos(RotaryScheme):
@@ -86,9 +70,9 @@ class Date(MRope):
 
 #: Schemes that are written here, in the test, to show what the contract can say.
 SEAMS = {
-    "qwen2_5_vl_2": Seconds(2),
-    "qwen2_5_vl_25": Seconds(25),
-    "tmrope_25": Seconds(25),
+    "qwen2_5_vl_2": TimedMRope(2.0),  # this one is in configs/rotary
+    "qwen2_5_vl_25": TimedMRope(25.0),
+    "tmrope_25": TimedMRope(25.0),
     "mmrope_lumos": Lumos(),
     "date_tim": Date(),
 }

@@ -7,10 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+)
 
+from datamodules.batch import VISUAL_SLOT, Visual, VisualInfo
+from lightning_modules.encoder.native.patches import Steps, cut_patches
 from lightning_modules.model import VideoLanguageModel
-from tests.helpers.published import imported, rename, run
+from tests.helpers.published import (
+    TEXT,
+    assert_near,
+    imported,
+    make_batch,
+    randomise,
+    rename,
+    run,
+)
 from tests.helpers.qwen_vl import WORDS, batch_of
 from tests.parity.conftest import load
 
@@ -145,3 +159,60 @@ def test_the_imported_model_answers(sources, golden, tmp_path):
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     batch = batch_of(golden, 1)
     assert torch.equal(model.generate(batch, **options), again.generate(batch, **options))
+
+
+@pytest.mark.parametrize("layout", ["written", "in memory", "flat"])
+@torch.no_grad()
+def test_qwen2_5_vl_is_that_of_transformers(layout, tmp_path):
+    """Its own positions are those of transformers, too: seconds become whole positions."""
+    theirs, folder = (
+        randomise(Qwen2_5_VLForConditionalGeneration(qwen2_5_config())),
+        tmp_path / "in",
+    )
+    theirs.save_pretrained(folder)
+    if layout == "in memory":
+        rename(folder, in_memory)
+    if layout == "flat":
+        config = json.loads((folder / "config.json").read_text())
+        text = config.pop("text_config") | {"model_type": "qwen2_5_vl"}
+        rope = text.pop("rope_parameters")
+        text["rope_theta"] = rope["rope_theta"]
+        text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        (folder / "config.json").write_text(json.dumps(config | text))
+    model = imported(folder, tmp_path / "out")
+    assert model.rotary.tokens_per_second == 3
+
+    shape = (4, 3, 16, 24)
+    frames = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).byte()
+    visual = Visual(frames, VisualInfo(seconds=(0.0, 0.25, 0.5, 0.75)))
+    ids = [5, 6, 3, *[48] * 12, 4, 7, 8]  # 3: start, 48: video, 4: end
+    batch = make_batch([5, 6, 3, VISUAL_SLOT, 4, 7, 8], frames, [4])
+    batch.infos = [visual.info]
+    inputs = model.compose(batch, model.encoder([visual]))
+    logits = model.llm.head(model.llm(inputs.embeds, inputs.mask, inputs.positions))
+    # Floor of 0.5 s * 3 = 1 for the second step; text goes on behind the largest, column 2.
+    steps, rows, columns = [0] * 6 + [1] * 6, [0, 0, 0, 1, 1, 1] * 2, [0, 1, 2] * 4
+    axes = [[0, 1, 2, *(3 + n for n in axis), 6, 7, 8] for axis in (steps, rows, columns)]
+    assert inputs.positions[1:, 0].tolist() == axes
+    grid = torch.tensor([[2, 4, 6]])
+    patches = cut_patches(frames, Steps(0, 0, 2), model.encoder.cut)
+    expected = theirs(
+        torch.tensor([ids]),
+        pixel_values_videos=patches,
+        video_grid_thw=grid,
+        position_ids=torch.tensor(axes)[:, None],
+    ).logits
+    assert_near(logits, expected)
+
+
+def qwen2_5_config():
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    return Qwen2_5_VLConfig(
+        vision_config={
+            **{"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48},
+            **{"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]},
+            **{"out_hidden_size": 32, "tokens_per_second": 3},
+        },
+        text_config={**TEXT, "model_type": "qwen2_5_vl_text", "rope_parameters": rope},
+        **{"image_token_id": 49, "video_token_id": 48, "vision_start_token_id": 3},
+    )

@@ -30,6 +30,8 @@ ROWS = {
         [0, 1, 2, 2, 3.5, 3.5, 4.5],
         [0, 1, 2, 3, 3.5, 4.5, 4.5],
     ],
+    # Without seconds, one second lies between two time steps, which is 2 positions.
+    "qwen2_5_vl": [[0, 1, 2, 2, 4, 4, 5], [0, 1, 2, 2, 2, 2, 5], [0, 1, 2, 3, 2, 3, 5]],
     "vrope": [[0, 1, 2, 3, 4, 5, 6], [0, 1, 3, 2, 5, 4, 6]] * 2,
 }
 LAYOUT = row_of(3, Grid(4, 2, 3), 2, Grid(1, 2, 2), 5)
