@@ -21,14 +21,14 @@ SAID = {
     "it, if lightning.Trainer has this argument",
     "rotery=mrope": "rotery=mrope sets a key that is not there: did you mean rotary=mrope?",
     "xyz=3": "xyz=3 sets a key that is not there: ropelab-train --cfg job shows every key",
-    "rotary=foo": "rotary=foo is not there: choose one of hope, mrope, tad, vanilla, videorope, "
-    "vrope",
+    "rotary=foo": "rotary=foo is not there: choose one of hope, mrope, qwen2_5_vl, tad, vanilla, "
+    "videorope, vrope",
     "scores=[mc,perplexty]": "scores=perplexty is not there: did you mean scores=perplexity? "
     "(default, hallucer, mc, none, open, perplexity)",
     "data/sampler=x": "data/sampler=x is not there: choose one of fps, spaced, uniform",
     "data/frames=x": "data/frames=x is not there: choose one of crop, fixed, native, pad, square",
     "rotary=videorop": "rotary=videorop is not there: did you mean rotary=videorope? (hope, mrope, "
-    "tad, vanilla, videorope, vrope)",
+    "qwen2_5_vl, tad, vanilla, videorope, vrope)",
     "tiles=null": "tiles=null: a group takes one of its options; leave tiles=null out, or write "
     "~tiles for none",
     "scale=tiny": "experiment=resume_probe has no scale=tiny: leave it out, or choose a recipe "
